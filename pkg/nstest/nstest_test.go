@@ -1,0 +1,42 @@
+package nstest
+
+import (
+	"os/exec"
+	"strings"
+	"testing"
+)
+
+func TestMain(m *testing.M) { Main(m) }
+
+// Two tests that share a ruleset, or share the host's, prove nothing.
+func TestNewIsPrivate(t *testing.T) {
+	New(t)
+	Nft(t, "add table inet private")
+	seen := make(chan string)
+	go func() {
+		defer close(seen)
+		New(t)
+		out, err := exec.Command("nft", "list", "ruleset").CombinedOutput()
+		if err != nil {
+			t.Error(err)
+		}
+		seen <- string(out)
+	}()
+	if other := <-seen; other != "" {
+		t.Errorf("a second namespace sees %q", other)
+	}
+	out, err := exec.Command("nft", "list", "ruleset").CombinedOutput()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(out), "table inet private") {
+		t.Errorf("own table is gone: %q", out)
+	}
+}
+
+func TestLoopbackIsUp(t *testing.T) {
+	New(t)
+	if port := FreePort(t); port == 0 {
+		t.Error("no port on loopback")
+	}
+}
