@@ -1,0 +1,411 @@
+// Package config reads /etc/nftwl.yaml. It is the only package that knows
+// YAML.
+package config
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/goccy/go-yaml/ast"
+	"github.com/goccy/go-yaml/parser"
+	"github.com/goccy/go-yaml/token"
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/nftset"
+)
+
+// Path is where the configuration is, unless --config says otherwise.
+const Path = "/etc/nftwl.yaml"
+
+// Names are a pair of sets of one table, one a family.
+type Names struct {
+	IPv4, IPv6 string
+}
+
+// For returns the name of the set for an address.
+func (n Names) For(addr netip.Addr) string {
+	if addr.Is4() {
+		return n.IPv4
+	}
+	return n.IPv6
+}
+
+// Both returns the two names, that of IPv4 first.
+func (n Names) Both() []string { return []string{n.IPv4, n.IPv6} }
+
+// Config is the whole configuration, with the defaults where the file has
+// nothing.
+type Config struct {
+	Table      nftset.Table
+	Trusted    Names
+	Banned     Names
+	Ports      []uint16       // never empty
+	Timeout    time.Duration  // of a trust; more than 0
+	BanTimeout time.Duration  // of a ban; more than 0
+	IPv6Prefix int            // 1 to 128: the bits of an IPv6 address that count
+	Ignore     []netip.Prefix // never trusted, never banned
+	Comment    bool           // note the user's name on the element
+	Deadline   time.Duration  // the longest wait for the kernel; more than 0
+	Snapshot   string         // path of the snapshot file
+}
+
+// Default returns the configuration of an empty file.
+func Default() *Config {
+	return &Config{
+		Table:      nftset.Table{Family: nftset.INet, Name: "filter"},
+		Trusted:    Names{"trusted_ipv4", "trusted_ipv6"},
+		Banned:     Names{"banned_ipv4", "banned_ipv6"},
+		Ports:      []uint16{143, 993, 995, 465, 587},
+		Timeout:    24 * time.Hour,
+		BanTimeout: 24 * time.Hour,
+		IPv6Prefix: 128,
+		Ignore: []netip.Prefix{
+			netip.MustParsePrefix("127.0.0.0/8"),
+			netip.MustParsePrefix("::1/128"),
+			netip.MustParsePrefix("fe80::/10"),
+		},
+		Comment:  true,
+		Deadline: 500 * time.Millisecond,
+		Snapshot: "/var/lib/nftwl/sets.nft",
+	}
+}
+
+// maxFile is more than any sane configuration, and little enough to read
+// before every login.
+const maxFile = 1 << 20
+
+// Load reads a configuration. An empty path stands for Path, which need not
+// exist; a file that is named must.
+func Load(path string) (*Config, error) {
+	named := path != ""
+	if !named {
+		path = Path
+	}
+	data, err := read(path)
+	if errors.Is(err, fs.ErrNotExist) && !named {
+		return Default(), nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("config: %w", err)
+	}
+	c, err := Parse(data)
+	if err != nil {
+		return nil, fmt.Errorf("config: %s:%w", path, err)
+	}
+	return c, nil
+}
+
+// read returns the contents of a regular file. It does not wait for the
+// writer of a pipe, and does not fill the memory from a device.
+func read(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case info.IsDir():
+		return nil, fmt.Errorf("%s is a folder, not a file", path)
+	case !info.Mode().IsRegular():
+		return nil, fmt.Errorf("%s is not a regular file", path)
+	case info.Size() > maxFile:
+		return nil, fmt.Errorf("%s is larger than %d KiB", path, maxFile>>10)
+	}
+	return io.ReadAll(io.LimitReader(f, maxFile))
+}
+
+// Parse reads the text of a configuration. An error begins with the number
+// of the line.
+func Parse(data []byte) (*Config, error) {
+	c := Default()
+	if !utf8.Valid(data) {
+		return nil, fmt.Errorf("%d: not UTF-8", 1+strings.Count(string(data[:invalidAt(data)]), "\n"))
+	}
+	file, err := parser.ParseBytes(data, 0)
+	if err != nil {
+		return nil, syntaxError(err)
+	}
+	switch len(file.Docs) {
+	case 0:
+		return c, nil
+	case 1:
+	default:
+		return nil, at(file.Docs[1], errors.New("a second YAML document begins; there must be one"))
+	}
+	root := file.Docs[0].Body
+	switch root.(type) {
+	case nil, *ast.NullNode, *ast.CommentGroupNode:
+		return c, nil // nothing but comments
+	}
+	if err := mapping(root, c.set); err != nil {
+		return nil, at(root, err)
+	}
+	if err := c.distinct(root); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// distinct reports two lists that share a set: who is banned would be
+// trusted, or the other way round.
+func (c *Config) distinct(root ast.Node) error {
+	seen := make(map[string]bool)
+	for _, name := range []string{c.Trusted.IPv4, c.Trusted.IPv6, c.Banned.IPv4, c.Banned.IPv6} {
+		if !seen[name] {
+			seen[name] = true
+			continue
+		}
+		for _, v := range root.(*ast.MappingNode).Values {
+			if key := v.Key.String(); key == "trusted" || key == "banned" {
+				return in(v, key, fmt.Errorf("set %s is named twice; the four sets must differ", name))
+			}
+		}
+	}
+	return nil
+}
+
+// set reads the value of one key.
+func (c *Config) set(key string, v ast.Node) (err error) {
+	switch key {
+	case "table":
+		var s string
+		if s, err = scalar(v); err == nil {
+			c.Table, err = nftset.ParseTable(s)
+		}
+	case "trusted":
+		return c.Trusted.set(key, v)
+	case "banned":
+		return c.Banned.set(key, v)
+	case "ports":
+		c.Ports, err = list(v, ParsePort)
+		if err == nil && len(c.Ports) == 0 {
+			err = errors.New("at least one port is needed")
+		}
+		if err == nil {
+			err = unique(c.Ports)
+		}
+	case "timeout":
+		c.Timeout, err = timeout(v)
+	case "ban_timeout":
+		c.BanTimeout, err = timeout(v)
+	case "ipv6_prefix":
+		var s string
+		if s, err = scalar(v); err == nil {
+			c.IPv6Prefix, err = strconv.Atoi(s)
+			if err != nil || c.IPv6Prefix < 1 || c.IPv6Prefix > 128 {
+				err = fmt.Errorf("%q is not a number from 1 to 128", s)
+			}
+		}
+	case "ignore":
+		c.Ignore, err = list(v, parsePrefix)
+	case "comment":
+		var s string
+		if s, err = scalar(v); err == nil {
+			c.Comment = s == "true"
+			if s != "true" && s != "false" {
+				err = fmt.Errorf("%q is not true or false", s)
+			}
+		}
+	case "deadline":
+		c.Deadline, err = timeout(v)
+	case "snapshot":
+		c.Snapshot, err = scalar(v)
+		if err == nil && !strings.HasPrefix(c.Snapshot, "/") {
+			err = fmt.Errorf("%q is not an absolute path", c.Snapshot)
+		}
+	default:
+		return at(v, fmt.Errorf("unknown key %q; the keys are table, trusted, banned, ports, timeout, ban_timeout, ipv6_prefix, ignore, comment, deadline and snapshot", key))
+	}
+	return in(v, key, err)
+}
+
+func (n *Names) set(outer string, v ast.Node) error {
+	return in(v, outer, mapping(v, func(key string, v ast.Node) (err error) {
+		var s string
+		switch key {
+		case "ipv4":
+			if s, err = scalar(v); err == nil {
+				n.IPv4, err = s, nftset.CheckName(s)
+			}
+		case "ipv6":
+			if s, err = scalar(v); err == nil {
+				n.IPv6, err = s, nftset.CheckName(s)
+			}
+		default:
+			return at(v, fmt.Errorf("%s: unknown key %q; the keys are ipv4 and ipv6", outer, key))
+		}
+		return in(v, outer+"."+key, err)
+	}))
+}
+
+// lineError is an error whose line is known.
+type lineError struct {
+	line int
+	err  error
+}
+
+func (e *lineError) Error() string { return fmt.Sprintf("%d: %v", e.line, e.err) }
+func (e *lineError) Unwrap() error { return e.err }
+
+// at adds the line of a node to an error, unless it has one already.
+func at(v ast.Node, err error) error {
+	var known *lineError
+	if err == nil || errors.As(err, &known) {
+		return err
+	}
+	return &lineError{line(v), err}
+}
+
+// in adds the name of a key and its line to an error.
+func in(v ast.Node, key string, err error) error {
+	var known *lineError
+	if err == nil || errors.As(err, &known) {
+		return err
+	}
+	return &lineError{line(v), fmt.Errorf("%s: %w", key, err)}
+}
+
+func line(v ast.Node) int {
+	if t := v.GetToken(); t != nil && t.Position != nil {
+		return t.Position.Line
+	}
+	return 1
+}
+
+// mapping calls set for every key of a node. The parser has refused a key that
+// stands twice.
+func mapping(v ast.Node, set func(key string, v ast.Node) error) error {
+	m, ok := v.(*ast.MappingNode)
+	if !ok {
+		return errors.New("keys with values are needed, such as timeout: 1d")
+	}
+	for _, pair := range m.Values {
+		key, err := scalar(pair.Key)
+		if err != nil {
+			return at(pair, errors.New("a key must be a plain word"))
+		}
+		if err := set(key, pair.Value); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// scalar returns the text of a single value. Anchors, aliases and tags have no
+// use in a file of this size.
+func scalar(v ast.Node) (string, error) {
+	switch v := v.(type) {
+	case *ast.StringNode:
+		if v.Value == "" {
+			return "", errors.New("the value is empty")
+		}
+		return v.Value, nil
+	case *ast.IntegerNode, *ast.FloatNode, *ast.BoolNode:
+		return v.GetToken().Value, nil
+	case *ast.NullNode:
+		return "", errors.New("the value is missing")
+	}
+	return "", fmt.Errorf("a single plain value is needed, not a YAML %s", strings.ToLower(v.Type().YAMLName()))
+}
+
+func timeout(v ast.Node) (time.Duration, error) {
+	s, err := scalar(v)
+	if err != nil {
+		return 0, err
+	}
+	return nftset.ParseTimeout(s)
+}
+
+func list[T any](v ast.Node, parse func(string) (T, error)) ([]T, error) {
+	seq, ok := v.(*ast.SequenceNode)
+	if !ok {
+		return nil, errors.New("a list is needed, such as [a, b]")
+	}
+	var values []T
+	for _, item := range seq.Values {
+		s, err := scalar(item)
+		if err != nil {
+			return nil, err
+		}
+		value, err := parse(s)
+		if err != nil {
+			return nil, err
+		}
+		values = append(values, value)
+	}
+	return values, nil
+}
+
+// ParsePort reads the number of a port, 1 to 65535.
+func ParsePort(s string) (uint16, error) {
+	n, err := strconv.ParseUint(s, 10, 16)
+	if err != nil || n == 0 {
+		return 0, fmt.Errorf("%q is not a port: a number from 1 to 65535", s)
+	}
+	return uint16(n), nil
+}
+
+func unique(ports []uint16) error {
+	seen := make(map[uint16]bool)
+	for _, p := range ports {
+		if seen[p] {
+			return fmt.Errorf("port %d stands twice", p)
+		}
+		seen[p] = true
+	}
+	return nil
+}
+
+// parsePrefix reads a prefix, or an address as the prefix that it alone is in.
+func parsePrefix(s string) (netip.Prefix, error) {
+	if addr, err := netip.ParseAddr(s); err == nil && addr.Zone() == "" {
+		addr = addr.Unmap()
+		return netip.PrefixFrom(addr, addr.BitLen()), nil
+	}
+	p, err := netip.ParsePrefix(s)
+	switch {
+	case err != nil:
+		return p, fmt.Errorf("%q is not a prefix such as 192.0.2.0/24 or 2001:db8::/32", s)
+	case p.Addr().Is4In6():
+		return p, fmt.Errorf("%q is an IPv4-mapped prefix; write the IPv4 prefix", s)
+	case p != p.Masked():
+		return p, fmt.Errorf("%q has bits set past its length; did you mean %s?", s, p.Masked())
+	}
+	return p, nil
+}
+
+// syntaxError makes one line of the parser's error, which is a drawing of the
+// place.
+func syntaxError(err error) error {
+	var located interface {
+		GetToken() *token.Token
+		GetMessage() string
+	}
+	if errors.As(err, &located) && located.GetToken() != nil {
+		return &lineError{located.GetToken().Position.Line, errors.New(located.GetMessage())}
+	}
+	return &lineError{1, err}
+}
+
+func invalidAt(data []byte) int {
+	for i := 0; i < len(data); {
+		r, n := utf8.DecodeRune(data[i:])
+		if r == utf8.RuneError && n == 1 {
+			return i
+		}
+		i += n
+	}
+	return len(data)
+}

@@ -1,0 +1,206 @@
+package config
+
+import (
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/nftset"
+)
+
+func TestDefaultsAreTheDocumentedFile(t *testing.T) {
+	c, err := Parse([]byte(`
+table: inet filter
+trusted: {ipv4: trusted_ipv4, ipv6: trusted_ipv6}
+banned: {ipv4: banned_ipv4, ipv6: banned_ipv6}
+ports: [143, 993, 995, 465, 587]
+timeout: 1d                 # nft's notation: 1d12h, 90m, 30s
+ban_timeout: 1d
+ipv6_prefix: 128
+ignore: [127.0.0.0/8, "::1/128", "fe80::/10"]
+comment: true
+deadline: 500ms
+snapshot: /var/lib/nftwl/sets.nft
+`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := Default(); !reflect.DeepEqual(c, want) {
+		t.Errorf("got  %+v\nwant %+v", c, want)
+	}
+}
+
+func TestParse(t *testing.T) {
+	c, err := Parse([]byte(`
+table: ip6 mail
+trusted:
+  ipv4: t4
+banned:
+  ipv6: "b6"
+ports:
+  - 993
+  - 25
+timeout: 1d12h
+ban_timeout: "90m"
+ipv6_prefix: 64
+ignore: ["10.0.0.0/8", 192.0.2.1]
+comment: false
+deadline: 1s
+snapshot: "/x y"
+`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := &Config{
+		Table:      nftset.Table{Family: nftset.IPv6, Name: "mail"},
+		Trusted:    Names{"t4", "trusted_ipv6"},
+		Banned:     Names{"banned_ipv4", "b6"},
+		Ports:      []uint16{993, 25},
+		Timeout:    36 * time.Hour,
+		BanTimeout: 90 * time.Minute,
+		IPv6Prefix: 64,
+		Ignore:     []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("192.0.2.1/32")},
+		Deadline:   time.Second,
+		Snapshot:   "/x y",
+	}
+	if !reflect.DeepEqual(c, want) {
+		t.Errorf("got  %+v\nwant %+v", c, want)
+	}
+}
+
+func TestEmptyIsDefault(t *testing.T) {
+	for _, text := range []string{"", "\n\n", "# nothing\n", "---\n", "---\n# nothing\n", "null\n", "{}\n", "ignore: []\n"} {
+		c, err := Parse([]byte(text))
+		if err != nil {
+			t.Errorf("%q: %v", text, err)
+			continue
+		}
+		want := Default()
+		if text == "ignore: []\n" {
+			want.Ignore = nil
+		}
+		if !reflect.DeepEqual(c, want) {
+			t.Errorf("%q: got %+v", text, c)
+		}
+	}
+}
+
+// Every error names the line and the key.
+func TestErrors(t *testing.T) {
+	for _, test := range []struct{ text, line, words string }{
+		{"tabel: inet filter", "1", `unknown key "tabel"`},
+		{"timeout: 1d\n\nport: 1", "3", `unknown key "port"`},
+		{"timeout: 1d\ntimeout: 2d", "2", `"timeout"`},
+		{"trusted: {ipv4: a, ipv4: b}", "1", `"ipv4"`},
+		{"trusted: {ipv5: a}", "1", `trusted: unknown key "ipv5"`},
+		{"trusted:\n  ipv4: '; flush ruleset'", "2", "trusted.ipv4: "},
+		{"trusted: x", "1", "trusted: "},
+		{"trusted: {ipv4: banned_ipv4}", "1", "trusted: set banned_ipv4 is named twice"},
+		{"comment: true\nbanned: {ipv6: trusted_ipv4}", "2", "banned: set trusted_ipv4 is named twice"},
+		{"table: filter inet", "1", `table: "filter" is not a family`},
+		{"table: inet a b", "1", "table: "},
+		{"table:", "1", "table: the value is missing"},
+		{"table: ''", "1", "table: the value is empty"},
+		{"table: [inet, filter]", "1", "table: a single plain value"},
+		{"ports: []", "1", "ports: at least one"},
+		{"ports: 993", "1", "ports: a list"},
+		{"ports: [0]", "1", `ports: "0" is not a port`},
+		{"ports: [65536]", "1", "ports: "},
+		{"ports: [imaps]", "1", `ports: "imaps"`},
+		{"ports: [993, 993]", "1", "ports: port 993 stands twice"},
+		{"ports: [[993]]", "1", "ports: "},
+		{"timeout: 86400", "1", `timeout: "86400" is not a timeout`},
+		{"timeout: 0s", "1", "timeout: "},
+		{"timeout: never", "1", "timeout: "},
+		{"timeout: 1h1d", "1", "timeout: "},
+		{"timeout: -1d", "1", "timeout: "},
+		{"timeout: 99999999999d", "1", "timeout: "},
+		{"deadline: 0s", "1", "deadline: "},
+		{"ipv6_prefix: 0", "1", "ipv6_prefix: "},
+		{"ipv6_prefix: 129", "1", "ipv6_prefix: "},
+		{"ignore: [10.0.0.1/8]", "1", "did you mean 10.0.0.0/8?"},
+		{"ignore: ['::ffff:10.0.0.0/104']", "1", "IPv4-mapped"},
+		{"ignore: [example.org]", "1", "ignore: "},
+		{"ignore:", "1", "ignore: a list"},
+		{"comment: maybe", "1", `comment: "maybe" is not true or false`},
+		{"snapshot: sets.nft", "1", "snapshot: "},
+		{"- a\n- b", "1", "keys with values"},
+		{"just words", "1", "keys with values"},
+		{"timeout: 1d\n---\ntimeout: 1d", "3", "a second YAML document"},
+		{"timeout: 1d\ntable: \xff", "2", "not UTF-8"},
+		{"timeout: {", "1", ""},
+		{"table: &a inet filter", "1", "table: "},
+		{"? [a]\n: b", "2", ""},
+	} {
+		_, err := Parse([]byte(test.text))
+		if err == nil {
+			t.Errorf("%q: no error", test.text)
+			continue
+		}
+		if got := err.Error(); !strings.HasPrefix(got, test.line+": ") || !strings.Contains(got, test.words) || strings.Contains(got, "\n") {
+			t.Errorf("%q: got %q, want line %s and %q", test.text, got, test.line, test.words)
+		}
+	}
+}
+
+func TestLoad(t *testing.T) {
+	dir := t.TempDir()
+	write := func(name, text string) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	good := write("good", "timeout: 2d\n")
+	if c, err := Load(good); err != nil || c.Timeout != 48*time.Hour {
+		t.Errorf("%+v, %v", c, err)
+	}
+	pipe := filepath.Join(dir, "pipe")
+	if err := unix.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for path, words := range map[string]string{
+		filepath.Join(dir, "missing"): "no such file",
+		dir:                           "is a folder",
+		pipe:                          "not a regular file",
+		"/dev/zero":                   "not a regular file",
+		write("large", strings.Repeat("# \n", maxFile/2)): "larger than",
+		write("bad", "timeout: 1d\nfoo: 1\n"):             "bad:2: unknown key",
+	} {
+		if _, err := Load(path); err == nil || !strings.Contains(err.Error(), words) || !strings.HasPrefix(err.Error(), "config: ") {
+			t.Errorf("%s: %v, want %q", path, err, words)
+		}
+	}
+}
+
+// Whatever the file holds, it is a configuration that holds, or an error with
+// a line.
+func FuzzParse(f *testing.F) {
+	f.Add("table: inet filter\nports: [1, 2]\ntrusted: {ipv4: a}\nignore: [::1]\n")
+	f.Add("timeout: 1d12h\ncomment: false\n? a\n: b\n")
+	f.Add("a: &a [*a]\n")
+	f.Fuzz(func(t *testing.T, text string) {
+		c, err := Parse([]byte(text))
+		if err != nil {
+			if first := err.Error()[0]; first < '0' || first > '9' || strings.Contains(err.Error(), "\n") {
+				t.Errorf("not one line with its number: %q", err)
+			}
+			return
+		}
+		if len(c.Ports) == 0 || c.Timeout <= 0 || c.BanTimeout <= 0 || c.Deadline <= 0 || c.IPv6Prefix < 1 || c.IPv6Prefix > 128 {
+			t.Errorf("accepted %q as %+v", text, c)
+		}
+		for _, name := range append(c.Trusted.Both(), c.Banned.Both()...) {
+			if err := nftset.CheckName(name); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+}
