@@ -1,0 +1,215 @@
+package nftset
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Batch gathers changes that the kernel makes in one transaction: all of
+// them, or none.
+//
+// Elements of one set that follow each other share messages, so it costs
+// about 40 bytes an IPv4 element, and nothing is encoded twice. The zero value
+// is not ready for use; call Conn.Batch.
+type Batch struct {
+	conn   *Conn
+	first  uint32 // number of the message that begins the batch
+	buf    []byte
+	last   int     // where the last message starts; 0 while there is none
+	about  []about // the messages, to name the set in an error
+	setIDs uint32  // of the sets that this batch creates
+
+	// The message of elements that further ones join.
+	open *Set
+	typ  uint16
+	list int // where its list starts
+}
+
+// about tells which set the messages from one number on are about.
+type about struct {
+	seq uint32
+	set *Set
+}
+
+// Batch begins one. The connection must not be used for anything else until
+// it is committed or dropped.
+func (c *Conn) Batch() *Batch {
+	b := &Batch{conn: c, first: c.next()}
+	b.buf = appendMessage(make([]byte, 0, 1024), unix.NFNL_MSG_BATCH_BEGIN, unix.NLM_F_REQUEST, b.first, 0, unix.NFNL_SUBSYS_NFTABLES)
+	endMessage(b.buf, 0)
+	return b
+}
+
+// Len returns the size of the batch in bytes.
+func (b *Batch) Len() int { return len(b.buf) }
+
+// message begins a message about a set.
+func (b *Batch) message(typ, flags uint16, s *Set) {
+	b.finish()
+	b.last = len(b.buf)
+	seq := b.conn.next()
+	if len(b.about) == 0 || b.about[len(b.about)-1].set != s {
+		b.about = append(b.about, about{seq, s})
+	}
+	b.buf = appendMessage(b.buf, typ, unix.NLM_F_REQUEST|flags, seq, s.Table.Family, 0)
+}
+
+// finish closes the open message of elements, if there is one.
+func (b *Batch) finish() {
+	if b.open == nil {
+		return
+	}
+	b.buf = endAttr(b.buf, b.list)
+	endMessage(b.buf, b.last)
+	b.open = nil
+}
+
+// maxList is the most that a list of elements takes in one message: the
+// length of an attribute is 16 bits. An element is at most 240 bytes.
+const maxList = 1<<16 - 512
+
+func (b *Batch) element(typ, flags uint16, s *Set, e *Element) {
+	if b.open != s || b.typ != typ || len(b.buf)-b.list > maxList {
+		b.message(typ, flags, s)
+		b.open, b.typ = s, typ
+		b.buf = appendString(b.buf, unix.NFTA_SET_ELEM_LIST_TABLE, s.Table.Name)
+		b.buf = appendString(b.buf, unix.NFTA_SET_ELEM_LIST_SET, s.Name)
+		b.buf, b.list = beginAttr(b.buf, unix.NLA_F_NESTED|unix.NFTA_SET_ELEM_LIST_ELEMENTS)
+	}
+	b.buf = appendElement(b.buf, s, e, typ == msgDelSetElem)
+}
+
+// Add adds an element. One that is there already is left as it is, but that
+// kernels from 6.12 on give it the Timeout, where that differs, and the
+// Expires, where that is not 0; never another comment.
+func (b *Batch) Add(s *Set, e Element) { b.element(msgNewSetElem, unix.NLM_F_CREATE, s, &e) }
+
+// Delete deletes an element. Where it is not there, the whole batch fails
+// with ErrNotFound.
+func (b *Batch) Delete(s *Set, k Key) { b.element(msgDelSetElem, 0, s, &Element{Key: k}) }
+
+// Flush deletes all elements of a set.
+func (b *Batch) Flush(s *Set) {
+	b.message(msgDelSetElem, 0, s)
+	b.buf = appendString(b.buf, unix.NFTA_SET_ELEM_LIST_TABLE, s.Table.Name)
+	b.buf = appendString(b.buf, unix.NFTA_SET_ELEM_LIST_SET, s.Name)
+	endMessage(b.buf, b.last)
+}
+
+// CreateTable creates a table, unless it exists.
+func (b *Batch) CreateTable(t Table) {
+	b.message(msgNewTable, unix.NLM_F_CREATE, &Set{Table: t})
+	b.buf = appendString(b.buf, unix.NFTA_TABLE_NAME, t.Name)
+	b.buf = appendUint32(b.buf, unix.NFTA_TABLE_FLAGS, 0)
+	endMessage(b.buf, b.last)
+}
+
+// CreateSet creates a set. One of the same name must not exist with another
+// definition.
+func (b *Batch) CreateSet(s *Set) {
+	b.setIDs++
+	b.message(msgNewSet, unix.NLM_F_CREATE, s)
+	b.buf = appendSet(b.buf, s, b.setIDs)
+	endMessage(b.buf, b.last)
+}
+
+// Commit carries the batch out, and returns when the kernel has. An empty
+// batch asks nothing of it.
+func (b *Batch) Commit() error {
+	b.finish()
+	if b.last == 0 {
+		return nil
+	}
+	c := b.conn
+	// The last message asks for an acknowledgement, so that silence is never
+	// taken for success. It is sent after the commit (nfnetlink_rcv_batch).
+	last := native.Uint32(b.buf[b.last+8:])
+	flags := native.Uint16(b.buf[b.last+6:])
+	native.PutUint16(b.buf[b.last+6:], flags|unix.NLM_F_ACK)
+	end := len(b.buf)
+	b.buf = appendMessage(b.buf, unix.NFNL_MSG_BATCH_END, unix.NLM_F_REQUEST, c.next(), 0, unix.NFNL_SUBSYS_NFTABLES)
+	endMessage(b.buf, end)
+
+	if err := c.grow(len(b.buf)); err != nil {
+		return b.error(last, err)
+	}
+	if err := c.send(b.buf); err != nil {
+		return b.error(last, err)
+	}
+	var failed error
+	for done := false; !done; {
+		err := c.receive(func(m message) error {
+			// An error of the transaction as a whole carries the number of
+			// its first message, and one of a message that message's.
+			if m.seq < b.first || m.seq > last || !m.ack {
+				return nil
+			}
+			if m.err != nil && failed == nil {
+				failed = b.error(m.seq, m.err)
+			}
+			done = m.seq == last || m.seq == b.first
+			return nil
+		})
+		if errors.Is(err, unix.ENOBUFS) {
+			// More errors than the socket's buffer holds. The first of them
+			// are in it; the acknowledgement may not be.
+			defer c.SetDeadline(c.deadline)
+			c.SetDeadline(time.Now())
+			continue
+		}
+		if err != nil {
+			if failed != nil {
+				return failed
+			}
+			return b.error(last, err)
+		}
+	}
+	return failed
+}
+
+// error names the set that the message with the number was about.
+func (b *Batch) error(seq uint32, err error) error {
+	s := b.about[0].set
+	for _, a := range b.about {
+		if a.seq <= seq {
+			s = a.set
+		}
+	}
+	if errors.Is(err, unix.ENOENT) {
+		if s.Name == "" || b.conn.hasTable(s.Table) != nil {
+			return s.Table.error(ErrNoTable)
+		}
+		if _, e := b.conn.Set(s.Table, s.Name); e != nil {
+			return e
+		}
+		return s.error(ErrNotFound)
+	}
+	return s.error(err)
+}
+
+// grow makes the socket's send buffer large enough for one message of n
+// bytes: the kernel takes a transaction in a single one.
+func (c *Conn) grow(n int) error {
+	const overhead = 32 // netlink_sendmsg()
+	have, err := unix.GetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_SNDBUF)
+	if err != nil || n+overhead <= have {
+		return err
+	}
+	// The kernel doubles what it is asked for. Without CAP_NET_ADMIN the
+	// second is limited by net.core.wmem_max, and the transaction will fail
+	// for the capability anyway.
+	if unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, n/2+overhead) == nil {
+		return nil
+	}
+	if err := unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_SNDBUF, n/2+overhead); err != nil {
+		return err
+	}
+	have, err = unix.GetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_SNDBUF)
+	if err == nil && n+overhead > have {
+		return fmt.Errorf("a transaction of %d bytes is more than net.core.wmem_max lets this user send: %w", n, unix.EMSGSIZE)
+	}
+	return err
+}

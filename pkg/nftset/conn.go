@@ -1,0 +1,370 @@
+package nftset
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Conn is a netlink connection to nf_tables in the network namespace of the
+// thread that dialled it. It is for one goroutine at a time.
+//
+// Closing one after elements were deleted takes the kernel a grace period of
+// RCU, some 10 ms: nft_rcv_nl_event() waits for the deletions to be carried
+// out. That is why Extend does without deleting where the kernel lets it.
+type Conn struct {
+	fd       int
+	seq      uint32
+	deadline time.Time // zero: none
+	buf      []byte
+}
+
+const (
+	// smallBuffer takes any single reply: the largest is a set with a
+	// comment and names of 255 bytes.
+	smallBuffer = 8 << 10
+	// dumpBuffer makes the kernel fill buffers of 32 KiB, its limit. A dump
+	// walks the set from its start for each of them.
+	dumpBuffer = 64 << 10
+)
+
+// Dial opens a connection. It needs no privilege; what is then asked does.
+func Dial() (*Conn, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
+	if err != nil {
+		return nil, fmt.Errorf("open a netlink socket: %w", reason(err))
+	}
+	// An error's reply then carries the header of the message alone, not all
+	// of its elements. Kernels before 4.3 refuse, and their replies are cut.
+	_ = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_CAP_ACK, 1)
+	return &Conn{fd: fd, buf: make([]byte, smallBuffer)}, nil
+}
+
+// Close closes the connection.
+func (c *Conn) Close() error { return unix.Close(c.fd) }
+
+// SetDeadline limits how long any later call waits for the kernel's answer;
+// past it they fail with ErrDeadline. The zero time waits for ever.
+//
+// It cannot limit the time that the kernel takes to carry out a request,
+// which includes waiting for another process's transaction to end.
+func (c *Conn) SetDeadline(t time.Time) { c.deadline = t }
+
+// next returns the number of the next message.
+func (c *Conn) next() uint32 {
+	c.seq++
+	return c.seq
+}
+
+func (c *Conn) send(b []byte) error {
+	for {
+		err := unix.Sendto(c.fd, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
+		if err != unix.EINTR {
+			return err
+		}
+	}
+}
+
+// receive reads one buffer of replies and calls f for each message in it, in
+// order: with its body, or with the error that it carries, where ok is nil.
+func (c *Conn) receive(f func(m message) error) error {
+	n, err := c.read()
+	if err != nil {
+		return err
+	}
+	for b := c.buf[:n]; len(b) >= nlHeader; {
+		size := int(native.Uint32(b))
+		if size < nlHeader || size > len(b) {
+			return errTruncated
+		}
+		m := message{
+			typ:   native.Uint16(b[4:]),
+			flags: native.Uint16(b[6:]),
+			seq:   native.Uint32(b[8:]),
+		}
+		body := b[nlHeader:size]
+		switch {
+		case m.typ == unix.NLMSG_ERROR, m.typ == unix.NLMSG_DONE:
+			m.ack = true
+			if len(body) >= 4 {
+				if errno := int32(native.Uint32(body)); errno != 0 {
+					m.err = unix.Errno(-errno)
+				}
+			}
+		case len(body) >= nfHeader:
+			m.generation = binary.BigEndian.Uint16(body[2:])
+			m.body = body[nfHeader:]
+		}
+		if err := f(m); err != nil {
+			return err
+		}
+		b = b[min(align(size), len(b)):]
+	}
+	return nil
+}
+
+// message is a reply of the kernel's.
+type message struct {
+	typ, flags uint16
+	seq        uint32
+	ack        bool   // an acknowledgement, an error or the end of a dump
+	err        error  // an errno where ack and it failed
+	generation uint16 // of the ruleset, its low bits (nfgenmsg.res_id); 0 for an ack
+	body       []byte
+}
+
+// read fills the buffer, waiting at most until the deadline.
+func (c *Conn) read() (int, error) {
+	for {
+		// The kernel has mostly answered by the time that send returns.
+		n, _, err := unix.Recvfrom(c.fd, c.buf, unix.MSG_DONTWAIT|unix.MSG_TRUNC)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err == nil && n > len(c.buf):
+			return 0, errTruncated
+		case err != unix.EAGAIN:
+			return n, err
+		}
+		wait := -1
+		if !c.deadline.IsZero() {
+			left := time.Until(c.deadline)
+			if left <= 0 {
+				return 0, ErrDeadline
+			}
+			wait = int(left/time.Millisecond) + 1
+		}
+		fds := []unix.PollFd{{Fd: int32(c.fd), Events: unix.POLLIN}}
+		if _, err := unix.Poll(fds, wait); err != nil && err != unix.EINTR {
+			return 0, err
+		}
+	}
+}
+
+// ask sends requests numbered first to first+n-1, each of which gets one
+// reply, and calls f with the number from 0 and the reply.
+func (c *Conn) ask(requests []byte, first uint32, n int, f func(i int, m message) error) error {
+	if err := c.send(requests); err != nil {
+		return err
+	}
+	for left := n; left > 0; {
+		err := c.receive(func(m message) error {
+			i := m.seq - first
+			if i >= uint32(n) {
+				return nil // left from a call that gave up
+			}
+			left--
+			return f(int(i), m)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Set returns the definition of a set.
+func (c *Conn) Set(table Table, name string) (*Set, error) {
+	seq := c.next()
+	req := appendMessage(nil, msgGetSet, unix.NLM_F_REQUEST, seq, table.Family, 0)
+	req = appendString(req, unix.NFTA_SET_TABLE, table.Name)
+	req = appendString(req, unix.NFTA_SET_NAME, name)
+	endMessage(req, 0)
+	var set *Set
+	err := c.ask(req, seq, 1, func(_ int, m message) (err error) {
+		if m.ack {
+			return m.err
+		}
+		set, err = decodeSet(table, m.body)
+		return err
+	})
+	named := &Set{Table: table, Name: name}
+	switch {
+	case errors.Is(err, unix.ENOENT):
+		if err := c.hasTable(table); err != nil {
+			return nil, err
+		}
+		return nil, named.error(ErrNoSet)
+	case err != nil:
+		var typed *Error
+		if errors.As(err, &typed) {
+			return nil, err
+		}
+		return nil, named.error(err)
+	}
+	return set, nil
+}
+
+// hasTable returns nil where the table exists.
+func (c *Conn) hasTable(table Table) error {
+	seq := c.next()
+	req := appendMessage(nil, msgGetTable, unix.NLM_F_REQUEST, seq, table.Family, 0)
+	req = appendString(req, unix.NFTA_TABLE_NAME, table.Name)
+	endMessage(req, 0)
+	err := c.ask(req, seq, 1, func(_ int, m message) error { return m.err })
+	if errors.Is(err, unix.ENOENT) {
+		return table.error(ErrNoTable)
+	}
+	if err != nil {
+		return table.error(err)
+	}
+	return nil
+}
+
+// lookupChunk is how many look-ups are sent at once: their replies must all
+// fit the socket's buffer, in which each takes about 1 KiB of 208.
+const lookupChunk = 64
+
+// Lookup asks for single elements, and returns those that are in the set, by
+// their keys. It never dumps the set.
+func (c *Conn) Lookup(s *Set, keys ...Key) (map[Key]Element, error) {
+	for _, k := range keys {
+		if k.Addr.Is6() != s.Key.IPv6 || (k.Port != 0) != s.Key.Port {
+			return nil, &Error{Table: s.Table, Set: s.Name, Type: s.Key.String(), Key: k, Err: ErrKeyType}
+		}
+	}
+	found := make(map[Key]Element, len(keys))
+	var req []byte
+	for len(keys) > 0 {
+		chunk := keys[:min(len(keys), lookupChunk)]
+		keys = keys[len(chunk):]
+		req = req[:0]
+		first := c.seq + 1
+		for _, k := range chunk {
+			start := len(req)
+			req = appendMessage(req, msgGetSetElem, unix.NLM_F_REQUEST, c.next(), s.Table.Family, 0)
+			req = appendString(req, unix.NFTA_SET_ELEM_LIST_TABLE, s.Table.Name)
+			req = appendString(req, unix.NFTA_SET_ELEM_LIST_SET, s.Name)
+			var list int
+			req, list = beginAttr(req, unix.NLA_F_NESTED|unix.NFTA_SET_ELEM_LIST_ELEMENTS)
+			req = appendElement(req, s, &Element{Key: k}, true)
+			req = endAttr(req, list)
+			endMessage(req, start)
+		}
+		err := c.ask(req, first, len(chunk), func(_ int, m message) error {
+			switch {
+			case m.err == unix.ENOENT:
+				// The element is missing, or the set went since Set was
+				// called; adding to it will tell.
+				return nil
+			case m.ack:
+				return m.err
+			}
+			return decodeElements(s, m.body, func(e Element) error {
+				found[e.Key] = e
+				return nil
+			})
+		})
+		if err != nil {
+			return nil, s.error(err)
+		}
+	}
+	return found, nil
+}
+
+// Dump calls f for every element of the set, in the kernel's order, while
+// they arrive. An error of f's ends it.
+//
+// The kernel takes a dump up again where it was by counting elements, in a
+// hash table that may change between two buffers, and does not say so: it
+// marks the dumps of everything else (NLM_F_DUMP_INTR), but not this one. So
+// elements can be missing, and come twice. Dump returns ErrInterrupted, after
+// f saw what did arrive, where there is a sign of it: the ruleset's
+// generation changed; an element came twice, as others go missing when the
+// table is resized, which the kernel does some time after many were added; or
+// the set has fewer elements than before, because some that had expired were
+// collected.
+func (c *Conn) Dump(s *Set, f func(Element) error) error {
+	before, err := c.Set(s.Table, s.Name)
+	if err != nil {
+		return err
+	}
+	if len(c.buf) < dumpBuffer {
+		c.buf = make([]byte, dumpBuffer)
+	}
+	seq := c.next()
+	req := appendMessage(nil, msgGetSetElem, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, seq, s.Table.Family, 0)
+	req = appendString(req, unix.NFTA_SET_ELEM_LIST_TABLE, s.Table.Name)
+	req = appendString(req, unix.NFTA_SET_ELEM_LIST_SET, s.Name)
+	endMessage(req, 0)
+	if err := c.send(req); err != nil {
+		return s.error(err)
+	}
+	var (
+		changed    bool
+		generation uint16
+		seen       seen
+		stop       error // the rest is read all the same, so that the next call finds no leftovers
+	)
+	for done := false; !done; {
+		err := c.receive(func(m message) error {
+			if m.seq != seq {
+				return nil
+			}
+			changed = changed || m.flags&unix.NLM_F_DUMP_INTR != 0
+			if m.ack {
+				done = true
+				return m.err
+			}
+			changed = changed || generation != 0 && m.generation != generation
+			generation = m.generation
+			if stop == nil {
+				stop = decodeElements(s, m.body, func(e Element) error {
+					seen.add(e.Key)
+					return f(e)
+				})
+			}
+			return nil
+		})
+		switch {
+		case errors.Is(err, unix.ENOENT):
+			return s.error(ErrNoSet)
+		case err != nil:
+			return s.error(err)
+		}
+	}
+	if stop != nil {
+		return stop
+	}
+	after, err := c.Set(s.Table, s.Name)
+	if err != nil {
+		return err
+	}
+	if changed || after.Count < before.Count || seen.twice() {
+		return s.error(ErrInterrupted)
+	}
+	return nil
+}
+
+// seen remembers keys in 8 bytes each, to tell whether one came twice. It can
+// be wrong in saying so, once in many million dumps, and costs one more then.
+type seen struct {
+	seed   maphash.Seed
+	hashes []uint64
+}
+
+func (s *seen) add(k Key) {
+	if s.hashes == nil {
+		s.seed = maphash.MakeSeed()
+	}
+	var b [18]byte
+	a := k.Addr.As16()
+	copy(b[:], a[:])
+	binary.BigEndian.PutUint16(b[16:], k.Port)
+	s.hashes = append(s.hashes, maphash.Bytes(s.seed, b[:]))
+}
+
+func (s *seen) twice() bool {
+	slices.Sort(s.hashes)
+	for i := 1; i < len(s.hashes); i++ {
+		if s.hashes[i] == s.hashes[i-1] {
+			return true
+		}
+	}
+	return false
+}

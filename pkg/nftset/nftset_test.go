@@ -1,0 +1,567 @@
+package nftset
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"nftwl/pkg/nstest"
+)
+
+func TestMain(m *testing.M) { nstest.Main(m) }
+
+var filter = Table{INet, "filter"}
+
+// dial opens a connection in a namespace of the test's own, with a ruleset.
+func dial(t testing.TB, ruleset string) *Conn {
+	t.Helper()
+	nstest.New(t)
+	nstest.Nft(t, ruleset)
+	c, err := Dial()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(time.Minute))
+	return c
+}
+
+func describe(t testing.TB, c *Conn, name string) *Set {
+	t.Helper()
+	s, err := c.Set(filter, name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// nftElement is an element as nft -j list set prints it, in seconds; it is
+// the judge of what the kernel holds.
+type nftElement struct {
+	Timeout, Expires int
+	Comment          string
+}
+
+// nftList returns what nft says that a set holds, by key.
+func nftList(t testing.TB, set string) map[string]nftElement {
+	t.Helper()
+	out, err := exec.Command("nft", "-j", "list", "set", "inet", "filter", set).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	var doc struct {
+		Nftables []struct {
+			Set *struct {
+				Timeout int
+				Elem    []json.RawMessage
+			}
+		}
+	}
+	if err := json.Unmarshal(out, &doc); err != nil {
+		t.Fatal(err)
+	}
+	elems := make(map[string]nftElement)
+	for _, obj := range doc.Nftables {
+		if obj.Set == nil {
+			continue
+		}
+		for _, raw := range obj.Set.Elem {
+			// An element without any property is its bare value.
+			var wrapped struct {
+				Elem *struct {
+					Val json.RawMessage
+					nftElement
+				}
+			}
+			e, val := nftElement{}, raw
+			if json.Unmarshal(raw, &wrapped) == nil && wrapped.Elem != nil {
+				e, val = wrapped.Elem.nftElement, wrapped.Elem.Val
+				if e.Timeout == 0 && e.Expires != 0 {
+					e.Timeout = obj.Set.Timeout
+				}
+			}
+			var concat struct{ Concat []any }
+			key := strings.Trim(string(val), `"`)
+			if json.Unmarshal(val, &concat) == nil && concat.Concat != nil {
+				key = fmt.Sprintf("%v . %v", concat.Concat...)
+			}
+			elems[key] = e
+		}
+	}
+	return elems
+}
+
+const rules = `
+table inet filter {
+	set v4port { type ipv4_addr . inet_service; flags dynamic,timeout; timeout 1d; size 1000; comment "hello"; gc-interval 10s; }
+	set v6port { type ipv6_addr . inet_service; flags timeout; policy memory; }
+	set v4     { type ipv4_addr; flags timeout; timeout 1h; }
+	set v6     { type ipv6_addr; flags timeout; counter; }
+	set none   { type ipv4_addr . inet_service; }
+	set small  { type ipv4_addr . inet_service; flags dynamic,timeout; size 2; }
+	set const  { type ipv4_addr . inet_service; flags constant; elements = { 192.0.2.1 . 1 }; }
+	set macs   { type ether_addr; flags timeout; }
+	set turned { type inet_service . ipv4_addr; flags timeout; }
+	set typed  { typeof ip6 saddr . tcp dport; flags timeout; }
+	set range  { type ipv4_addr; flags interval,timeout; }
+	set crange { type ipv4_addr . inet_service; flags interval,timeout; }
+	map amap   { type ipv4_addr : verdict; flags timeout; }
+}`
+
+func TestSet(t *testing.T) {
+	c := dial(t, rules)
+	for _, want := range []*Set{
+		{Name: "v4port", Key: KeyType{Port: true}, Dynamic: true, Timeouts: true, Timeout: 24 * time.Hour, Size: 1000, Comment: "hello", GCInterval: 10 * time.Second},
+		{Name: "v6port", Key: KeyType{IPv6: true, Port: true}, Timeouts: true, Memory: true},
+		{Name: "v4", Timeouts: true, Timeout: time.Hour},
+		{Name: "v6", Key: KeyType{IPv6: true}, Timeouts: true, Counter: true},
+		{Name: "none", Key: KeyType{Port: true}},
+		{Name: "const", Key: KeyType{Port: true}, Constant: true, Size: 1},
+		{Name: "typed", Key: KeyType{IPv6: true, Port: true}, Timeouts: true},
+	} {
+		want.Table = filter
+		got := describe(t, c, want.Name)
+		got.Count = 0
+		if *got != *want {
+			t.Errorf("got  %+v\nwant %+v", got, want)
+		}
+	}
+}
+
+func TestSetErrors(t *testing.T) {
+	c := dial(t, rules)
+	for _, test := range []struct {
+		table Table
+		set   string
+		err   error
+		words string
+	}{
+		{filter, "missing", ErrNoSet, "set missing does not exist in table inet filter"},
+		{Table{INet, "missing"}, "v4", ErrNoTable, "table inet missing does not exist"},
+		{Table{IPv4, "filter"}, "v4", ErrNoTable, "table ip filter does not exist"},
+		{filter, "macs", ErrKeyType, "keys of type ether_addr,"},
+		{filter, "turned", ErrKeyType, "keys of type inet_service . ipv4_addr,"},
+		{filter, "range", ErrInterval, "set range is an interval set"},
+		{filter, "crange", ErrInterval, "set crange is an interval set"},
+		{filter, "amap", ErrMap, "set amap is a map"},
+	} {
+		_, err := c.Set(test.table, test.set)
+		if !errors.Is(err, test.err) || !strings.Contains(fmt.Sprint(err), test.words) {
+			t.Errorf("%s %s: %v, want %q", test.table, test.set, err, test.words)
+		}
+	}
+}
+
+func key(s string) Key {
+	addr, port, ok := strings.Cut(s, " . ")
+	k := Key{Addr: netip.MustParseAddr(addr)}
+	if ok {
+		fmt.Sscan(port, &k.Port)
+	}
+	return k
+}
+
+func TestAddIsReadByNft(t *testing.T) {
+	c := dial(t, rules)
+	for set, keys := range map[string][]string{
+		"v4port": {"192.0.2.7 . 993", "192.0.2.7 . 465", "255.255.255.255 . 65535", "0.0.0.1 . 1"},
+		"v6port": {"2001:db8::7 . 993", "::1 . 1", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff . 65535"},
+		"v4":     {"192.0.2.7"},
+		"v6":     {"2001:db8::7"},
+		"typed":  {"2001:db8::7 . 25"},
+	} {
+		s := describe(t, c, set)
+		var elems []Element
+		for _, k := range keys {
+			elems = append(elems, Element{Key: key(k), Timeout: 2 * time.Hour, Comment: `a\b {#; 'é`})
+		}
+		outcomes, err := c.Extend(s, elems, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := nftList(t, set)
+		if len(got) != len(keys) {
+			t.Errorf("%s: nft lists %v", set, got)
+		}
+		for i, k := range keys {
+			if e := got[k]; e.Timeout != 7200 || e.Expires < 7190 || e.Comment != elems[i].Comment {
+				t.Errorf("%s: nft has %s as %+v", set, k, e)
+			}
+			if outcomes[i] != Added {
+				t.Errorf("%s: %s: outcome %v", set, k, outcomes[i])
+			}
+		}
+		// What was written is what is read, in both ways.
+		all, err := c.Elements(s)
+		if err != nil || len(all) != len(keys) {
+			t.Fatalf("%s: %v, %v", set, all, err)
+		}
+		found, err := c.Lookup(s, append([]Key{all[0].Key}, elems[0].Key)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range append(all, found[elems[0].Key]) {
+			if e.Timeout != 2*time.Hour || e.Expires <= 2*time.Hour-10*time.Second || e.Expires > e.Timeout || e.Comment != elems[0].Comment {
+				t.Errorf("%s: read %+v", set, e)
+			}
+		}
+	}
+}
+
+func TestPermanent(t *testing.T) {
+	c := dial(t, rules)
+	for _, set := range []string{"v4port", "small"} { // with and without a default timeout
+		s := describe(t, c, set)
+		e := Element{Key: key("192.0.2.7 . 993")}
+		if _, err := c.Extend(s, []Element{e}, 0); err != nil {
+			t.Fatal(err)
+		}
+		if got := nftList(t, set)["192.0.2.7 . 993"]; got != (nftElement{}) {
+			t.Errorf("%s: nft has %+v", set, got)
+		}
+		found, err := c.Lookup(s, e.Key)
+		if got, ok := found[e.Key]; err != nil || !ok || !got.Permanent() {
+			t.Errorf("%s: read %+v, %v", set, found, err)
+		}
+		// It stays so, whatever a login asks for.
+		e.Timeout = time.Hour
+		if o, err := c.Extend(s, []Element{e}, 0); err != nil || o[0] != Kept {
+			t.Errorf("%v, %v", o, err)
+		}
+		if got := nftList(t, set)["192.0.2.7 . 993"]; got.Expires != 0 {
+			t.Errorf("%s: a permanent element expires now: %+v", set, got)
+		}
+	}
+}
+
+func TestExtend(t *testing.T) {
+	const k = "192.0.2.7 . 993"
+	for _, test := range []struct {
+		name    string
+		there   string // as nft adds it
+		e       Element
+		outcome Outcome
+		expires int // at least, in seconds
+		timeout int
+		comment string
+	}{
+		{"same timeout, part of it gone", "timeout 1h expires 10m", Element{Timeout: time.Hour}, Extended, 3590, 3600, ""},
+		{"the set's default, part of it gone", "expires 10m", Element{Timeout: 24 * time.Hour}, Extended, 86390, 86400, ""},
+		{"a shorter timeout", "timeout 10m", Element{Timeout: time.Hour}, Extended, 3590, 3600, ""},
+		{"a longer timeout, little of it left", "timeout 30d expires 10m", Element{Timeout: time.Hour}, Extended, 3590, 3600, ""},
+		{"a longer trust", "timeout 30d expires 29d", Element{Timeout: time.Hour}, Kept, 29*86400 - 10, 30 * 86400, ""},
+		{"another comment", `timeout 1h expires 10m comment "alice"`, Element{Timeout: time.Hour, Comment: "bob"}, Extended, 3590, 3600, "bob"},
+		{"a longer trust with another comment", `timeout 1h comment "alice"`, Element{Timeout: time.Minute, Comment: "bob"}, Kept, 3590, 3600, "alice"},
+		{"the same comment", `timeout 1h expires 10m comment "alice"`, Element{Timeout: time.Hour, Comment: "alice"}, Extended, 3590, 3600, "alice"},
+		{"permanent from now on", "timeout 1h", Element{}, Extended, 0, 0, ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			c := dial(t, rules)
+			nstest.Nft(t, "add element inet filter v4port { "+k+" "+test.there+" }")
+			s := describe(t, c, "v4port")
+			test.e.Key = key(k)
+			// A second element, new, goes with it.
+			second := Element{Key: key("192.0.2.7 . 465"), Timeout: time.Hour}
+			o, err := c.Extend(s, []Element{test.e, second}, 0)
+			if err != nil || !slices.Equal(o, []Outcome{test.outcome, Added}) {
+				t.Fatalf("outcomes %v, %v", o, err)
+			}
+			got := nftList(t, "v4port")
+			if e := got[k]; e.Expires < test.expires || e.Timeout != test.timeout || e.Comment != test.comment {
+				t.Errorf("nft has %+v, want %+v", e, test)
+			}
+			if e := got["192.0.2.7 . 465"]; e.Expires < 3590 {
+				t.Errorf("nft has %+v for the new one", e)
+			}
+		})
+	}
+}
+
+// On kernels before 6.12 this is what renews.
+func TestReplace(t *testing.T) {
+	c := dial(t, rules)
+	nstest.Nft(t, "add element inet filter v4port { 192.0.2.7 . 993 timeout 1h expires 10m }")
+	s := describe(t, c, "v4port")
+	batch := c.Batch()
+	batch.Replace(s, []Element{
+		{Key: key("192.0.2.7 . 993"), Timeout: time.Hour, Comment: "x"},
+		{Key: key("192.0.2.8 . 993"), Timeout: time.Hour}, // not there
+	})
+	if err := batch.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	got := nftList(t, "v4port")
+	if e := got["192.0.2.7 . 993"]; e.Expires < 3590 || e.Comment != "x" {
+		t.Errorf("%+v", got)
+	}
+	if e := got["192.0.2.8 . 993"]; e.Expires < 3590 {
+		t.Errorf("%+v", got)
+	}
+}
+
+func TestSlack(t *testing.T) {
+	c := dial(t, rules)
+	s := describe(t, c, "v4port")
+	nstest.Nft(t, "add element inet filter v4port { 192.0.2.7 . 993 timeout 1h expires 3590s }")
+	e := []Element{{Key: key("192.0.2.7 . 993"), Timeout: time.Hour}}
+	if o, err := c.Extend(s, e, 20*time.Second); err != nil || o[0] != Kept {
+		t.Errorf("within the slack: %v, %v", o, err)
+	}
+	if o, err := c.Extend(s, e, 2*time.Second); err != nil || o[0] != Extended {
+		t.Errorf("past the slack: %v, %v", o, err)
+	}
+}
+
+func TestRemove(t *testing.T) {
+	c := dial(t, rules)
+	s := describe(t, c, "v4port")
+	nstest.Nft(t, `add element inet filter v4port { 192.0.2.7 . 1 comment "a", 192.0.2.7 . 2 comment "b", 192.0.2.8 . 1 }`)
+	keys := []Key{key("192.0.2.7 . 1"), key("192.0.2.7 . 2"), key("192.0.2.9 . 9"), key("192.0.2.7 . 1")}
+	removed, err := c.Remove(s, keys, func(e Element) bool { return e.Comment == "b" })
+	if err != nil || len(removed) != 1 || removed[0].Key != keys[1] {
+		t.Errorf("%v, %v", removed, err)
+	}
+	removed, err = c.Remove(s, keys, nil)
+	if err != nil || len(removed) != 1 || removed[0].Key != keys[0] {
+		t.Errorf("%v, %v", removed, err)
+	}
+	if got := nftList(t, "v4port"); len(got) != 1 {
+		t.Errorf("left: %v", got)
+	}
+	batch := c.Batch()
+	batch.Flush(s)
+	if err := batch.Commit(); err != nil {
+		t.Error(err)
+	}
+	if got := nftList(t, "v4port"); len(got) != 0 {
+		t.Errorf("left: %v", got)
+	}
+}
+
+func TestWriteErrors(t *testing.T) {
+	c := dial(t, rules)
+	e := func(k string) []Element { return []Element{{Key: key(k), Timeout: time.Hour}} }
+	for _, test := range []struct {
+		set   string
+		elems []Element
+		err   error
+		words string
+	}{
+		{"none", e("192.0.2.7 . 1"), ErrNoTimeout, "set none has no timeout flag"},
+		{"const", e("192.0.2.7 . 1"), ErrConstant, "set const is constant"},
+		{"v4port", e("192.0.2.7"), ErrKeyType, "keys of type ipv4_addr . inet_service, which 192.0.2.7 is not"},
+		{"v4port", e("2001:db8::7 . 1"), ErrKeyType, "2001:db8::7 . 1 is not"},
+		{"v6port", e("192.0.2.7 . 1"), ErrKeyType, "192.0.2.7 . 1 is not"},
+		{"v4", e("192.0.2.7 . 1"), ErrKeyType, "192.0.2.7 . 1 is not"},
+		{"small", append(append(e("192.0.2.1 . 1"), e("192.0.2.2 . 1")...), e("192.0.2.3 . 1")...), ErrFull, "set small is full (2 elements)"},
+	} {
+		_, err := c.Extend(describe(t, c, test.set), test.elems, 0)
+		var typed *Error
+		if !errors.Is(err, test.err) || !errors.As(err, &typed) || !strings.Contains(err.Error(), test.words) {
+			t.Errorf("%s: %v, want %q", test.set, err, test.words)
+		}
+		if test.set == "small" && len(nftList(t, "small")) != 0 {
+			t.Error("a transaction that failed left something behind")
+		}
+	}
+
+	s := describe(t, c, "v4port")
+	batch := c.Batch()
+	batch.Delete(s, key("192.0.2.7 . 1"))
+	if err := batch.Commit(); !errors.Is(err, ErrNotFound) {
+		t.Errorf("delete of a missing element: %v", err)
+	}
+	nstest.Nft(t, "delete set inet filter v4port")
+	if _, err := c.Extend(s, e("192.0.2.7 . 1"), 0); !errors.Is(err, ErrNoSet) {
+		t.Errorf("the set is gone: %v", err)
+	}
+	if _, err := c.Elements(s); !errors.Is(err, ErrNoSet) {
+		t.Errorf("the set is gone: %v", err)
+	}
+	nstest.Nft(t, "delete table inet filter")
+	if _, err := c.Extend(s, e("192.0.2.7 . 1"), 0); !errors.Is(err, ErrNoTable) {
+		t.Errorf("the table is gone: %v", err)
+	}
+	// The connection is as good as before.
+	nstest.Nft(t, rules)
+	if _, err := c.Extend(s, e("192.0.2.7 . 1"), 0); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestCreate(t *testing.T) {
+	c := dial(t, rules)
+	var sets []*Set
+	for _, name := range []string{"v4port", "v6port", "v4", "v6", "none", "small", "const"} {
+		sets = append(sets, describe(t, c, name))
+	}
+	nstest.Nft(t, "flush ruleset")
+	batch := c.Batch()
+	batch.CreateTable(filter)
+	for _, s := range sets {
+		batch.CreateSet(s)
+	}
+	if err := batch.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	got, err := exec.Command("nft", "list", "ruleset").CombinedOutput()
+	if err != nil {
+		t.Fatal(err)
+	}
+	nstest.Nft(t, "flush ruleset; "+rules)
+	for _, gone := range []string{"set macs", "set turned", "set typed", "set range", "set crange", "map amap"} {
+		nstest.Nft(t, "delete "+strings.Replace(gone, " ", " inet filter ", 1))
+	}
+	nstest.Nft(t, "flush set inet filter none")
+	want, err := exec.Command("nft", "list", "ruleset").CombinedOutput()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// nft lists the elements of the constant set, which were not copied.
+	if w := strings.Replace(string(want), "\t\telements = { 192.0.2.1 . 1 }\n", "", 1); string(got) != w {
+		t.Errorf("nft lists\n%s\nwant\n%s", got, w)
+	}
+}
+
+// Many elements span messages, whose lists end at 64 KiB, and buffers.
+func TestMany(t *testing.T) {
+	const n = 20000
+	c := dial(t, `table inet filter { set v6port { type ipv6_addr . inet_service; flags timeout; }; }`)
+	s := describe(t, c, "v6port")
+	comment := strings.Repeat("x", MaxComment)
+	batch := c.Batch()
+	want := make(map[Key]bool)
+	addr := netip.MustParseAddr("2001:db8::")
+	for range n {
+		addr = addr.Next()
+		k := Key{addr, 993}
+		want[k] = true
+		batch.Add(s, Element{Key: k, Timeout: time.Hour, Expires: time.Minute, Comment: comment})
+	}
+	if err := batch.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	got, err := c.Elements(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range got {
+		if !want[e.Key] || e.Comment != comment || e.Timeout != time.Hour || e.Expires > time.Minute || e.Expires < 50*time.Second {
+			t.Fatalf("read %+v", e)
+		}
+		delete(want, e.Key)
+	}
+	if len(want) > 0 {
+		t.Errorf("%d elements are missing", len(want))
+	}
+	var keys []Key
+	for _, e := range got[:1000] {
+		keys = append(keys, e.Key)
+	}
+	if found, err := c.Lookup(s, keys...); err != nil || len(found) != len(keys) {
+		t.Errorf("found %d of %d: %v", len(found), len(keys), err)
+	}
+}
+
+func TestDeadline(t *testing.T) {
+	c := dial(t, rules)
+	c.SetDeadline(time.Now().Add(50 * time.Millisecond))
+	start := time.Now()
+	// A reply to nothing never comes.
+	_, err := c.read()
+	if !errors.Is(err, ErrDeadline) {
+		t.Errorf("%v", err)
+	}
+	if took := time.Since(start); took < 40*time.Millisecond || took > 10*time.Second {
+		t.Errorf("waited %v", took)
+	}
+}
+
+// A dump during which the ruleset changes says so, and Elements returns all
+// that was there throughout all the same.
+func TestInterruptedDump(t *testing.T) {
+	const n = 20000
+	c := dial(t, `table inet filter { set v4port { type ipv4_addr . inet_service; flags timeout; }; }`)
+	s := describe(t, c, "v4port")
+	batch := c.Batch()
+	addr := netip.MustParseAddr("192.0.2.0")
+	for range n {
+		addr = addr.Next()
+		batch.Add(s, Element{Key: Key{addr, 993}, Timeout: time.Hour})
+	}
+	if err := batch.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	other, err := Dial()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	seen := 0
+	err = c.Dump(s, func(Element) error {
+		if seen++; seen == 1 {
+			b := other.Batch()
+			b.Add(s, Element{Key: key("203.0.113.1 . 1"), Timeout: time.Hour})
+			return b.Commit()
+		}
+		return nil
+	})
+	if !errors.Is(err, ErrInterrupted) {
+		t.Fatalf("after %d elements: %v", seen, err)
+	}
+
+	done := make(chan struct{})
+	stopped := make(chan error)
+	go func() {
+		// In the namespace of the test: other was opened there.
+		for i := uint16(1); ; i++ {
+			select {
+			case <-done:
+				stopped <- nil
+				return
+			default:
+			}
+			b := other.Batch()
+			e := Element{Key: Key{netip.MustParseAddr("203.0.113.2"), i | 1}, Timeout: time.Minute}
+			b.Replace(s, []Element{e})
+			if err := b.Commit(); err != nil {
+				stopped <- err
+				return
+			}
+		}
+	}()
+	elems, err := c.Elements(s)
+	close(done)
+	if err := <-stopped; err != nil {
+		t.Fatal(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	stable := 0
+	for _, e := range elems {
+		if e.Port == 993 && e.Addr.As4()[0] == 192 {
+			stable++
+		}
+	}
+	if stable != n {
+		t.Errorf("%d of %d stable elements", stable, n)
+	}
+}
+
+func TestNoPermission(t *testing.T) {
+	c := dial(t, rules)
+	// A connection remembers who opened it; another user's has no right.
+	out, err := exec.Command("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs",
+		nstest.Build(t, "cmd/nftwl"), "list", "trusted").CombinedOutput()
+	_ = c
+	if err == nil || !strings.Contains(string(out), "CAP_NET_ADMIN is missing") {
+		t.Errorf("%v: %s", err, out)
+	}
+}

@@ -1,0 +1,387 @@
+package nftset
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Types of nft that a key of ours can have, numbered by enum datatypes in
+// nft's include/datatype.h.
+const (
+	typeIPv4Addr    = 7
+	typeIPv6Addr    = 8
+	typeInetService = 13
+
+	typeBits = 6 // TYPE_BITS: the width of a part in the number of a concatenation
+)
+
+// typeNames are nft's names of the types that people make sets of, for an
+// error about a set of another type.
+var typeNames = [...]string{
+	4: "integer", 5: "string", 6: "ll_addr",
+	7: "ipv4_addr", 8: "ipv6_addr", 9: "ether_addr", 10: "ether_type", 11: "arp_op", 12: "inet_proto",
+	13: "inet_service", 14: "icmp_type", 15: "tcp_flag", 19: "mark", 20: "iface_index", 22: "realm",
+	23: "classid", 24: "uid", 25: "gid", 26: "ct_state", 29: "icmpv6_type", 41: "ifname", 46: "cgroupsv2",
+}
+
+func typeName(magic uint32) string {
+	var parts []string
+	for ; magic != 0; magic >>= typeBits {
+		n := magic & (1<<typeBits - 1)
+		name := fmt.Sprintf("type %d", n)
+		if int(n) < len(typeNames) && typeNames[n] != "" {
+			name = typeNames[n]
+		}
+		parts = append([]string{name}, parts...)
+	}
+	return strings.Join(parts, " . ")
+}
+
+// Numbers that x/sys/unix does not have.
+const (
+	setConcat     = 0x80 // NFT_SET_CONCAT
+	setExpression = 17   // NFTA_SET_EXPR
+	setCount      = 20   // NFTA_SET_COUNT
+
+	// Of libnftnl's include/libnftnl/udata.h: what nft keeps for itself in a
+	// set's and an element's user data.
+	udataSetKeyByteOrder = 0
+	udataSetComment      = 7
+	udataElemComment     = 0
+
+	byteOrderBig = 2 // BYTEORDER_BIG_ENDIAN of nft's include/datatype.h
+)
+
+const (
+	msgNewTable   = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWTABLE
+	msgGetTable   = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETTABLE
+	msgNewSet     = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWSET
+	msgGetSet     = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETSET
+	msgNewSetElem = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWSETELEM
+	msgGetSetElem = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETSETELEM
+	msgDelSetElem = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_DELSETELEM
+)
+
+const (
+	nlHeader   = 16 // struct nlmsghdr
+	nfHeader   = 4  // struct nfgenmsg
+	attrHeader = 4  // struct nlattr
+)
+
+var native = binary.NativeEndian
+
+// align rounds up to the alignment of messages and attributes alike.
+func align(n int) int { return (n + 3) &^ 3 }
+
+// appendMessage begins a message; endMessage writes its length.
+func appendMessage(b []byte, typ, flags uint16, seq uint32, family Family, resource uint16) []byte {
+	b = native.AppendUint32(b, 0)
+	b = native.AppendUint16(b, typ)
+	b = native.AppendUint16(b, flags)
+	b = native.AppendUint32(b, seq)
+	b = native.AppendUint32(b, 0)  // port: the kernel fills it in
+	b = append(b, byte(family), 0) // NFNETLINK_V0
+	return append(b, byte(resource>>8), byte(resource))
+}
+
+func endMessage(b []byte, start int) { native.PutUint32(b[start:], uint32(len(b)-start)) }
+
+// beginAttr begins an attribute and returns where; endAttr writes its length
+// and pads it.
+func beginAttr(b []byte, typ uint16) ([]byte, int) {
+	start := len(b)
+	b = native.AppendUint16(b, 0)
+	return native.AppendUint16(b, typ), start
+}
+
+func endAttr(b []byte, start int) []byte {
+	native.PutUint16(b[start:], uint16(len(b)-start))
+	for len(b)%4 != 0 {
+		b = append(b, 0)
+	}
+	return b
+}
+
+func appendString(b []byte, typ uint16, s string) []byte {
+	b, start := beginAttr(b, typ)
+	b = append(b, s...)
+	return endAttr(append(b, 0), start)
+}
+
+func appendUint32(b []byte, typ uint16, v uint32) []byte {
+	b, start := beginAttr(b, typ)
+	return endAttr(binary.BigEndian.AppendUint32(b, v), start)
+}
+
+func appendUint64(b []byte, typ uint16, v uint64) []byte {
+	b, start := beginAttr(b, typ)
+	return endAttr(binary.BigEndian.AppendUint64(b, v), start)
+}
+
+// appendElement encodes an element, or only its key where bare.
+func appendElement(b []byte, s *Set, e *Element, bare bool) []byte {
+	b, elem := beginAttr(b, unix.NLA_F_NESTED|unix.NFTA_LIST_ELEM)
+	b, key := beginAttr(b, unix.NLA_F_NESTED|unix.NFTA_SET_ELEM_KEY)
+	b, value := beginAttr(b, unix.NFTA_DATA_VALUE)
+	if s.Key.IPv6 {
+		a := e.Addr.As16()
+		b = append(b, a[:]...)
+	} else {
+		a := e.Addr.As4()
+		b = append(b, a[:]...)
+	}
+	if s.Key.Port {
+		b = append(b, byte(e.Port>>8), byte(e.Port), 0, 0)
+	}
+	b = endAttr(b, value)
+	b = endAttr(b, key)
+	if !bare {
+		if s.Timeouts {
+			// Said even when it is 0 or the set's default: without it the
+			// kernel takes the default, and 0 is how an element is
+			// permanent in a set that has one.
+			b = appendUint64(b, unix.NFTA_SET_ELEM_TIMEOUT, milliseconds(e.Timeout))
+			if e.Expires > 0 && e.Timeout > 0 {
+				// The kernel refuses more than the timeout (ERANGE).
+				b = appendUint64(b, unix.NFTA_SET_ELEM_EXPIRATION, milliseconds(min(e.Expires, e.Timeout)))
+			}
+		}
+		if e.Comment != "" {
+			b, start := beginAttr(b, unix.NFTA_SET_ELEM_USERDATA)
+			b = appendUserData(b, udataElemComment, e.Comment)
+			b = endAttr(b, start)
+			return endAttr(b, elem)
+		}
+	}
+	return endAttr(b, elem)
+}
+
+// appendUserData appends one field in libnftnl's form: type, length, value,
+// with the final NUL counted.
+func appendUserData(b []byte, typ byte, s string) []byte {
+	b = append(b, typ, byte(len(s)+1))
+	b = append(b, s...)
+	return append(b, 0)
+}
+
+// appendSet encodes the definition of a set as nft sends it.
+func appendSet(b []byte, s *Set, id uint32) []byte {
+	var flags uint32
+	for _, f := range []struct {
+		on   bool
+		flag uint32
+	}{
+		{s.Constant, unix.NFT_SET_CONSTANT}, {s.Dynamic, unix.NFT_SET_EVAL}, {s.Timeouts, unix.NFT_SET_TIMEOUT},
+	} {
+		if f.on {
+			flags |= f.flag
+		}
+	}
+	b = appendString(b, unix.NFTA_SET_TABLE, s.Table.Name)
+	b = appendString(b, unix.NFTA_SET_NAME, s.Name)
+	b = appendUint32(b, unix.NFTA_SET_FLAGS, flags)
+	b = appendUint32(b, unix.NFTA_SET_KEY_TYPE, s.Key.magic())
+	b = appendUint32(b, unix.NFTA_SET_KEY_LEN, uint32(s.Key.len()))
+	b = appendUint32(b, unix.NFTA_SET_ID, id)
+	if s.Memory {
+		b = appendUint32(b, unix.NFTA_SET_POLICY, unix.NFT_SET_POL_MEMORY)
+	}
+	if s.Size > 0 {
+		var desc int
+		b, desc = beginAttr(b, unix.NLA_F_NESTED|unix.NFTA_SET_DESC)
+		b = appendUint32(b, unix.NFTA_SET_DESC_SIZE, s.Size)
+		b = endAttr(b, desc)
+	}
+	if s.Timeout > 0 {
+		b = appendUint64(b, unix.NFTA_SET_TIMEOUT, milliseconds(s.Timeout))
+	}
+	if s.GCInterval > 0 {
+		b = appendUint32(b, unix.NFTA_SET_GC_INTERVAL, uint32(milliseconds(s.GCInterval)))
+	}
+	b, udata := beginAttr(b, unix.NFTA_SET_USERDATA)
+	b = append(b, udataSetKeyByteOrder, 4)
+	b = native.AppendUint32(b, byteOrderBig)
+	if s.Comment != "" {
+		b = appendUserData(b, udataSetComment, s.Comment)
+	}
+	b = endAttr(b, udata)
+	if s.Counter {
+		var expr, name int
+		b, expr = beginAttr(b, unix.NLA_F_NESTED|setExpression)
+		b, name = beginAttr(b, unix.NFTA_EXPR_NAME)
+		b = append(b, "counter\x00"...)
+		b = endAttr(b, name)
+		b = endAttr(b, expr)
+	}
+	return b
+}
+
+var errTruncated = errors.New("a truncated netlink message")
+
+// attributes calls f for every attribute in b, with its type less the flags.
+func attributes(b []byte, f func(typ uint16, data []byte) error) error {
+	for len(b) >= attrHeader {
+		n := int(native.Uint16(b))
+		if n < attrHeader || n > len(b) {
+			return errTruncated
+		}
+		typ := native.Uint16(b[2:]) &^ (unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER)
+		if err := f(typ, b[attrHeader:n]); err != nil {
+			return err
+		}
+		b = b[min(align(n), len(b)):]
+	}
+	return nil
+}
+
+// userData returns a field of libnftnl's user data, or "".
+func userData(b []byte, typ byte) string {
+	for len(b) >= 2 && len(b) >= 2+int(b[1]) {
+		value := b[2 : 2+int(b[1])]
+		if b[0] == typ {
+			return strings.TrimSuffix(string(value), "\x00")
+		}
+		b = b[2+int(b[1]):]
+	}
+	return ""
+}
+
+func beUint32(b []byte) uint32 {
+	if len(b) != 4 {
+		return 0
+	}
+	return binary.BigEndian.Uint32(b)
+}
+
+func beMilliseconds(b []byte) time.Duration {
+	if len(b) != 8 {
+		return 0
+	}
+	return fromMilliseconds(binary.BigEndian.Uint64(b))
+}
+
+// decodeSet reads the body of a NEWSET message.
+func decodeSet(table Table, b []byte) (*Set, error) {
+	s := &Set{Table: table}
+	var flags, keyType, keyLen uint32
+	err := attributes(b, func(typ uint16, data []byte) error {
+		switch typ {
+		case unix.NFTA_SET_NAME:
+			s.Name = strings.TrimSuffix(string(data), "\x00")
+		case unix.NFTA_SET_FLAGS:
+			flags = beUint32(data)
+		case unix.NFTA_SET_KEY_TYPE:
+			keyType = beUint32(data)
+		case unix.NFTA_SET_KEY_LEN:
+			keyLen = beUint32(data)
+		case unix.NFTA_SET_TIMEOUT:
+			s.Timeout = beMilliseconds(data)
+		case unix.NFTA_SET_GC_INTERVAL:
+			s.GCInterval = fromMilliseconds(uint64(beUint32(data)))
+		case unix.NFTA_SET_POLICY:
+			s.Memory = beUint32(data) == unix.NFT_SET_POL_MEMORY
+		case unix.NFTA_SET_DESC:
+			return attributes(data, func(typ uint16, data []byte) error {
+				if typ == unix.NFTA_SET_DESC_SIZE {
+					s.Size = beUint32(data)
+				}
+				return nil
+			})
+		case unix.NFTA_SET_USERDATA:
+			s.Comment = userData(data, udataSetComment)
+		case setCount:
+			s.Count = beUint32(data)
+		case setExpression:
+			return attributes(data, func(typ uint16, data []byte) error {
+				s.Counter = s.Counter || typ == unix.NFTA_EXPR_NAME && string(data) == "counter\x00"
+				return nil
+			})
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	s.Constant = flags&unix.NFT_SET_CONSTANT != 0
+	s.Dynamic = flags&unix.NFT_SET_EVAL != 0
+	s.Timeouts = flags&unix.NFT_SET_TIMEOUT != 0
+	if flags&unix.NFT_SET_MAP != 0 {
+		return nil, s.error(ErrMap)
+	}
+	known := false
+	for _, k := range []KeyType{{}, {Port: true}, {IPv6: true}, {IPv6: true, Port: true}} {
+		if k.magic() == keyType && uint32(k.len()) == keyLen {
+			s.Key, known = k, true
+		}
+	}
+	if !known {
+		return nil, &Error{Table: table, Set: s.Name, Type: typeName(keyType), Err: ErrKeyType}
+	}
+	if flags&(unix.NFT_SET_INTERVAL|setConcat) != 0 {
+		return nil, s.error(ErrInterval)
+	}
+	return s, nil
+}
+
+// decodeElements calls f for every element in the body of a NEWSETELEM
+// message.
+func decodeElements(s *Set, b []byte, f func(Element) error) error {
+	return attributes(b, func(typ uint16, data []byte) error {
+		if typ != unix.NFTA_SET_ELEM_LIST_ELEMENTS {
+			return nil
+		}
+		return attributes(data, func(_ uint16, data []byte) error {
+			e, err := decodeElement(s, data)
+			if err != nil {
+				return err
+			}
+			return f(e)
+		})
+	})
+}
+
+func decodeElement(s *Set, b []byte) (Element, error) {
+	// The kernel leaves out a timeout that is the set's default
+	// (nf_tables_fill_setelem), and the expiration of a permanent element.
+	e := Element{Timeout: s.Timeout}
+	expires := false
+	err := attributes(b, func(typ uint16, data []byte) error {
+		switch typ {
+		case unix.NFTA_SET_ELEM_KEY:
+			return attributes(data, func(typ uint16, data []byte) error {
+				if typ != unix.NFTA_DATA_VALUE || len(data) != s.Key.len() {
+					return errTruncated
+				}
+				if s.Key.IPv6 {
+					e.Addr = netip.AddrFrom16([16]byte(data))
+				} else {
+					e.Addr = netip.AddrFrom4([4]byte(data))
+				}
+				if s.Key.Port {
+					e.Port = binary.BigEndian.Uint16(data[len(data)-4:])
+				}
+				return nil
+			})
+		case unix.NFTA_SET_ELEM_TIMEOUT:
+			e.Timeout = beMilliseconds(data)
+		case unix.NFTA_SET_ELEM_EXPIRATION:
+			e.Expires, expires = beMilliseconds(data), true
+		case unix.NFTA_SET_ELEM_USERDATA:
+			e.Comment = userData(data, udataElemComment)
+		}
+		return nil
+	})
+	if err == nil && !e.Addr.IsValid() {
+		err = errTruncated
+	}
+	if !expires {
+		e.Timeout = 0
+	}
+	return e, err
+}
