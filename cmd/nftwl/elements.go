@@ -1,0 +1,548 @@
+package main
+
+import (
+	"bufio"
+	"cmp"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"nftwl/pkg/config"
+	"nftwl/pkg/nftset"
+	"nftwl/pkg/trust"
+)
+
+// list is one of the two that an address can be on.
+type list string
+
+const (
+	trusted list = "trusted"
+	banned  list = "banned"
+)
+
+func (l list) sets(c *config.Config) config.Names {
+	if l == banned {
+		return c.Banned
+	}
+	return c.Trusted
+}
+
+func (l list) timeout(c *config.Config) time.Duration {
+	if l == banned {
+		return c.BanTimeout
+	}
+	return c.Timeout
+}
+
+// session is what a command that talks to the kernel begins with.
+type session struct {
+	*config.Config
+	conn *nftset.Conn
+}
+
+func open(configPath string) (*session, error) {
+	c, err := config.Load(configPath)
+	if err != nil {
+		return nil, failed(err)
+	}
+	conn, err := nftset.Dial()
+	if err != nil {
+		return nil, failed(err)
+	}
+	return &session{c, conn}, nil
+}
+
+// byFamily gives the addresses of each family that occurs to f, with their
+// set.
+func (s *session) byFamily(l list, addrs []netip.Addr, f func(set *nftset.Set, addrs []netip.Addr) error) (ok bool) {
+	ok = true
+	for _, v6 := range []bool{false, true} {
+		var some []netip.Addr
+		for _, a := range addrs {
+			if a.Is6() == v6 {
+				some = append(some, a)
+			}
+		}
+		if len(some) == 0 {
+			continue
+		}
+		set, err := s.conn.Set(s.Table, l.sets(s.Config).For(some[0]))
+		if err == nil {
+			err = f(set, some)
+		}
+		if err != nil {
+			printError(err)
+			ok = false
+		}
+	}
+	return ok
+}
+
+// addresses reads the arguments of a command, of which "-" stands for the
+// lines of stdin. What is not an address, or must not be on a list, is said;
+// the others count.
+func (s *session) addresses(args []string, refuse bool) (addrs []netip.Addr, ok bool) {
+	ok = true
+	one := func(text string) {
+		addr, err := trust.ParseAddr(text)
+		if _, e := netip.ParsePrefix(text); err != nil && e == nil {
+			err = fmt.Errorf("%s is a prefix; the sets hold single addresses", text)
+		}
+		if err == nil && refuse {
+			err = trust.Refuse(s.Config, addr)
+		}
+		if err != nil {
+			printError(err)
+			ok = false
+			return
+		}
+		if addr = trust.Network(s.Config, addr); !slices.Contains(addrs, addr) {
+			addrs = append(addrs, addr)
+		}
+	}
+	for _, arg := range args {
+		if arg != "-" {
+			one(arg)
+			continue
+		}
+		lines := bufio.NewScanner(os.Stdin)
+		for lines.Scan() {
+			if line := strings.TrimSpace(lines.Text()); line != "" && !strings.HasPrefix(line, "#") {
+				one(line)
+			}
+		}
+		if err := lines.Err(); err != nil {
+			printError(fmt.Errorf("standard input: %w", err))
+			ok = false
+		}
+	}
+	return addrs, ok
+}
+
+// portsFlag is --port, which says fewer ports than the configuration.
+type portsFlag []uint16
+
+func (p *portsFlag) Type() string   { return "PORTS" }
+func (p *portsFlag) String() string { return joinPorts(*p) }
+
+func (p *portsFlag) Set(text string) error {
+	for _, s := range strings.Split(text, ",") {
+		port, err := config.ParsePort(strings.TrimSpace(s))
+		if err != nil {
+			return err
+		}
+		if !slices.Contains(*p, port) {
+			*p = append(*p, port)
+		}
+	}
+	return nil
+}
+
+func (p portsFlag) or(configured []uint16) []uint16 {
+	if len(p) > 0 {
+		return p
+	}
+	return configured
+}
+
+func joinPorts(ports []uint16) string {
+	var b strings.Builder
+	for i, p := range ports {
+		if i > 0 {
+			b.WriteByte(',')
+		}
+		fmt.Fprint(&b, p)
+	}
+	return b.String()
+}
+
+const addressesHelp = `
+
+An ADDRESS is IPv4 or IPv6; "-" reads them from standard input, one a line.`
+
+// newPut is add and ban.
+func newPut(configPath *string, l list) *cobra.Command {
+	var ports portsFlag
+	var timeout, comment string
+	cmd := &cobra.Command{
+		Use:   "add ADDRESS…",
+		Short: "Trust addresses",
+		Long: `Trusts addresses for the configured ports and time. An address that is trusted
+for longer already stays so.` + addressesHelp,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			e := nftset.Element{Comment: comment}
+			if err := nftset.CheckComment(comment); err != nil {
+				return fmt.Errorf("--comment: %w", err)
+			}
+			if timeout != "" && timeout != "never" {
+				var err error
+				if e.Timeout, err = nftset.ParseTimeout(timeout); err != nil {
+					return fmt.Errorf("--timeout: %w", err)
+				}
+			}
+			s, err := open(*configPath)
+			if err != nil {
+				return err
+			}
+			defer s.conn.Close()
+			if timeout == "" {
+				e.Timeout = l.timeout(s.Config)
+			}
+			addrs, ok := s.addresses(args, true)
+			ok = s.byFamily(l, addrs, func(set *nftset.Set, addrs []netip.Addr) error {
+				return s.put(l, set, addrs, ports.or(s.Ports), e)
+			}) && ok
+			if !ok {
+				return &status{code: exitFailed}
+			}
+			return nil
+		},
+	}
+	if l == banned {
+		cmd.Use, cmd.Short = "ban ADDRESS…", "Ban addresses"
+		cmd.Long = `Bans addresses from the configured ports for the configured time. An address
+that is banned for longer already stays so.` + addressesHelp
+	}
+	cmd.Flags().VarP(&ports, "port", "", "only these `PORTS`, such as 465,587")
+	cmd.Flags().StringVar(&timeout, "timeout", "", "for how `LONG`, such as 12h, or never for a permanent element")
+	cmd.Flags().StringVar(&comment, "comment", "", "a `TEXT` to note on the elements")
+	return cmd
+}
+
+func (s *session) put(l list, set *nftset.Set, addrs []netip.Addr, ports []uint16, e nftset.Element) error {
+	var elems []nftset.Element
+	for _, addr := range addrs {
+		elems = append(elems, trust.Elements(set, addr, ports, e)...)
+	}
+	outcomes, err := s.conn.Extend(set, elems, 0)
+	if err != nil {
+		return err
+	}
+	kept := make(map[netip.Addr]bool)
+	for i, o := range outcomes {
+		if addr := elems[i].Addr; o == nftset.Kept && !kept[addr] {
+			kept[addr] = true
+			printNote("%s is %s for longer already", addr, l)
+		}
+	}
+	return nil
+}
+
+// newDrop is remove and unban.
+func newDrop(configPath *string, l list) *cobra.Command {
+	var ports portsFlag
+	var comment string
+	cmd := &cobra.Command{
+		Use:   "remove ADDRESS…",
+		Short: "End the trust of addresses",
+		Long:  "Removes addresses from the trusted sets." + addressesHelp,
+		Args:  cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			s, err := open(*configPath)
+			if err != nil {
+				return err
+			}
+			defer s.conn.Close()
+			var match func(nftset.Element) bool
+			if cmd.Flags().Changed("comment") {
+				match = func(e nftset.Element) bool { return e.Comment == comment }
+			}
+			addrs, ok := s.addresses(args, false)
+			ok = s.byFamily(l, addrs, func(set *nftset.Set, addrs []netip.Addr) error {
+				return s.drop(l, set, addrs, ports.or(s.Ports), match)
+			}) && ok
+			if !ok {
+				return &status{code: exitFailed}
+			}
+			return nil
+		},
+	}
+	if l == banned {
+		cmd.Use, cmd.Short = "unban ADDRESS…", "End the ban of addresses"
+		cmd.Long = "Removes addresses from the banned sets." + addressesHelp
+	}
+	cmd.Flags().VarP(&ports, "port", "", "only these `PORTS`, such as 465,587")
+	cmd.Flags().StringVar(&comment, "comment", "", "only elements with this `TEXT` as their comment")
+	return cmd
+}
+
+func (s *session) drop(l list, set *nftset.Set, addrs []netip.Addr, ports []uint16, match func(nftset.Element) bool) error {
+	var keys []nftset.Key
+	for _, addr := range addrs {
+		keys = append(keys, trust.Keys(set, addr, ports)...)
+	}
+	removed, err := s.conn.Remove(set, keys, match)
+	if err != nil {
+		return err
+	}
+	gone := make(map[netip.Addr]bool)
+	for _, e := range removed {
+		gone[e.Addr] = true
+	}
+	for _, addr := range addrs {
+		if !gone[addr] {
+			printNote("%s was not %s", addr, l)
+		}
+	}
+	return nil
+}
+
+func newCheck(configPath *string) *cobra.Command {
+	var ports portsFlag
+	var asBanned, quiet bool
+	cmd := &cobra.Command{
+		Use:   "check ADDRESS",
+		Short: "Tell whether an address is trusted (or banned)",
+		Long: `Tells whether an address is trusted now, on every configured port or on those
+of --port.
+
+Exit status: 0 for yes, 1 for no, 2 for an error.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			s, err := open(*configPath)
+			if err != nil {
+				return &status{exitUsage, err}
+			}
+			defer s.conn.Close()
+			l := trusted
+			if asBanned {
+				l = banned
+			}
+			addrs, ok := s.addresses(args, false)
+			if !ok || len(addrs) != 1 {
+				return &status{code: exitUsage}
+			}
+			yes := false
+			ok = s.byFamily(l, addrs, func(set *nftset.Set, _ []netip.Addr) (err error) {
+				yes, err = s.check(l, set, addrs[0], ports.or(s.Ports), quiet)
+				return err
+			})
+			switch {
+			case !ok:
+				return &status{code: exitUsage}
+			case !yes:
+				return &status{code: exitFailed}
+			}
+			return nil
+		},
+	}
+	cmd.Flags().VarP(&ports, "port", "", "only these `PORTS`, such as 465,587")
+	cmd.Flags().BoolVar(&asBanned, "banned", false, "ask the banned sets")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print nothing")
+	return cmd
+}
+
+func (s *session) check(l list, set *nftset.Set, addr netip.Addr, ports []uint16, quiet bool) (bool, error) {
+	keys := trust.Keys(set, addr, ports)
+	found, err := s.conn.Lookup(set, keys...)
+	if err != nil {
+		return false, err
+	}
+	var there []nftset.Element
+	var missing []uint16
+	for _, k := range keys {
+		if e, ok := found[k]; ok {
+			there = append(there, e)
+		} else {
+			missing = append(missing, k.Port)
+		}
+	}
+	on := func(ports []uint16) string {
+		if !set.Key.Port {
+			return ""
+		}
+		return " on " + joinPorts(ports)
+	}
+	switch {
+	case quiet:
+	case len(missing) == 0:
+		fmt.Printf("%s is %s%s, time left: %s\n", addr, l, on(ports), timeLeft(there))
+	default:
+		fmt.Printf("%s is not %s%s\n", addr, l, on(missing))
+	}
+	return len(missing) == 0, nil
+}
+
+func newFlush(configPath *string) *cobra.Command {
+	return &cobra.Command{
+		Use:       "flush trusted|banned",
+		Short:     "Empty the trusted or the banned sets",
+		Args:      cobra.MatchAll(cobra.ExactArgs(1), cobra.OnlyValidArgs),
+		ValidArgs: []string{string(trusted), string(banned)},
+		RunE: func(_ *cobra.Command, args []string) error {
+			s, err := open(*configPath)
+			if err != nil {
+				return err
+			}
+			defer s.conn.Close()
+			var sets []*nftset.Set
+			for _, name := range list(args[0]).sets(s.Config).Both() {
+				set, err := s.conn.Set(s.Table, name)
+				if err != nil {
+					return failed(err)
+				}
+				sets = append(sets, set)
+			}
+			batch := s.conn.Batch()
+			for _, set := range sets {
+				batch.Flush(set)
+			}
+			return failed(batch.Commit())
+		},
+	}
+}
+
+func newList(configPath *string) *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:       "list [trusted|banned]",
+		Short:     "List the addresses that are trusted and banned",
+		Args:      cobra.MatchAll(cobra.MaximumNArgs(1), cobra.OnlyValidArgs),
+		ValidArgs: []string{string(trusted), string(banned)},
+		RunE: func(_ *cobra.Command, args []string) error {
+			s, err := open(*configPath)
+			if err != nil {
+				return err
+			}
+			defer s.conn.Close()
+			lists := []list{trusted, banned}
+			if len(args) == 1 {
+				lists = []list{list(args[0])}
+			}
+			rows, ok := s.rows(lists)
+			if asJSON {
+				err = writeJSON(os.Stdout, rows)
+			} else {
+				err = writeTable(os.Stdout, rows)
+			}
+			if err == nil && !ok {
+				err = &status{code: exitFailed}
+			}
+			return err
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "one object per element, for programs")
+	return cmd
+}
+
+// row is an element with the list and set that it is in.
+type row struct {
+	list list
+	set  string
+	nftset.Element
+}
+
+// rows reads all elements of the lists, ordered by list, address and port. A
+// set that cannot be read is said.
+func (s *session) rows(lists []list) (rows []row, ok bool) {
+	ok = true
+	for _, l := range lists {
+		for _, name := range l.sets(s.Config).Both() {
+			set, err := s.conn.Set(s.Table, name)
+			var elems []nftset.Element
+			if err == nil {
+				elems, err = s.conn.Elements(set)
+			}
+			if err != nil {
+				printError(err)
+				ok = false
+			}
+			slices.SortFunc(elems, func(a, b nftset.Element) int {
+				return cmp.Or(a.Addr.Compare(b.Addr), cmp.Compare(a.Port, b.Port))
+			})
+			for _, e := range elems {
+				rows = append(rows, row{l, name, e})
+			}
+		}
+	}
+	return rows, ok
+}
+
+// element is a row as JSON has it. Absent fields are those that the element
+// has not.
+type element struct {
+	List    list     `json:"list"`
+	Set     string   `json:"set"`
+	Address string   `json:"address"`
+	Port    uint16   `json:"port,omitempty"`
+	Timeout *float64 `json:"timeout,omitempty"` // seconds
+	Expires *float64 `json:"expires,omitempty"` // seconds
+	Comment string   `json:"comment,omitempty"`
+}
+
+func writeJSON(w io.Writer, rows []row) error {
+	elems := make([]element, len(rows))
+	for i, r := range rows {
+		elems[i] = element{List: r.list, Set: r.set, Address: r.Addr.String(), Port: r.Port, Comment: r.Comment}
+		if !r.Permanent() {
+			timeout, expires := r.Timeout.Seconds(), r.Expires.Seconds()
+			elems[i].Timeout, elems[i].Expires = &timeout, &expires
+		}
+	}
+	enc := json.NewEncoder(w)
+	enc.SetEscapeHTML(false)
+	return failed(enc.Encode(elems))
+}
+
+// writeTable prints a line per address.
+func writeTable(w io.Writer, rows []row) error {
+	if len(rows) == 0 {
+		return nil
+	}
+	tab := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(tab, "LIST\tADDRESS\tPORTS\tTIME LEFT\tCOMMENT")
+	for len(rows) > 0 {
+		n := 1
+		for n < len(rows) && rows[n].list == rows[0].list && rows[n].Addr == rows[0].Addr {
+			n++
+		}
+		var elems []nftset.Element
+		var comments []string
+		for _, r := range rows[:n] {
+			elems = append(elems, r.Element)
+			// Whoever else writes to the set may have noted anything.
+			if text := nftset.CleanComment(r.Comment); text != "" && !slices.Contains(comments, text) {
+				comments = append(comments, text)
+			}
+		}
+		ports := "all"
+		if rows[0].Port != 0 {
+			var numbers []uint16
+			for _, e := range elems {
+				numbers = append(numbers, e.Port)
+			}
+			ports = joinPorts(numbers)
+		}
+		line := fmt.Sprintf("%s\t%s\t%s\t%s\t%s", rows[0].list, rows[0].Addr, ports, timeLeft(elems), strings.Join(comments, ", "))
+		fmt.Fprintln(tab, strings.TrimRight(line, "\t"))
+		rows = rows[n:]
+	}
+	return failed(tab.Flush())
+}
+
+// timeLeft says how long elements live: the shortest and the longest, where
+// they differ by a second or more.
+func timeLeft(elems []nftset.Element) string {
+	left := func(e nftset.Element) time.Duration {
+		if e.Permanent() {
+			return math.MaxInt64
+		}
+		return e.Expires
+	}
+	order := func(a, b nftset.Element) int { return cmp.Compare(left(a), left(b)) }
+	shortest, longest := left(slices.MinFunc(elems, order)), left(slices.MaxFunc(elems, order))
+	if longest-shortest < time.Second {
+		return life(shortest)
+	}
+	return life(shortest) + " to " + life(longest)
+}

@@ -1,0 +1,170 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/signal"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/config"
+	"nftwl/pkg/nftset"
+	"nftwl/pkg/trust"
+)
+
+// loginArgs recognises `nftwl [--config FILE] login COMMAND…`.
+func loginArgs(args []string) (config string, command []string, ok bool) {
+	if len(args) > 1 && args[0] == "--config" {
+		config, args = args[1], args[2:]
+	} else if len(args) > 0 && strings.HasPrefix(args[0], "--config=") {
+		config, args = strings.TrimPrefix(args[0], "--config="), args[1:]
+	}
+	if len(args) == 0 || args[0] != "login" {
+		return "", nil, false
+	}
+	return config, args[1:], true
+}
+
+// login trusts the client that has just logged in and becomes the command,
+// which is Dovecot's: whatever happens here, the command must be executed, or
+// a user cannot read their mail. So everything that can fail does so inside
+// trustClient, whose errors are a line on stderr and nothing more. The client
+// reads what is written to stdout, and writes what is read from stdin: both
+// stay untouched.
+func login(configPath string, command []string) int {
+	if len(command) == 0 {
+		complain("login: the command to execute is missing")
+		return exitUsage
+	}
+	trustClient(configPath)
+
+	// Dovecot ignores SIGPIPE, and what it starts inherits that. Go's runtime
+	// has put a handler in its place, which exec would turn into the default,
+	// and cannot tell any more what was there.
+	signal.Ignore(unix.SIGPIPE)
+	return execute(command)
+}
+
+func trustClient(configPath string) {
+	defer func() {
+		if p := recover(); p != nil {
+			complain(fmt.Sprintf("login: a defect of nftwl's: %v", p))
+		}
+	}()
+	c, err := config.Load(configPath)
+	if err != nil {
+		complain(err.Error())
+		return
+	}
+	grant, err := trust.Decide(c, trust.Login{
+		IP:      os.Getenv("IP"),
+		LocalIP: os.Getenv("LOCAL_IP"),
+		User:    os.Getenv("USER"),
+		Trust:   os.Getenv("NFTWL_TRUST"),
+		Timeout: os.Getenv("NFTWL_TIMEOUT"),
+	})
+	if err != nil {
+		complain("login: " + err.Error())
+	}
+	if grant == nil {
+		return
+	}
+	conn, err := nftset.Dial()
+	if err == nil {
+		defer conn.Close()
+		conn.SetDeadline(time.Now().Add(c.Deadline))
+		err = grant.Apply(conn, c)
+	}
+	if err != nil {
+		complain(fmt.Sprintf("login: %s is not trusted: %v", grant.Addr, err))
+	}
+}
+
+// complain writes one line to stderr, which is Dovecot's log: an error there,
+// whatever it says. It gives the line up rather than wait for a reader who is
+// not reading. It writes to the descriptor itself, since a write through
+// os.Stderr whose reader is gone ends the process.
+func complain(text string) {
+	const most = 1000 // less than PIPE_BUF, so that a pipe takes all or nothing
+	line := []byte("nftwl: error: " + printable(text))
+	if len(line) > most {
+		line = append(line[:most], "…"...)
+	}
+	fds := []unix.PollFd{{Fd: 2, Events: unix.POLLOUT}}
+	if n, err := unix.Poll(fds, 0); err == nil && n == 1 && fds[0].Revents == unix.POLLOUT {
+		_, _ = unix.Write(2, append(line, '\n'))
+	}
+}
+
+// execute becomes the command, found as execvp(3) finds it. It returns only
+// where that fails, with the exit code that a shell would give.
+//
+// The environment is what came in, but that Go drops a variable's second
+// definition. The limit of open files is what came in too: syscall.Exec puts
+// back what Go's runtime raised.
+func execute(command []string) int {
+	name := command[0]
+	paths := []string{name}
+	if !strings.Contains(name, "/") {
+		path, ok := os.LookupEnv("PATH")
+		if !ok {
+			path = "/bin:/usr/bin" // as in glibc; Dovecot's environment has none
+		}
+		paths = paths[:0]
+		for _, dir := range strings.Split(path, ":") {
+			if dir == "" {
+				dir = "."
+			}
+			paths = append(paths, dir+"/"+name)
+		}
+	}
+	err := error(unix.ENOENT)
+	for _, path := range paths {
+		if name == "" {
+			break
+		}
+		e := unix.Exec(path, command, os.Environ())
+		if e != unix.ENOENT && e != unix.ENOTDIR {
+			err = e
+			if e != unix.EACCES {
+				break
+			}
+		}
+	}
+	if err == unix.ENOENT {
+		complain(fmt.Sprintf("login: command %q not found", name))
+		return exitNotFound
+	}
+	why := err.Error()
+	if err == unix.ENOEXEC {
+		why = "not a program, and a script needs a #! line"
+	}
+	complain(fmt.Sprintf("login: cannot execute %q: %s", name, why))
+	return exitNotExecutable
+}
+
+// loginHelp is login for those who ask for help with it; main has taken the
+// others.
+func loginHelp() *cobra.Command {
+	return &cobra.Command{
+		Use:   "login COMMAND [ARG…]",
+		Short: "Trust $IP, then become COMMAND (for Dovecot's post-login hook)",
+		Long: `Trusts the address in $IP for the configured ports, and executes COMMAND with
+its arguments, the environment and the open files as they came. An error never
+keeps COMMAND from being executed: it is one line on stderr.
+
+Everything after the word login is the command; --config FILE stands before it.
+
+From the user database, through Dovecot's extra fields:
+  nftwl_trust=no      this user's addresses are never trusted
+  nftwl_timeout=7d    they are trusted for so long
+
+Exit status: COMMAND's; 127 where it is not found, 126 where it cannot be
+executed.`,
+		DisableFlagParsing: true,
+		RunE:               func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+}

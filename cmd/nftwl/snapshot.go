@@ -1,0 +1,124 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"nftwl/pkg/nftset"
+	"nftwl/pkg/snapshot"
+)
+
+func newSave(configPath *string) *cobra.Command {
+	return &cobra.Command{
+		Use:   "save [FILE]",
+		Short: "Save the trusted and banned sets to a file",
+		Long: `Writes the four sets to FILE, or to the snapshot file of the configuration; "-"
+is standard output. The file is replaced as a whole or not at all, and the one
+before is kept as FILE.old. nft -f loads it as well as 'nftwl restore' does.`,
+		Args: cobra.MaximumNArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			s, err := open(*configPath)
+			if err != nil {
+				return err
+			}
+			defer s.conn.Close()
+			var sets []*nftset.Set
+			for _, name := range append(s.Trusted.Both(), s.Banned.Both()...) {
+				set, err := s.conn.Set(s.Table, name)
+				if err != nil {
+					return failed(err)
+				}
+				sets = append(sets, set)
+			}
+			path := s.Snapshot
+			if len(args) == 1 {
+				path = args[0]
+			}
+			if path == "-" {
+				return failed(snapshot.Write(os.Stdout, s.conn, sets))
+			}
+			return failed(snapshot.Save(path, s.conn, sets))
+		},
+	}
+}
+
+func newRestore(configPath *string) *cobra.Command {
+	var verbose bool
+	cmd := &cobra.Command{
+		Use:   "restore [FILE…]",
+		Short: "Merge saved sets into the kernel",
+		Long: `Merges snapshots, or files that 'nft list set' or 'nft list ruleset' printed,
+into the kernel: all of them, or nothing where one has an error. A table or set
+that is missing is created as the file defines it. What the kernel holds already
+is never shortened.
+
+Without FILE it restores the snapshot file of the configuration, and does
+nothing where that does not exist yet. "-" is standard input.`,
+		RunE: func(_ *cobra.Command, args []string) error {
+			s, err := open(*configPath)
+			if err != nil {
+				return err
+			}
+			defer s.conn.Close()
+			paths := args
+			if len(paths) == 0 {
+				paths = []string{s.Snapshot}
+			}
+			var files []*snapshot.File
+			for _, path := range paths {
+				f, err := s.parse(path)
+				if errors.Is(err, fs.ErrNotExist) && len(args) == 0 {
+					if verbose {
+						fmt.Printf("no snapshot yet: %s\n", path)
+					}
+					return nil
+				}
+				if err != nil {
+					return failed(err)
+				}
+				files = append(files, f)
+			}
+			r, err := snapshot.Restore(s.conn, files, time.Now())
+			if err == nil && verbose {
+				fmt.Printf("restored %d, expired %d, already there %d\n", r.Restored, r.Expired, r.There)
+			}
+			return failed(err)
+		},
+	}
+	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "print how many elements were restored")
+	return cmd
+}
+
+// parse reads a file of sets, of which it takes the four configured ones.
+func (s *session) parse(path string) (*snapshot.File, error) {
+	name := path
+	if path == "-" {
+		name, path = "standard input", "/dev/stdin"
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	ours := make(map[string]bool)
+	for _, set := range append(s.Trusted.Both(), s.Banned.Both()...) {
+		ours[set] = true
+	}
+	f, err := snapshot.Parse(data, func(table nftset.Table, set string) bool {
+		return table == s.Table && ours[set]
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	for _, what := range f.Passed {
+		printNote("%s: %s: passed over", name, what)
+	}
+	if len(f.Sets) == 0 {
+		return nil, fmt.Errorf("%s: none of the sets in it is one of table %s that the configuration names", name, s.Table)
+	}
+	return f, nil
+}

@@ -1,0 +1,666 @@
+package snapshot
+
+import (
+	"bytes"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"nftwl/pkg/nftset"
+)
+
+// File is what a file of sets holds.
+type File struct {
+	// Saved is when it was saved, and zero where the file is not a snapshot
+	// of ours but what nft printed.
+	Saved time.Time
+	Sets  []Section
+	// Passed are the things in the file that are none of the wanted sets, as
+	// "line 12: chain input".
+	Passed []string
+}
+
+// Section is a set of a File.
+type Section struct {
+	nftset.Set
+	Elements []nftset.Element
+}
+
+// Parse reads a snapshot, or what nft list printed. Of the sets in it, it
+// takes those that wanted accepts, and passes over the rest. An error begins
+// with "line N: ".
+func Parse(data []byte, wanted func(nftset.Table, string) bool) (*File, error) {
+	f := &File{}
+	line, _, _ := bytes.Cut(data, []byte("\n"))
+	var err error
+	if f.Saved, err = parseHeader(string(line)); err != nil {
+		return nil, fmt.Errorf("line 1: %w", err)
+	}
+	p := &parser{file: f, wanted: wanted, data: data, line: 1}
+	if err := p.parse(); err != nil {
+		return nil, fmt.Errorf("line %d: %w", p.line, err)
+	}
+	if !f.Saved.IsZero() {
+		text := strings.TrimSuffix(string(data[max(0, len(data)-200):]), "\n")
+		n, ok := parseTrailer(text[strings.LastIndexByte(text, '\n')+1:])
+		if !ok {
+			return nil, fmt.Errorf("line %d: %w", p.line, errCutShort)
+		}
+		if n != p.elements {
+			return nil, fmt.Errorf("line %d: the snapshot has %d elements and says that it has %d", p.line, p.elements, n)
+		}
+	}
+	return f, nil
+}
+
+// parser reads tokens of nft's language: words, the marks { } = , ; and the
+// end of a line, and strings, in which nothing is escaped.
+type parser struct {
+	file   *File
+	wanted func(nftset.Table, string) bool
+	data   []byte
+	at     int
+	line   int // of the last token
+	next   int // lines that the last token ended
+
+	tok      []byte // a word, or a mark, or the inside of a string; empty at the end
+	kind     byte   // 'w', '"', or the mark itself; 0 at the end
+	elements int    // of all sets of ours
+}
+
+const (
+	word   = 'w'
+	quoted = '"'
+	end    = 0
+)
+
+func (p *parser) advance() error {
+	p.line += p.next
+	p.next = 0
+	for p.at < len(p.data) {
+		switch c := p.data[p.at]; c {
+		case ' ', '\t', '\r':
+			p.at++
+		case '#':
+			n := bytes.IndexByte(p.data[p.at:], '\n')
+			if n < 0 {
+				n = len(p.data) - p.at
+			}
+			p.at += n
+		case '\\':
+			// A line that goes on in the next.
+			if p.at+1 >= len(p.data) || p.data[p.at+1] != '\n' {
+				return fmt.Errorf("an unexpected %q", c)
+			}
+			p.at += 2
+			p.line++
+		case '\n', '{', '}', '=', ',', ';':
+			p.tok, p.kind = p.data[p.at:p.at+1], c
+			p.at++
+			if c == '\n' {
+				p.next = 1
+			}
+			return nil
+		case '"':
+			n := bytes.IndexAny(p.data[p.at+1:], "\"\n")
+			if n < 0 || p.data[p.at+1+n] == '\n' {
+				return fmt.Errorf("a string without its end: %s", clip(p.data[p.at:]))
+			}
+			p.tok, p.kind = p.data[p.at+1:p.at+1+n], quoted
+			p.at += n + 2
+			return nil
+		default:
+			start := p.at
+			for p.at < len(p.data) && isWord(p.data[p.at]) {
+				p.at++
+			}
+			if p.at == start {
+				return fmt.Errorf("an unexpected byte %q", c)
+			}
+			p.tok, p.kind = p.data[start:p.at], word
+			return nil
+		}
+	}
+	p.tok, p.kind = nil, end
+	return nil
+}
+
+// isWord tells of the bytes of words: all that print and are no mark.
+func isWord(c byte) bool {
+	return c > ' ' && c < 0x7f && c != '{' && c != '}' && c != '=' && c != ',' && c != ';' && c != '"' && c != '#'
+}
+
+// clip makes text fit for an error.
+func clip(b []byte) string {
+	const most = 40
+	if n := bytes.IndexByte(b, '\n'); n >= 0 {
+		b = b[:n]
+	}
+	if len(b) > most {
+		return fmt.Sprintf("%q…", b[:most])
+	}
+	return fmt.Sprintf("%q", b)
+}
+
+func (p *parser) found() string {
+	switch p.kind {
+	case end:
+		return "the end of the file"
+	case '\n':
+		return "the end of the line"
+	}
+	return clip(p.tok)
+}
+
+// is tells whether the token is the word or the mark.
+func (p *parser) is(s string) bool { return p.kind != quoted && string(p.tok) == s }
+
+// expect reads a token that must be the mark.
+func (p *parser) expect(mark string) error {
+	if err := p.advance(); err != nil {
+		return err
+	}
+	if !p.is(mark) {
+		return fmt.Errorf("%s where %s must be", p.found(), mark)
+	}
+	return nil
+}
+
+// word reads a token that must be a word.
+func (p *parser) word(what string) (string, error) {
+	if err := p.advance(); err != nil {
+		return "", err
+	}
+	if p.kind != word {
+		return "", fmt.Errorf("%s where %s must be", p.found(), what)
+	}
+	return string(p.tok), nil
+}
+
+// skipLines reads on to a token that is not the end of a line.
+func (p *parser) skipLines() error {
+	for {
+		if err := p.advance(); err != nil || p.kind != '\n' && p.kind != ';' {
+			return err
+		}
+	}
+}
+
+// parse reads the tables of a file.
+func (p *parser) parse() error {
+	for {
+		if err := p.skipLines(); err != nil {
+			return err
+		}
+		switch {
+		case p.kind == end:
+			return nil
+		case !p.is("table"):
+			// Commands, such as flush ruleset, are not what nft list prints.
+			// To obey them would undo what is to be restored into.
+			return fmt.Errorf("%s, where only tables can be, as nft list prints them", p.found())
+		}
+		if err := p.table(); err != nil {
+			return err
+		}
+	}
+}
+
+func (p *parser) table() error {
+	var words []string
+	for {
+		if err := p.advance(); err != nil {
+			return err
+		}
+		if p.is("{") {
+			break
+		}
+		if p.kind != word || len(words) == 2 {
+			return fmt.Errorf("%s where { must be", p.found())
+		}
+		words = append(words, string(p.tok))
+	}
+	table, err := nftset.ParseTable(strings.Join(words, " "))
+	if err != nil {
+		return err
+	}
+	for {
+		if err := p.skipLines(); err != nil {
+			return err
+		}
+		switch {
+		case p.is("}"):
+			return nil
+		case p.is("set"):
+			name, err := p.word("the name of a set")
+			if err != nil {
+				return err
+			}
+			if p.wanted(table, name) {
+				err = p.set(table, name)
+			} else {
+				err = p.pass("set " + name)
+			}
+			if err != nil {
+				return err
+			}
+		case p.kind == word:
+			kind := string(p.tok)
+			switch kind {
+			case "flags", "comment":
+				err = p.restOfLine()
+			case "map":
+				name, e := p.word("the name of a map")
+				if e == nil && p.wanted(table, name) {
+					e = fmt.Errorf("%s is a map here, and must be a set", name)
+				}
+				if err = e; err == nil {
+					err = p.pass("map " + name)
+				}
+			default:
+				err = p.pass(kind)
+			}
+			if err != nil {
+				return err
+			}
+		default:
+			return fmt.Errorf("%s where } must be", p.found())
+		}
+	}
+}
+
+// restOfLine reads to the end of a statement.
+func (p *parser) restOfLine() error {
+	for {
+		if err := p.advance(); err != nil {
+			return err
+		}
+		if p.kind == '\n' || p.kind == ';' || p.kind == end {
+			return nil
+		}
+	}
+}
+
+// pass reads over an object of the table, which ends with its braces, or with
+// its line where it has none.
+func (p *parser) pass(what string) error {
+	line, depth := p.line, 0
+	for {
+		if err := p.advance(); err != nil {
+			return err
+		}
+		switch p.kind {
+		case '{':
+			depth++
+		case '}':
+			depth--
+		case end:
+			return fmt.Errorf("the end of the file within %s of line %d", clip([]byte(what)), line)
+		case word:
+			if depth == 0 && !strings.Contains(what, " ") {
+				what += " " + string(p.tok) // its name
+			}
+			continue
+		case '\n':
+			if depth > 0 {
+				continue
+			}
+		default:
+			continue
+		}
+		if depth <= 0 {
+			p.file.Passed = append(p.file.Passed, fmt.Sprintf("line %d: %.60s", line, what))
+			if depth < 0 {
+				return fmt.Errorf("an unexpected }")
+			}
+			return nil
+		}
+	}
+}
+
+// set reads a set that is wanted.
+func (p *parser) set(table nftset.Table, name string) error {
+	s := Section{Set: nftset.Set{Table: table, Name: name}}
+	if err := p.expect("{"); err != nil {
+		return err
+	}
+	typed := false
+	elementsAt := -1 // where they are, until the type is known
+	elementsLine := 0
+	for {
+		if err := p.skipLines(); err != nil {
+			return err
+		}
+		if p.is("}") {
+			break
+		}
+		if p.kind != word {
+			return fmt.Errorf("%s within set %s", p.found(), name)
+		}
+		key := string(p.tok)
+		var err error
+		switch key {
+		case "type", "typeof":
+			var words string
+			if words, err = p.statement(); err == nil {
+				s.Key, err = keyType(words)
+				typed = true
+			}
+		case "flags":
+			var words string
+			if words, err = p.statement(); err == nil {
+				err = setFlags(&s.Set, words)
+			}
+		case "policy":
+			var words string
+			if words, err = p.statement(); err == nil {
+				s.Memory = words == "memory"
+			}
+		case "timeout", "gc-interval":
+			var words string
+			var d time.Duration
+			if words, err = p.statement(); err == nil {
+				d, err = nftset.ParseTimeout(words)
+			}
+			if key == "timeout" {
+				s.Timeout, s.Timeouts = d, true
+			} else {
+				s.GCInterval = d
+			}
+		case "size":
+			var words string
+			if words, err = p.statement(); err == nil {
+				var n uint64
+				if n, err = strconv.ParseUint(words, 10, 32); err != nil {
+					err = fmt.Errorf("%q is not the size of a set", words)
+				}
+				s.Size = uint32(n)
+			}
+		case "counter":
+			s.Counter = true
+		case "auto-merge":
+			// It concerns intervals, which a set of ours has not.
+		case "comment":
+			if err = p.advance(); err == nil {
+				s.Comment = string(p.tok)
+				if p.kind != quoted {
+					err = fmt.Errorf("%s where a string must be", p.found())
+				}
+			}
+		case "elements":
+			if elementsAt >= 0 {
+				return fmt.Errorf("set %s has elements twice", name)
+			}
+			if err = p.expect("="); err == nil {
+				err = p.expect("{")
+			}
+			if err != nil {
+				return err
+			}
+			if typed {
+				elementsAt = p.at
+				err = p.elementList(&s)
+				break
+			}
+			// nft takes statements in any order, so the elements wait.
+			elementsAt, elementsLine = p.at, p.line
+			for err == nil && !p.is("}") {
+				if err = p.advance(); p.kind == end && err == nil {
+					err = fmt.Errorf("the end of the file within set %s", name)
+				}
+			}
+		default:
+			return fmt.Errorf("%s is nothing that a set has, as far as nftwl knows", p.found())
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if !typed {
+		return fmt.Errorf("set %s has no type", name)
+	}
+	if elementsLine > 0 {
+		at, line, next := p.at, p.line, p.next
+		p.at, p.line, p.next = elementsAt, elementsLine, 0
+		if err := p.elementList(&s); err != nil {
+			return err
+		}
+		p.at, p.line, p.next = at, line, next
+	}
+	p.elements += len(s.Elements)
+	for i := range p.file.Sets {
+		// nft list set makes a table of its own for every set, and a file can
+		// be several such lists.
+		if old := &p.file.Sets[i]; old.Table == table && old.Name == name {
+			if old.Key != s.Key {
+				return fmt.Errorf("set %s is of type %s here, and of %s before", name, s.Key, old.Key)
+			}
+			old.Elements = append(old.Elements, s.Elements...)
+			return nil
+		}
+	}
+	p.file.Sets = append(p.file.Sets, s)
+	return nil
+}
+
+// statement reads the words up to the end of the line, with one space between.
+func (p *parser) statement() (string, error) {
+	var words []string
+	for {
+		if err := p.advance(); err != nil {
+			return "", err
+		}
+		switch p.kind {
+		case '\n', ';':
+			return strings.Join(words, " "), nil
+		case word, ',':
+			if len(words) > 20 {
+				return "", fmt.Errorf("the statement is too long")
+			}
+			words = append(words, string(p.tok))
+		default:
+			return "", fmt.Errorf("%s within a statement", p.found())
+		}
+	}
+}
+
+// keyType reads the type of a set's keys, which nft can also print as the
+// expression that the set was made for.
+func keyType(words string) (nftset.KeyType, error) {
+	for _, k := range []nftset.KeyType{{}, {Port: true}, {IPv6: true}, {IPv6: true, Port: true}} {
+		if words == k.String() {
+			return k, nil
+		}
+		addr, _, port := strings.Cut(words, " . ")
+		rest := strings.TrimPrefix(words, addr)
+		isAddr := addr == "ip saddr" && !k.IPv6 || addr == "ip6 saddr" && k.IPv6
+		isPort := rest == " . tcp dport" || rest == " . th dport" || rest == " . udp dport"
+		if isAddr && port == k.Port && (isPort || !port) {
+			return k, nil
+		}
+	}
+	return nftset.KeyType{}, fmt.Errorf("the set has keys of type %.60q, not of an address or an address . inet_service", words)
+}
+
+func setFlags(s *nftset.Set, words string) error {
+	for _, flag := range strings.FieldsFunc(words, func(r rune) bool { return r == ' ' || r == ',' }) {
+		switch flag {
+		case "constant":
+			s.Constant = true
+		case "dynamic":
+			s.Dynamic = true
+		case "timeout":
+			s.Timeouts = true
+		case "interval":
+			return fmt.Errorf("set %s is an interval set, which nftwl cannot use", s.Name)
+		default:
+			return fmt.Errorf("%.40q is a flag that nftwl does not know", flag)
+		}
+	}
+	return nil
+}
+
+// elementList reads the elements of a set after the opening brace.
+func (p *parser) elementList(s *Section) error {
+	for {
+		if err := p.skipLines(); err != nil {
+			return err
+		}
+		if p.is("}") {
+			return nil
+		}
+		e, err := p.element(s)
+		if err != nil {
+			return err
+		}
+		s.Elements = append(s.Elements, e)
+		for p.kind == '\n' {
+			if err := p.advance(); err != nil {
+				return err
+			}
+		}
+		switch {
+		case p.is("}"):
+			return nil
+		case p.kind != ',':
+			return fmt.Errorf("%s where a comma or } must be", p.found())
+		}
+	}
+}
+
+// element reads an element whose first token is read, and the token after it.
+func (p *parser) element(s *Section) (e nftset.Element, err error) {
+	if p.kind != word {
+		return e, fmt.Errorf("%s where an address must be", p.found())
+	}
+	if e.Addr, err = address(p.tok, s.Key.IPv6); err != nil {
+		return e, err
+	}
+	if err := p.advance(); err != nil {
+		return e, err
+	}
+	if p.is(".") != s.Key.Port {
+		return e, fmt.Errorf("%s after %s, in a set whose keys are of type %s", p.found(), e.Addr, s.Key)
+	}
+	if s.Key.Port {
+		if err := p.advance(); err != nil {
+			return e, err
+		}
+		if e.Port, err = port(p.tok); err != nil {
+			return e, err
+		}
+		if err := p.advance(); err != nil {
+			return e, err
+		}
+	}
+	e.Timeout = s.Timeout
+	for p.kind == word {
+		key := string(p.tok)
+		if err := p.advance(); err != nil {
+			return e, err
+		}
+		switch key {
+		case "timeout", "expires":
+			var d time.Duration // never, as nft 1.1.1 says for a permanent element
+			if !p.is("never") {
+				if d, err = nftset.ParseTimeout(string(p.tok)); err != nil && !p.is("0s") {
+					return e, err
+				}
+			}
+			if key == "timeout" {
+				e.Timeout = d
+			} else if e.Expires = d; p.is("0s") {
+				e.Expires = time.Millisecond // what nft prints for less
+			}
+		case "comment":
+			if p.kind != quoted {
+				return e, fmt.Errorf("%s where a comment in quotes must be", p.found())
+			}
+			e.Comment = string(p.tok)
+			if err := nftset.CheckComment(e.Comment); err != nil {
+				e.Comment = nftset.CleanComment(e.Comment)
+			}
+		case "counter":
+			// A count starts anew. The numbers can be left out.
+			for p.is("packets") || p.is("bytes") {
+				if _, err := p.word("a number"); err != nil {
+					return e, err
+				}
+				if err := p.advance(); err != nil {
+					return e, err
+				}
+			}
+			continue
+		default:
+			return e, fmt.Errorf("%s, which nftwl cannot restore", clip([]byte(key)))
+		}
+		if err := p.advance(); err != nil {
+			return e, err
+		}
+	}
+	switch {
+	case e.Timeout == 0 && e.Expires > 0:
+		// Left by hand: it lives for so long.
+		e.Timeout = e.Expires
+	case e.Timeout == permanent && !p.file.Saved.IsZero():
+		e.Timeout, e.Expires = 0, 0
+	case e.Expires > e.Timeout:
+		return e, fmt.Errorf("%s expires after its timeout", e.Key)
+	}
+	if e.Timeout > 0 && !s.Timeouts {
+		return e, fmt.Errorf("%s has a timeout, and set %s has no timeout flag", e.Key, s.Name)
+	}
+	return e, nil
+}
+
+func address(text []byte, ipv6 bool) (netip.Addr, error) {
+	a, err := netip.ParseAddr(string(text))
+	switch {
+	case err != nil && bytes.ContainsAny(text, "/-"):
+		return a, fmt.Errorf("%s is an interval, where a single address must be", clip(text))
+	case err != nil || a.Zone() != "":
+		return a, fmt.Errorf("%s is not an address", clip(text))
+	case a.Is6() != ipv6:
+		return a, fmt.Errorf("%s is of the other family than the set", a)
+	}
+	return a, nil
+}
+
+// port reads a port by number, or by name as nft prints it where asked to.
+func port(text []byte) (uint16, error) {
+	if n, err := strconv.ParseUint(string(text), 10, 16); err == nil && n > 0 {
+		return uint16(n), nil
+	}
+	name := string(text)
+	for n, names := range mailPorts {
+		if slices.Contains(names, name) {
+			return n, nil
+		}
+	}
+	if isName(name) {
+		if n, err := net.LookupPort("tcp", name); err == nil && n > 0 {
+			return uint16(n), nil
+		}
+	}
+	return 0, fmt.Errorf("%s is not a port, nor the name of one in /etc/services", clip(text))
+}
+
+// mailPorts are the names that nft gives ours, of IANA and of Debian; a
+// machine need not have /etc/services.
+var mailPorts = map[uint16][]string{
+	25:  {"smtp"},
+	110: {"pop3", "pop-3"},
+	143: {"imap2", "imap"},
+	465: {"submissions", "urd", "smtps", "ssmtp"},
+	587: {"submission"},
+	993: {"imaps"},
+	995: {"pop3s"},
+}
+
+func isName(s string) bool {
+	return s != "" && s[0] >= 'a' && s[0] <= 'z' && len(s) < 32
+}

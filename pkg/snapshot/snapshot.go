@@ -1,0 +1,141 @@
+// Package snapshot keeps nftables sets in a file over restarts.
+//
+// The file is text that nft -f loads as it is: a line with the version of the
+// format and the time, the definition of each set with its elements, and a
+// line that ends it, by which a file that was cut short is known. Restore
+// reads besides what nft list set and nft list ruleset print.
+package snapshot
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"nftwl/pkg/nftset"
+)
+
+const (
+	headerStart  = "# nftwl snapshot "
+	version      = "1"
+	trailerStart = "# nftwl end, "
+
+	// permanent stands for an element that never expires, in a set whose
+	// elements otherwise do: nft before 1.1.1 has no word for it, and would
+	// give an element without a timeout the set's default one.
+	permanent = nftset.MaxTimeout
+)
+
+func header(saved time.Time) string {
+	return headerStart + version + ", saved " + saved.UTC().Format(time.RFC3339Nano) + "\n"
+}
+
+func trailer(elements int) string {
+	return trailerStart + strconv.Itoa(elements) + " elements\n"
+}
+
+// parseHeader returns when a snapshot was saved. The time is zero where the
+// line is not a header of ours.
+func parseHeader(line string) (saved time.Time, err error) {
+	rest, ok := strings.CutPrefix(line, headerStart)
+	if !ok {
+		return time.Time{}, nil
+	}
+	v, at, _ := strings.Cut(rest, ", saved ")
+	if v != version {
+		return time.Time{}, fmt.Errorf("the snapshot has format %.20q; this nftwl knows format %s", v, version)
+	}
+	saved, err = time.Parse(time.RFC3339Nano, at)
+	if err != nil || saved.IsZero() {
+		return time.Time{}, fmt.Errorf("the snapshot's time %.40q is not one", at)
+	}
+	return saved, nil
+}
+
+// parseTrailer returns how many elements a whole snapshot has.
+func parseTrailer(line string) (elements int, ok bool) {
+	rest, ok := strings.CutPrefix(line, trailerStart)
+	if !ok {
+		return 0, false
+	}
+	rest, ok = strings.CutSuffix(rest, " elements")
+	if !ok {
+		return 0, false
+	}
+	elements, err := strconv.Atoi(rest)
+	return elements, err == nil && elements >= 0
+}
+
+// appendSet writes the definition of a set, up to its elements.
+func appendSet(b []byte, s *nftset.Set) []byte {
+	b = fmt.Appendf(b, "table %s {\n\tset %s {\n\t\ttype %s\n", s.Table, s.Name, s.Key)
+	if s.Memory {
+		b = append(b, "\t\tpolicy memory\n"...)
+	}
+	if s.Size > 0 {
+		b = fmt.Appendf(b, "\t\tsize %d\n", s.Size)
+	}
+	var flags []string
+	for _, f := range []struct {
+		on   bool
+		name string
+	}{{s.Constant, "constant"}, {s.Dynamic, "dynamic"}, {s.Timeouts, "timeout"}} {
+		if f.on {
+			flags = append(flags, f.name)
+		}
+	}
+	if len(flags) > 0 {
+		b = fmt.Appendf(b, "\t\tflags %s\n", strings.Join(flags, ","))
+	}
+	if s.Counter {
+		b = append(b, "\t\tcounter\n"...)
+	}
+	if s.Timeout > 0 {
+		b = fmt.Appendf(b, "\t\ttimeout %s\n", nftset.FormatTimeout(s.Timeout))
+	}
+	if s.GCInterval > 0 {
+		b = fmt.Appendf(b, "\t\tgc-interval %s\n", nftset.FormatTimeout(s.GCInterval))
+	}
+	if s.Comment != "" {
+		b = fmt.Appendf(b, "\t\tcomment \"%s\"\n", nftset.CleanComment(s.Comment))
+	}
+	return b
+}
+
+// appendElement writes an element, first of its set or not.
+func appendElement(b []byte, s *nftset.Set, e nftset.Element, first bool) []byte {
+	if first {
+		b = append(b, "\t\telements = {\n\t\t\t"...)
+	} else {
+		b = append(b, ",\n\t\t\t"...)
+	}
+	b = e.Addr.AppendTo(b)
+	if s.Key.Port {
+		b = append(b, " . "...)
+		b = strconv.AppendUint(b, uint64(e.Port), 10)
+	}
+	switch {
+	case !e.Permanent():
+		b = append(b, " timeout "...)
+		b = nftset.AppendTimeout(b, e.Timeout)
+		b = append(b, " expires "...)
+		b = nftset.AppendTimeout(b, max(e.Expires, time.Millisecond))
+	case s.Timeout > 0:
+		b = append(b, " timeout "...)
+		b = nftset.AppendTimeout(b, permanent)
+	}
+	if e.Comment != "" {
+		b = append(b, " comment \""...)
+		b = append(b, nftset.CleanComment(e.Comment)...)
+		b = append(b, '"')
+	}
+	return b
+}
+
+// appendSetEnd ends a set that has elements or has none.
+func appendSetEnd(b []byte, elements int) []byte {
+	if elements > 0 {
+		b = append(b, "\n\t\t}\n"...)
+	}
+	return append(b, "\t}\n}\n"...)
+}

@@ -1,0 +1,153 @@
+// Package trust decides, from what Dovecot says of a login, whom the firewall
+// is to trust, for how long and under which comment, and has the kernel do
+// it. Every way by which a login comes in shares it.
+package trust
+
+import (
+	"fmt"
+	"net/netip"
+	"time"
+
+	"nftwl/pkg/config"
+	"nftwl/pkg/nftset"
+)
+
+// Login is what Dovecot says of a login. All of it comes from outside: the
+// address from the client or a proxy, the rest from the user database.
+type Login struct {
+	IP      string // empty where the client came over a Unix socket
+	LocalIP string // the server's own address; empty where unknown
+	User    string
+	Trust   string // nftwl_trust of the user: "no" to trust nobody; empty for yes
+	Timeout string // nftwl_timeout of the user; empty for the configured one
+}
+
+// Grant is a decision to trust.
+type Grant struct {
+	Addr    netip.Addr    // as it stands in the sets
+	Timeout time.Duration // more than 0
+	Comment string        // empty for none
+}
+
+// Decide returns the grant that a login earns, or nil where it earns none and
+// all is well. With a grant it can return an error too, for what it had to
+// pass over.
+func Decide(c *config.Config, l Login) (*Grant, error) {
+	if l.IP == "" {
+		return nil, nil
+	}
+	addr, err := ParseAddr(l.IP)
+	if err != nil {
+		return nil, fmt.Errorf("IP: %w", err)
+	}
+	if Refuse(c, addr) != nil {
+		return nil, nil
+	}
+	// A client at the server's own address is webmail, or a proxy that does
+	// not forward: whoever uses it would be trusted with everybody else.
+	if local, err := ParseAddr(l.LocalIP); err == nil && local == addr {
+		return nil, nil
+	}
+	switch l.Trust {
+	case "", "yes", "true", "1":
+	case "no", "false", "0":
+		return nil, nil
+	default:
+		return nil, fmt.Errorf("nftwl_trust: %s is neither yes nor no, so the address is not trusted", quote(l.Trust))
+	}
+	g := &Grant{Addr: Network(c, addr), Timeout: c.Timeout}
+	if c.Comment {
+		g.Comment = nftset.CleanComment(l.User)
+	}
+	if l.Timeout != "" {
+		t, err := nftset.ParseTimeout(l.Timeout)
+		if err != nil {
+			return g, fmt.Errorf("nftwl_timeout: %w; trusting for %s", err, nftset.FormatTimeout(c.Timeout))
+		}
+		g.Timeout = t
+	}
+	return g, nil
+}
+
+// Apply has the kernel trust the address for every configured port.
+func (g *Grant) Apply(conn *nftset.Conn, c *config.Config) error {
+	set, err := conn.Set(c.Table, c.Trusted.For(g.Addr))
+	if err != nil {
+		return err
+	}
+	elems := Elements(set, g.Addr, c.Ports, nftset.Element{Timeout: g.Timeout, Comment: g.Comment})
+	// A mail client opens several connections in the same moment; the first
+	// of them renews.
+	_, err = conn.Extend(set, elems, min(g.Timeout/100, time.Second))
+	return err
+}
+
+// Elements returns e for an address and every port, or once where the set's
+// keys have no port.
+func Elements(set *nftset.Set, addr netip.Addr, ports []uint16, e nftset.Element) []nftset.Element {
+	var elems []nftset.Element
+	for _, key := range Keys(set, addr, ports) {
+		e.Key = key
+		elems = append(elems, e)
+	}
+	return elems
+}
+
+// Keys returns the keys of an address in a set: one a port, or one where the
+// set's keys have no port.
+func Keys(set *nftset.Set, addr netip.Addr, ports []uint16) []nftset.Key {
+	if !set.Key.Port {
+		return []nftset.Key{{Addr: addr}}
+	}
+	keys := make([]nftset.Key, len(ports))
+	for i, port := range ports {
+		keys[i] = nftset.Key{Addr: addr, Port: port}
+	}
+	return keys
+}
+
+// ParseAddr reads a client's address. An IPv4-mapped one is IPv4; a zone,
+// which no set can hold, is dropped.
+func ParseAddr(s string) (netip.Addr, error) {
+	addr, err := netip.ParseAddr(s)
+	if err != nil {
+		return addr, fmt.Errorf("%s is not an IP address", quote(s))
+	}
+	return addr.Unmap().WithZone(""), nil
+}
+
+// Refuse says why an address belongs on no list, or returns nil.
+func Refuse(c *config.Config, addr netip.Addr) error {
+	switch {
+	case addr.IsUnspecified():
+		return fmt.Errorf("%s is the unspecified address", addr)
+	case addr.IsMulticast():
+		return fmt.Errorf("%s is a multicast address", addr)
+	}
+	for _, prefix := range c.Ignore {
+		if prefix.Contains(addr) {
+			return fmt.Errorf("%s is in %s, which the configuration ignores", addr, prefix)
+		}
+	}
+	return nil
+}
+
+// Network returns the address that stands for the client in the sets: itself,
+// or the first address of its network where the configuration has a shorter
+// ipv6_prefix.
+func Network(c *config.Config, addr netip.Addr) netip.Addr {
+	if addr.Is4() || c.IPv6Prefix == 128 {
+		return addr
+	}
+	prefix, _ := addr.Prefix(c.IPv6Prefix) // fails only for bits out of range
+	return prefix.Addr()
+}
+
+// quote makes a value from outside fit for a line of a log.
+func quote(s string) string {
+	const most = 60
+	if len(s) > most {
+		return fmt.Sprintf("%q…", s[:most])
+	}
+	return fmt.Sprintf("%q", s)
+}
