@@ -15,17 +15,29 @@ import (
 	"nftwl/pkg/trust"
 )
 
-// loginArgs recognises `nftwl [--config FILE] login COMMAND…`.
+// loginArgs recognises `nftwl [--config FILE] login COMMAND…`. It passes over
+// empty arguments up to the command, which a second space in Dovecot's
+// configuration makes: they would deny every login.
 func loginArgs(args []string) (config string, command []string, ok bool) {
+	args = afterEmpty(args)
 	if len(args) > 1 && args[0] == "--config" {
 		config, args = args[1], args[2:]
 	} else if len(args) > 0 && strings.HasPrefix(args[0], "--config=") {
 		config, args = strings.TrimPrefix(args[0], "--config="), args[1:]
 	}
+	args = afterEmpty(args)
 	if len(args) == 0 || args[0] != "login" {
 		return "", nil, false
 	}
-	return config, args[1:], true
+	return config, afterEmpty(args[1:]), true
+}
+
+// afterEmpty returns the arguments from the first that is not empty.
+func afterEmpty(args []string) []string {
+	for len(args) > 0 && args[0] == "" {
+		args = args[1:]
+	}
+	return args
 }
 
 // login trusts the client that has just logged in and becomes the command,
@@ -123,9 +135,6 @@ func execute(command []string) int {
 	}
 	err := error(unix.ENOENT)
 	for _, path := range paths {
-		if name == "" {
-			break
-		}
 		e := unix.Exec(path, command, os.Environ())
 		if e != unix.ENOENT && e != unix.ENOTDIR {
 			err = e

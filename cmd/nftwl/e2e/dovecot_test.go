@@ -1,0 +1,388 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"net/textproto"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/nstest"
+)
+
+const day = 24 * time.Hour
+
+// command is the drop-in's line that some tests change.
+const command = "executable = script-login /usr/bin/nftwl login"
+
+func TestLoginIsTrusted(t *testing.T) {
+	t.Parallel()
+	eachDovecot(t, func(t *testing.T, d dovecot) {
+		s := d.start(t, with{})
+		check := func(what, client string, err error) {
+			t.Helper()
+			if err != nil {
+				t.Errorf("%s from %s: %v", what, client, err)
+			}
+			wantTrusted(t, client, "alice", day)
+			nstest.Nft(t, "flush ruleset")
+			loadSets(t)
+		}
+		loadSets(t)
+		for _, name := range d.protocols {
+			p := protocols[name]
+			for _, client := range []string{client4, client6} {
+				check(name, client, login(client, p.port, p.visit, "alice", password))
+			}
+		}
+		check("imaps", client4, loginTLS(client4, "993", imap, "alice", password))
+		check("pop3s", client6, loginTLS(client6, "995", pop3, "alice", password))
+		s.wantLog()
+	})
+}
+
+func TestNotTrusted(t *testing.T) {
+	t.Parallel()
+	eachDovecot(t, func(t *testing.T, d dovecot) {
+		s := d.start(t, with{})
+		loadSets(t)
+		for _, name := range d.protocols {
+			p := protocols[name]
+			if err := login(client4, p.port, p.visit, "alice", "wrong"); !errors.Is(err, errDenied) {
+				t.Errorf("%s with a wrong password: %v, want %v", name, err, errDenied)
+			}
+			wantNobody(t)
+		}
+		for _, c := range []struct{ what, from, user string }{
+			{"nftwl_trust=no", client4, "carol"},
+			{"loopback", "127.0.0.1", "alice"},
+			{"the server's own address", server4, "alice"},
+			{"the server's own address", server6, "alice"},
+		} {
+			if err := login(c.from, "143", imap, c.user, password); err != nil {
+				t.Errorf("%s: %v", c.what, err)
+			}
+			wantNobody(t)
+		}
+		s.wantLog()
+	})
+}
+
+func TestTimeoutOfUser(t *testing.T) {
+	t.Parallel()
+	eachDovecot(t, func(t *testing.T, d dovecot) {
+		s := d.start(t, with{})
+		loadSets(t)
+		if err := login(client4, "143", imap, "bob", password); err != nil {
+			t.Error(err)
+		}
+		wantTrusted(t, client4, "bob", 7*day) // nftwl_timeout=7d
+		s.wantLog()
+	})
+}
+
+// The first promise: a login never fails because of nftwl. Each login is one
+// line in the log that says what is wrong.
+func TestFailureDeniesNoLogin(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name    string
+		ruleset string // loaded in place of the shipped sets
+		server  with
+		says    string
+	}{{
+		name:    "no table",
+		ruleset: "table inet other { set trusted_ipv4 { type ipv4_addr . inet_service; timeout 1d; }; }",
+		says:    ".*inet filter.*",
+	}, {
+		name:    "no set",
+		ruleset: "table inet filter { set trusted_ipv6 { type ipv6_addr . inet_service; timeout 1d; }; }",
+		says:    ".*trusted_ipv4.*",
+	}, {
+		name:    "set full",
+		ruleset: fullSet,
+		says:    ".*trusted_ipv4.* full .*5 elements.*",
+	}, {
+		name:    "key of another type",
+		ruleset: "table inet filter { set trusted_ipv4 { type inet_service; timeout 1d; }; }",
+		says:    ".*trusted_ipv4.*",
+	}, {
+		name:   "unknown key in the config",
+		server: with{config: "timeout: 1d\ntiemout: 2d\n"},
+		says:   ".*/etc/nftwl.yaml.*2.*tiemout.*",
+	}, {
+		name:   "service without root",
+		server: with{dovecot: "service nftwl {\n  user = nobody\n}\n"},
+		says:   ".*CAP_NET_ADMIN.*",
+	}, {
+		// As under a systemd unit with a CapabilityBoundingSet.
+		name:   "root without CAP_NET_ADMIN",
+		server: with{wrap: []string{"/usr/bin/setpriv", "--bounding-set=-net_admin"}},
+		says:   ".*CAP_NET_ADMIN.*",
+	}} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			eachDovecot(t, func(t *testing.T, d dovecot) {
+				s := d.start(t, c.server)
+				if c.ruleset == "" {
+					loadSets(t)
+				} else {
+					nstest.Nft(t, c.ruleset)
+				}
+				before := ruleset(t)
+				var log []string
+				for _, name := range d.protocols {
+					p := protocols[name]
+					if err := login(client4, p.port, p.visit, "alice", password); err != nil {
+						t.Errorf("%s: %v", name, err)
+					}
+					log = append(log, "nftwl: Error: nftwl: error: "+c.says)
+				}
+				s.wantLog(log...)
+				if after := ruleset(t); after != before {
+					t.Errorf("the ruleset was\n%s\nand is\n%s", before, after)
+				}
+			})
+		})
+	}
+}
+
+// fullSet is full of permanent elements, so that a listing does not change.
+const fullSet = `table inet filter {
+	set trusted_ipv4 {
+		type ipv4_addr . inet_service
+		flags timeout
+		size 5
+		elements = { 203.0.113.1 . 1, 203.0.113.1 . 2, 203.0.113.1 . 3, 203.0.113.1 . 4, 203.0.113.1 . 5 }
+	}
+}`
+
+func ruleset(t *testing.T) string {
+	t.Helper()
+	return run(t, nstest.Need(t, "nft", "nftables"), "list", "ruleset")
+}
+
+// The second promise: a user who keeps logging in stays trusted, and no login
+// takes away from a trust that is longer.
+func TestRenewal(t *testing.T) {
+	t.Parallel()
+	const set = "table inet filter { set trusted_ipv4 { type ipv4_addr . inet_service; flags timeout; %s; }; }\n"
+	cases := []struct {
+		name        string
+		settings    string // of the set
+		element     string
+		timeout     time.Duration
+		least, most time.Duration // of what is left after a login
+	}{
+		{"same timeout, partly passed", "timeout 1d", "timeout 1d expires 1h", day, day - patience, day},
+		{"another timeout, shorter", "timeout 1d", "timeout 2h expires 1h", day, day - patience, day},
+		{"another timeout, of which less is left", "timeout 1d", "timeout 30d expires 1h", day, day - patience, day},
+		{"longer", "timeout 1d", "timeout 30d expires 29d", 30 * day, 29*day - patience, 29 * day},
+		{"permanent", "size 100", "", 0, 0, 0},
+		{"no default timeout", "size 100", "timeout 2h expires 1h", day, day - patience, day},
+	}
+	eachDovecot(t, func(t *testing.T, d dovecot) {
+		s := d.start(t, with{})
+		for _, c := range cases {
+			nstest.Nft(t, "flush ruleset\n"+fmt.Sprintf(set, c.settings))
+			for _, port := range []int{143, 465, 587, 993, 995} {
+				nstest.Nft(t, fmt.Sprintf("add element inet filter trusted_ipv4 { %s . %d %s }\n", client4, port, c.element))
+			}
+			if err := login(client4, "143", imap, "alice", password); err != nil {
+				t.Errorf("%s: %v", c.name, err)
+			}
+			got := elements(t, "trusted_ipv4")
+			if len(got) != 5 {
+				t.Errorf("%s: the set holds %+v", c.name, got)
+			}
+			for _, e := range got {
+				// nft cuts what is left down to whole seconds.
+				if e.timeout != c.timeout || e.expires < c.least || e.expires > c.most {
+					t.Errorf("%s: port %d has %v left of %v; want %v to %v of %v",
+						c.name, e.port, e.expires, e.timeout, c.least, c.most, c.timeout)
+				}
+			}
+		}
+		s.wantLog()
+	})
+}
+
+// What comes after nftwl, another script or Dovecot's own script-login, must
+// not be able to tell that nftwl was there.
+func TestLoginLeavesNoTrace(t *testing.T) {
+	t.Parallel()
+	// It is started by both services, and notes all that exec hands on.
+	const probe = `#!/bin/sh
+out=` + dir + `/seen.$1
+shift
+{
+	echo "$@"
+	env | grep -v ^AUTH_TOKEN= | sort
+	grep -E '^(Sig(Blk|Ign)|Uid|Gid|Groups|Umask|Cap)' /proc/self/status
+	cat /proc/self/limits
+	pwd
+	ls /proc/$$/fd
+} >$out
+exec "$@"
+`
+	eachDovecot(t, func(t *testing.T, d dovecot) {
+		s := d.start(t, with{
+			files: map[string]string{"probe": probe},
+			dropIn: func(s string) string {
+				return strings.Replace(s, command, command+" "+dir+"/probe nftwl", 1)
+			},
+			dovecot: `service direct {
+  executable = script-login ` + dir + `/probe direct
+  user = root
+  vsz_limit = 1G
+  unix_listener direct {
+  }
+}
+service submission {
+  executable = submission direct
+}
+`})
+		loadSets(t)
+		// Of the other protocols, this one has the same environment as imap.
+		if err := login(client4, "587", submission, "bob", password); err != nil {
+			t.Errorf("submission: %v", err)
+		}
+		wantNobody(t) // or both went through nftwl
+		if err := login(client4, "143", imap, "bob", password); err != nil {
+			t.Errorf("imap: %v", err)
+		}
+		wantTrusted(t, client4, "bob", 7*day)
+		direct, after := s.read("seen.direct"), s.read("seen.nftwl")
+		if direct != after {
+			t.Errorf("without nftwl:\n%s\nafter nftwl:\n%s", direct, after)
+		}
+		s.wantLog()
+	})
+}
+
+// At the process limit Dovecot lets logins wait, and drops them after 10 s.
+func TestManyLoginsAtOnce(t *testing.T) {
+	t.Parallel()
+	const count = 110 // more than default_process_limit
+	eachDovecot(t, func(t *testing.T, d dovecot) {
+		s := d.start(t, with{
+			// Holds each login until all are there.
+			files: map[string]string{"hold": `#!/bin/sh
+>` + dir + `/held/$$
+: <` + dir + `/go
+exec "$@"
+`},
+			dropIn: func(s string) string {
+				return strings.Replace(s, command, command+" "+dir+"/hold", 1)
+			},
+			dovecot: `mail_max_userip_connections = 1000
+service imap-login {
+  process_limit = 200
+}
+`})
+		loadSets(t)
+		must(t, os.Mkdir(s.path("held"), 0o755))
+		must(t, unix.Mkfifo(s.path("go"), 0o600))
+		results := make(chan error)
+		for range count {
+			c, err := dial(client4, "143") // here: another thread is in another namespace
+			must(t, err)
+			go func() {
+				defer c.Close()
+				results <- imap(textproto.NewConn(c), "alice", password)
+			}()
+		}
+		poll(t, "all logins to be in nftwl's service at once", func() bool {
+			held, err := os.ReadDir(s.path("held"))
+			must(t, err)
+			return len(held) == count
+		})
+		release, err := os.OpenFile(s.path("go"), os.O_RDWR, 0)
+		must(t, err)
+		defer release.Close()
+		for range count {
+			if err := <-results; err != nil {
+				t.Error(err)
+			}
+		}
+		wantTrusted(t, client4, "alice", day)
+		s.wantLog()
+	})
+}
+
+// What the drop-in's comments warn of: it denies every login.
+func TestDropInChanged(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name, old, new string
+		says           string
+	}{
+		{"no vsz_limit", "vsz_limit = 1G", "", "nftwl: Error: fatal error: failed to reserve page summary memory"},
+		{"two spaces", command, strings.Replace(command, " /", "  /", 1), "execvp(/usr/lib/dovecot/) failed"},
+		{"nftwl is missing", command, strings.Replace(command, "nftwl", "missing", 1), "execvp(/usr/bin/missing) failed"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			eachDovecot(t, func(t *testing.T, d dovecot) {
+				s := d.start(t, with{dropIn: func(s string) string {
+					return strings.Replace(s, c.old, c.new, 1)
+				}})
+				loadSets(t)
+				if err := login(client4, "143", imap, "alice", password); !errors.Is(err, errDenied) {
+					t.Errorf("%v, want %v", err, errDenied)
+				}
+				for _, says := range []string{c.says, "imap(alice): Error: Post-login script denied access to user alice"} {
+					poll(t, "a line in the log: "+says, func() bool { return strings.Contains(s.log(), says) })
+				}
+			})
+		})
+	}
+}
+
+// Two spaces make an empty argument, which nftwl passes over.
+func TestSecondSpace(t *testing.T) {
+	t.Parallel()
+	for _, spaced := range []string{
+		strings.Replace(command, " login", "  login", 1),
+		command + "  /usr/bin/env",
+	} {
+		t.Run(spaced, func(t *testing.T) {
+			t.Parallel()
+			eachDovecot(t, func(t *testing.T, d dovecot) {
+				s := d.start(t, with{dropIn: func(s string) string {
+					return strings.Replace(s, command, spaced, 1)
+				}})
+				loadSets(t)
+				if err := login(client4, "143", imap, "alice", password); err != nil {
+					t.Error(err)
+				}
+				wantTrusted(t, client4, "alice", day)
+				s.wantLog()
+			})
+		})
+	}
+}
+
+// A Dovecot with IMAP alone takes the drop-in as it is.
+func TestProtocolsNotInstalled(t *testing.T) {
+	t.Parallel()
+	eachDovecot(t, func(t *testing.T, d dovecot) {
+		var hide []string
+		for _, name := range []string{"pop3", "submission", "managesieve"} {
+			hide = append(hide, name, name+"-login")
+		}
+		hide = append(hide, "modules/settings/libmanagesieve_settings.so", "modules/settings/libmanagesieve_login_settings.so")
+		d.protocols = []string{"imap"}
+		s := d.start(t, with{hide: hide})
+		loadSets(t)
+		if err := login(client4, "143", imap, "alice", password); err != nil {
+			t.Error(err)
+		}
+		wantTrusted(t, client4, "alice", day)
+		s.wantLog()
+	})
+}

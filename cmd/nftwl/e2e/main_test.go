@@ -1,0 +1,12 @@
+// Package e2e runs nftwl under the programs that it serves. Nothing in it is
+// faked but the people: the server, the kernel and every file in contrib/
+// are the real ones, inside namespaces.
+package e2e
+
+import (
+	"testing"
+
+	"nftwl/pkg/nstest"
+)
+
+func TestMain(m *testing.M) { nstest.Main(m) }

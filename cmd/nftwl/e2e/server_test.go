@@ -1,0 +1,416 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/nstest"
+)
+
+// patience bounds each wait for something that must happen. It is no guess of
+// how long that takes: every wait ends as soon as it has happened.
+const patience = 15 * time.Second
+
+// The server's addresses and its clients', all on the private namespace's
+// loopback. None is in 127.0.0.0/8, which nftwl ignores unless told otherwise.
+const (
+	server4, server6 = "198.51.100.1", "2001:db8:1::1"
+	client4, client6 = "192.0.2.7", "2001:db8::7"
+)
+
+// dir is where all of a server's files lie, as Dovecot sees it: on a tmpfs
+// over /run of the test's own mount namespace, next to Dovecot's own run
+// folder. Nothing of it reaches the host, and socket paths stay short.
+const dir = "/run/e2e"
+
+const password = "secret"
+
+// users is a passwd-file for passdb and userdb alike. No user 1000 need exist.
+const users = `alice:{PLAIN}secret:1000:1000::` + dir + `/mail/alice::
+bob:{PLAIN}secret:1000:1000::` + dir + `/mail/bob::userdb_nftwl_timeout=7d
+carol:{PLAIN}secret:1000:1000::` + dir + `/mail/carol::userdb_nftwl_trust=no
+`
+
+// relayPort is where Dovecot's submission hands mail on to.
+const relayPort = "10025"
+
+// config23 and config24 are all that differs between the two Dovecots; what
+// follows them is the same.
+const config23 = `
+ssl_cert = <` + dir + `/cert.pem
+ssl_key = <` + dir + `/key.pem
+disable_plaintext_auth = no
+mail_location = maildir:~/Maildir
+passdb {
+  driver = passwd-file
+  args = ` + dir + `/users
+}
+userdb {
+  driver = passwd-file
+  args = ` + dir + `/users
+}
+# Or each wrong password makes the next answer to its address slower.
+service anvil {
+  unix_listener anvil-auth-penalty {
+    mode = 0
+  }
+}
+`
+
+const config24 = `
+dovecot_config_version = 2.4.0
+dovecot_storage_version = 2.4.0
+ssl_server_cert_file = ` + dir + `/cert.pem
+ssl_server_key_file = ` + dir + `/key.pem
+auth_allow_cleartext = yes
+mail_driver = maildir
+mail_path = ~/Maildir
+passdb passwd-file {
+  passwd_file_path = ` + dir + `/users
+}
+userdb passwd-file {
+  passwd_file_path = ` + dir + `/users
+}
+sieve_script personal {
+  path = ~/sieve
+}
+`
+
+const configBoth = `
+state_dir = ` + dir + `/state
+log_path = ` + dir + `/log
+first_valid_uid = 1000
+auth_failure_delay = 0
+submission_relay_host = 127.0.0.1
+submission_relay_port = ` + relayPort + `
+!include ` + dir + `/90-nftwl.conf
+`
+
+// A dovecot is an installed Dovecot, on the host or in a tree of another
+// distribution.
+type dovecot struct {
+	root      string // "/" or the tree
+	version   string
+	protocols []string
+}
+
+// eachDovecot runs a test on every Dovecot there is.
+func eachDovecot(t *testing.T, test func(*testing.T, dovecot)) {
+	if !mapped(t, 1000) {
+		nstest.Skip(t, "Dovecot needs its users: run the tests as root")
+	}
+	t.Run("host", func(t *testing.T) {
+		t.Parallel()
+		nstest.Need(t, "dovecot", "dovecot-core")
+		test(t, findDovecot(t, "/"))
+	})
+	t.Run("trixie", func(t *testing.T) {
+		t.Parallel()
+		test(t, findDovecot(t, nstest.Trixie(t)))
+	})
+}
+
+// mapped says whether the tests' user namespace has an id.
+func mapped(t *testing.T, id int) bool {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/uid_map")
+	must(t, err)
+	var inside, outside, count int
+	_, err = fmt.Sscan(string(b), &inside, &outside, &count)
+	must(t, err)
+	return id < inside+count
+}
+
+func findDovecot(t *testing.T, root string) dovecot {
+	d := dovecot{root: root}
+	cmd := exec.Command("/usr/sbin/dovecot", "--version")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root}
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("dovecot --version: %v\n%s", err, out)
+	}
+	d.version = string(out)
+	for _, p := range []struct{ protocol, program, debianPackage string }{
+		{"imap", "imap", "dovecot-imapd"},
+		{"pop3", "pop3", "dovecot-pop3d"},
+		{"submission", "submission", "dovecot-submissiond"},
+		{"sieve", "managesieve", ""}, // tested where there is one
+	} {
+		_, err := os.Stat(filepath.Join(root, "usr/lib/dovecot", p.program))
+		switch {
+		case err == nil:
+			d.protocols = append(d.protocols, p.protocol)
+		case p.debianPackage != "":
+			nstest.Skip(t, "Dovecot's %s is not installed: apt-get install %s", p.protocol, p.debianPackage)
+		}
+	}
+	return d
+}
+
+// with is what a test changes of a server that is otherwise as shipped.
+type with struct {
+	config  string                // /etc/nftwl.yaml; none if empty
+	dropIn  func(s string) string // edits the drop-in
+	dovecot string                // Dovecot settings after the drop-in
+	files   map[string]string     // executable files in dir
+	hide    []string              // files under /usr/lib/dovecot that are not to exist
+	wrap    []string              // a command to run Dovecot under
+}
+
+type server struct {
+	t    *testing.T
+	d    dovecot
+	cmd  *exec.Cmd
+	done chan struct{} // closed once Dovecot has exited
+}
+
+// start runs Dovecot in new network and mount namespaces, in which the nftwl
+// just built is /usr/bin/nftwl. The calling goroutine stays in them: see
+// nstest.New.
+func (d dovecot) start(t *testing.T, w with) *server {
+	t.Helper()
+	nftwl := nstest.Build(t, "cmd/nftwl")
+	dropIn := filepath.Join(nstest.Root(t), "contrib/dovecot/90-nftwl.conf")
+
+	nstest.New(t)
+	for _, a := range []string{server4 + "/32", client4 + "/32", server6 + "/128", client6 + "/128"} {
+		run(t, nstest.Need(t, "ip", "iproute2"), "address", "add", a, "dev", "lo", "nodad")
+	}
+	l, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", relayPort))
+	must(t, err)
+	t.Cleanup(func() { l.Close() })
+	go relay(l)
+
+	must(t, unix.Unshare(unix.CLONE_NEWNS))
+	must(t, unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
+	must(t, unix.Mount("none", filepath.Join(d.root, "run"), "tmpfs", 0, "mode=755"))
+	s := &server{t: t, d: d, done: make(chan struct{})}
+	for _, name := range []string{"state", "etc", "lib", "mail"} {
+		must(t, os.MkdirAll(s.path(name), 0o755))
+	}
+	if d.root != "/" {
+		for _, name := range []string{"dev", "proc"} {
+			must(t, unix.Mount("/"+name, filepath.Join(d.root, name), "", unix.MS_BIND|unix.MS_REC, ""))
+		}
+		must(t, unix.Mount("none", filepath.Join(d.root, "tmp"), "tmpfs", 0, "mode=1777"))
+	}
+
+	// Read-only overlays: the host's own folders, and ours before them.
+	s.overlay(filepath.Dir(nftwl), "usr/bin")
+	if w.config != "" {
+		s.write("etc/nftwl.yaml", w.config, 0o644)
+	} else {
+		s.whiteout("etc/nftwl.yaml")
+	}
+	s.overlay(s.path("etc"), "etc")
+	for _, name := range w.hide {
+		s.whiteout("lib/" + name)
+	}
+	s.overlay(s.path("lib"), "usr/lib/dovecot")
+
+	s.write("90-nftwl.conf", "", 0o644)
+	if w.dropIn == nil {
+		must(t, unix.Mount(dropIn, s.path("90-nftwl.conf"), "", unix.MS_BIND, ""))
+	} else {
+		b, err := os.ReadFile(dropIn)
+		must(t, err)
+		s.write("90-nftwl.conf", w.dropIn(string(b)), 0o644)
+	}
+	for name, text := range w.files {
+		s.write(name, text, 0o755)
+	}
+
+	cert, key := certificate(t)
+	s.write("cert.pem", cert, 0o644)
+	s.write("key.pem", key, 0o600)
+	s.write("users", users, 0o644)
+	for _, user := range []string{"alice", "bob", "carol"} {
+		s.write("mail/"+user+"/Maildir/new/1.e2e", message, 0o644)
+	}
+	run(t, "chown", "-R", "1000:1000", s.path("mail"))
+	header := config24
+	if strings.HasPrefix(d.version, "2.3.") {
+		header = config23
+	}
+	s.write("dovecot.conf", header+configBoth+
+		"protocols = "+strings.Join(d.protocols, " ")+"\n"+w.dovecot, 0o644)
+
+	argv := slices.Concat(w.wrap, []string{"/usr/sbin/dovecot", "-F", "-c", dir + "/dovecot.conf"})
+	out, err := os.Create(s.path("out"))
+	must(t, err)
+	s.cmd = exec.Command(argv[0], argv[1:]...)
+	s.cmd.Dir = "/"
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: d.root, Pdeathsig: syscall.SIGTERM}
+	// Not the file itself but a pipe into it, so that Wait waits for every
+	// process of Dovecot's, and with them for the last line of the log.
+	s.cmd.Stdout = struct{ io.Writer }{out}
+	s.cmd.Stderr = s.cmd.Stdout
+	// As under systemd: a user's shell is not part of what a login gets.
+	s.cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+	must(t, s.cmd.Start())
+	go func() {
+		_ = s.cmd.Wait() // the log says why it ended
+		out.Close()
+		close(s.done)
+	}()
+	t.Cleanup(func() {
+		s.stop()
+		if t.Failed() {
+			t.Logf("Dovecot %s%s", d.version, s.log())
+		}
+	})
+	poll(t, "Dovecot to listen", func() bool {
+		select {
+		case <-s.done:
+			t.Fatal("Dovecot did not start")
+		default:
+		}
+		c, err := net.Dial("tcp", net.JoinHostPort(server4, "143"))
+		if err != nil {
+			return false
+		}
+		c.Close()
+		return true
+	})
+	return s
+}
+
+// stop ends Dovecot and waits until it is gone.
+func (s *server) stop() {
+	s.t.Helper()
+	select {
+	case <-s.done:
+		return
+	default:
+	}
+	if err := s.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		s.t.Error(err)
+	}
+	select {
+	case <-s.done:
+	case <-time.After(patience):
+		s.t.Error("Dovecot did not stop on SIGTERM")
+		_ = s.cmd.Process.Kill() // fails where it has just exited
+		<-s.done
+	}
+}
+
+// path is where the test finds a file in dir.
+func (s *server) path(name string) string { return filepath.Join(s.d.root, dir, name) }
+
+func (s *server) write(name, text string, mode os.FileMode) {
+	s.t.Helper()
+	must(s.t, os.MkdirAll(filepath.Dir(s.path(name)), 0o755))
+	must(s.t, os.WriteFile(s.path(name), []byte(text), mode))
+	must(s.t, os.Chmod(s.path(name), mode)) // whatever the umask
+}
+
+func (s *server) read(name string) string {
+	s.t.Helper()
+	b, err := os.ReadFile(s.path(name))
+	must(s.t, err)
+	return string(b)
+}
+
+// whiteout makes what overlayfs takes for "no such file here": a device 0:0
+// (kernel, Documentation/filesystems/overlayfs.rst).
+func (s *server) whiteout(name string) {
+	s.t.Helper()
+	must(s.t, os.MkdirAll(filepath.Dir(s.path(name)), 0o755))
+	must(s.t, unix.Mknod(s.path(name), unix.S_IFCHR, 0))
+}
+
+// overlay puts the folder above over a folder of Dovecot's.
+func (s *server) overlay(above, folder string) {
+	s.t.Helper()
+	folder = filepath.Join(s.d.root, folder)
+	must(s.t, unix.Mount("overlay", folder, "overlay", unix.MS_RDONLY, "lowerdir="+above+":"+folder))
+}
+
+// log is what Dovecot wrote, to its log and to stderr.
+func (s *server) log() string {
+	s.t.Helper()
+	log := s.read("out")
+	if _, err := os.Stat(s.path("log")); err == nil {
+		log += s.read("log")
+	}
+	return log
+}
+
+var (
+	logged = regexp.MustCompile(`(?m)^\w+ +\d+ [\d:]+ (.*?: (?:Warning|Error|Fatal|Panic): .*)$`)
+	// How Dovecot says that it was stopped.
+	stopped = regexp.MustCompile(`Warning: (Killed with signal 15|Shutting down logging)`)
+)
+
+// complaints stops Dovecot and returns what it logged above the level of
+// information. Before, it waits for count of them: a process may be gone
+// while its last line is still on its way into the log.
+func (s *server) complaints(count int) []string {
+	s.t.Helper()
+	lines := func() []string {
+		var all []string
+		for _, m := range logged.FindAllStringSubmatch(s.log(), -1) {
+			if !stopped.MatchString(m[1]) {
+				all = append(all, m[1])
+			}
+		}
+		return all
+	}
+	for end := time.Now().Add(patience); len(lines()) < count && time.Now().Before(end); {
+		time.Sleep(5 * time.Millisecond)
+	}
+	s.stop()
+	return lines()
+}
+
+// wantLog stops Dovecot and compares what it complained of with what it
+// should have: one regular expression a line.
+func (s *server) wantLog(want ...string) {
+	s.t.Helper()
+	got := s.complaints(len(want))
+	if !slices.EqualFunc(got, want, func(line, re string) bool {
+		return regexp.MustCompile("^" + re + "$").MatchString(line)
+	}) {
+		s.t.Errorf("Dovecot's log complains:\n\t%s\nwant:\n\t%s",
+			strings.Join(got, "\n\t"), strings.Join(want, "\n\t"))
+	}
+}
+
+func poll(t *testing.T, what string, done func() bool) {
+	t.Helper()
+	for end := time.Now().Add(patience); !done(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("waited %v for %s", patience, what)
+		}
+	}
+}
+
+func run(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s %q: %v\n%s", name, args, err, out)
+	}
+	return string(out)
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,117 @@
+package e2e
+
+import (
+	"cmp"
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
+
+	"nftwl/pkg/nstest"
+)
+
+// An element of a set, as nft and not nftwl reads it.
+type element struct {
+	address, comment string
+	port             int
+	timeout, expires time.Duration // zero on a permanent element
+}
+
+// loadSets loads the shipped set definitions.
+func loadSets(t *testing.T) {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(nstest.Root(t), "contrib/nftables/sets.nft"))
+	must(t, err)
+	nstest.Nft(t, string(b))
+}
+
+// elements returns what a set of table inet filter holds, by address and port.
+func elements(t *testing.T, set string) []element {
+	t.Helper()
+	out, err := exec.Command(nstest.Need(t, "nft", "nftables"), "-j", "list", "set", "inet", "filter", set).Output()
+	if err != nil {
+		t.Fatalf("nft list set %s: %v", set, err)
+	}
+	var ruleset struct {
+		Nftables []struct {
+			Set struct {
+				Timeout int // the default
+				Elem    []json.RawMessage
+			}
+		}
+	}
+	must(t, json.Unmarshal(out, &ruleset))
+	type key struct{ Concat []json.RawMessage }
+	var all []element
+	for _, object := range ruleset.Nftables {
+		for _, raw := range object.Set.Elem {
+			var e struct {
+				key  // of an element with nothing but a key
+				Elem struct {
+					Val              key
+					Timeout, Expires int
+					Comment          string
+				}
+			}
+			must(t, json.Unmarshal(raw, &e))
+			k := e.Concat
+			if k == nil {
+				k = e.Elem.Val.Concat
+			}
+			got := element{
+				comment: e.Elem.Comment,
+				timeout: time.Duration(e.Elem.Timeout) * time.Second,
+				expires: time.Duration(e.Elem.Expires) * time.Second,
+			}
+			must(t, json.Unmarshal(k[0], &got.address))
+			must(t, json.Unmarshal(k[1], &got.port))
+			// nft prints a timeout where it is not the set's default.
+			if got.timeout == 0 && got.expires != 0 {
+				got.timeout = time.Duration(object.Set.Timeout) * time.Second
+			}
+			all = append(all, got)
+		}
+	}
+	slices.SortFunc(all, func(a, b element) int {
+		return cmp.Or(cmp.Compare(a.address, b.address), cmp.Compare(a.port, b.port))
+	})
+	return all
+}
+
+// wantTrusted compares the trusted set of an address's family with what a
+// login leaves there: the five ports, a full timeout, the user's name. The
+// other family's set must be empty.
+func wantTrusted(t *testing.T, address, user string, timeout time.Duration) {
+	t.Helper()
+	set, other := "trusted_ipv4", "trusted_ipv6"
+	if address == client6 {
+		set, other = other, set
+	}
+	got := elements(t, set)
+	var ports []int
+	for _, e := range got {
+		ports = append(ports, e.port)
+		if e.address != address || e.comment != user || e.timeout != timeout || e.expires < timeout-patience {
+			t.Errorf("set %s holds %+v; want %s for %v from now, comment %q", set, e, address, timeout, user)
+		}
+	}
+	if !slices.Equal(ports, []int{143, 465, 587, 993, 995}) {
+		t.Errorf("set %s holds the ports %v", set, ports)
+	}
+	if got := elements(t, other); len(got) > 0 {
+		t.Errorf("set %s holds %+v", other, got)
+	}
+}
+
+// wantNobody wants all sets to be empty.
+func wantNobody(t *testing.T) {
+	t.Helper()
+	for _, set := range []string{"trusted_ipv4", "trusted_ipv6", "banned_ipv4", "banned_ipv6"} {
+		if got := elements(t, set); len(got) > 0 {
+			t.Errorf("set %s holds %+v", set, got)
+		}
+	}
+}

@@ -1,0 +1,36 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"nftwl/pkg/nstest"
+)
+
+func TestMain(m *testing.M) { nstest.Main(m) }
+
+// The scripts run the real binary, each in a network namespace of its own,
+// with nft to prepare the ruleset and to say what the kernel then holds.
+func TestScripts(t *testing.T) {
+	nstest.Need(t, "nft", "nftables")
+	root := nstest.Root(t)
+	bin := filepath.Dir(nstest.Build(t, "cmd/nftwl"))
+	testscript.Run(t, testscript.Params{
+		Dir:                 filepath.Join(root, "testdata", "scripts"),
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+		UpdateScripts:       os.Getenv("UPDATE_SCRIPTS") != "",
+		Setup: func(env *testscript.Env) error {
+			// testscript runs a script's commands on the goroutine that
+			// calls Setup.
+			nstest.New(t)
+			env.Setenv("PATH", bin+":/usr/sbin:/usr/bin:/sbin:/bin")
+			env.Setenv("CONTRIB", filepath.Join(root, "contrib"))
+			env.Setenv("TESTDATA", filepath.Join(root, "testdata"))
+			return nil
+		},
+	})
+}
