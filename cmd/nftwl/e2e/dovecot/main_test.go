@@ -1,7 +1,7 @@
 // Package e2e runs nftwl under the programs that it serves. Nothing in it is
 // faked but the people: the server, the kernel and every file in contrib/
 // are the real ones, inside namespaces.
-package e2e
+package dovecot
 
 import (
 	"testing"
