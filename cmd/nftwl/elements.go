@@ -2,8 +2,10 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -456,6 +458,9 @@ func (s *session) rows(lists []list) (rows []row, ok bool) {
 			if err != nil {
 				printError(err)
 				ok = false
+				if errors.Is(err, nftset.ErrNoTable) || errors.Is(err, nftset.ErrPermission) {
+					return rows, ok // the other sets fail alike
+				}
 			}
 			slices.SortFunc(elems, func(a, b nftset.Element) int {
 				return cmp.Or(a.Addr.Compare(b.Addr), cmp.Compare(a.Port, b.Port))
@@ -499,7 +504,8 @@ func writeTable(w io.Writer, rows []row) error {
 	if len(rows) == 0 {
 		return nil
 	}
-	tab := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	var table bytes.Buffer
+	tab := tabwriter.NewWriter(&table, 0, 8, 2, ' ', 0)
 	fmt.Fprintln(tab, "LIST\tADDRESS\tPORTS\tTIME LEFT\tCOMMENT")
 	for len(rows) > 0 {
 		n := 1
@@ -523,11 +529,18 @@ func writeTable(w io.Writer, rows []row) error {
 			}
 			ports = joinPorts(numbers)
 		}
-		line := fmt.Sprintf("%s\t%s\t%s\t%s\t%s", rows[0].list, rows[0].Addr, ports, timeLeft(elems), strings.Join(comments, ", "))
-		fmt.Fprintln(tab, strings.TrimRight(line, "\t"))
+		fmt.Fprintf(tab, "%s\t%s\t%s\t%s\t%s\n", rows[0].list, rows[0].Addr, ports, timeLeft(elems), strings.Join(comments, ", "))
 		rows = rows[n:]
 	}
-	return failed(tab.Flush())
+	if err := tab.Flush(); err != nil {
+		return failed(err)
+	}
+	for line := range strings.Lines(table.String()) {
+		if _, err := fmt.Fprintln(w, strings.TrimRight(line, " \n")); err != nil {
+			return failed(err)
+		}
+	}
+	return nil
 }
 
 // timeLeft says how long elements live: the shortest and the longest, where

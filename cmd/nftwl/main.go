@@ -49,14 +49,14 @@ func failed(err error) error {
 func run(args []string) int {
 	root := newRoot()
 	root.SetArgs(args)
-	err := root.Execute()
+	cmd, err := root.ExecuteC()
 	var s *status
 	switch {
 	case err == nil:
 		return 0
 	case !errors.As(err, &s):
 		printError(err)
-		printHint("see 'nftwl --help'")
+		printHint(fmt.Sprintf("see '%s --help'", cmd.CommandPath()))
 		return exitUsage
 	case s.err != nil:
 		printError(s.err)

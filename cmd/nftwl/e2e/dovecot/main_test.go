@@ -1,4 +1,4 @@
-// Package e2e runs nftwl under the programs that it serves. Nothing in it is
+// Package dovecot runs nftwl under a real Dovecot. Nothing in it is
 // faked but the people: the server, the kernel and every file in contrib/
 // are the real ones, inside namespaces.
 package dovecot

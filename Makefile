@@ -1,0 +1,47 @@
+# The binary is static and needs no C compiler.
+export CGO_ENABLED = 0
+
+BIN = build/nftwl
+BENCH = build/bench
+# A user, network and mount namespace of one's own: nothing in it reaches the
+# host's ruleset, and it needs no root.
+NAMESPACE = unshare --user --map-root-user --net --mount
+
+.PHONY: build demo test test-deps lint bench fuzz clean
+
+build:
+	go build -trimpath -o $(BIN) ./cmd/nftwl
+
+# The sets over a login, a save and a restore, in a namespace.
+demo: build
+	PATH=$(CURDIR)/build:$$PATH $(NAMESPACE) sh testdata/demo.sh
+
+# Everything: unit tests, the kernel in namespaces, real Dovecot, systemd and
+# nft of two Debian releases. Installs what it needs where it may.
+test: test-deps lint
+	go test -timeout 20m ./...
+
+test-deps:
+	sh testdata/deps.sh
+
+lint:
+	test -z "$$(gofmt -l .)" || { gofmt -d .; exit 1; }
+	go vet ./...
+	go tool staticcheck ./...
+
+# The performance tables, in one run. The README quotes them.
+bench: test-deps build
+	go build -trimpath -o $(BENCH)/ ./testdata/bench/...
+	$(NAMESPACE) $(BENCH)/login -nftwl $(BIN) -empty $(BENCH)/empty \
+		-script testdata/bench/login/trust.sh -rules contrib/nftables/sets.nft
+
+# Each parser for FUZZTIME of wall time.
+FUZZTIME = 1m
+fuzz:
+	go test -run '^$$' -fuzz FuzzParse -fuzztime $(FUZZTIME) ./pkg/config
+	go test -run '^$$' -fuzz FuzzParse -fuzztime $(FUZZTIME) ./pkg/snapshot
+	go test -run '^$$' -fuzz FuzzParseTimeout -fuzztime $(FUZZTIME) ./pkg/nftset
+	go test -run '^$$' -fuzz FuzzDecide -fuzztime $(FUZZTIME) ./pkg/trust
+
+clean:
+	rm -rf build

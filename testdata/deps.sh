@@ -1,0 +1,38 @@
+#!/bin/sh
+# Installs what the tests need: on Debian, as root. Elsewhere it says what is
+# missing; the tests that need it are then skipped, and fail under CI.
+set -eu
+cd "$(dirname "$0")/.."
+
+packages='nftables netbase iproute2 systemd dovecot-core dovecot-imapd dovecot-pop3d
+	dovecot-submissiond ipcalc-ng debootstrap util-linux'
+
+missing=
+for package in $packages; do
+	case $(dpkg-query --show --showformat '${db:Status-Status}' "$package" 2>/dev/null) in
+	installed) ;;
+	*) missing="$missing $package" ;;
+	esac
+done
+
+if [ -n "$missing" ]; then
+	if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+		echo "deps.sh: not installed, so that tests will be skipped:$missing" >&2
+		echo "deps.sh: hint: as root on Debian, this script installs them" >&2
+		exit 0
+	fi
+	# The daemons of these packages are only started by the tests.
+	policy=/usr/sbin/policy-rc.d
+	if [ ! -e $policy ]; then
+		printf '#!/bin/sh\nexit 101\n' >$policy
+		chmod 755 $policy
+		trap 'rm -f $policy' EXIT
+	fi
+	apt-get update --quiet --quiet
+	# shellcheck disable=SC2086 # the list is meant to be split
+	DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends $missing
+fi
+
+if [ "$(id -u)" = 0 ]; then
+	sh testdata/trixie.sh >/dev/null
+fi
