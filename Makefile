@@ -32,7 +32,7 @@ lint:
 # The performance tables, in one run. The README quotes them.
 bench: test-deps build
 	go build -trimpath -o $(BENCH)/ ./testdata/bench/...
-	$(NAMESPACE) $(BENCH)/login -nftwl $(BIN) -empty $(BENCH)/empty \
+	$(NAMESPACE) $(BENCH)/login -nftwl $(BIN) -empty $(BENCH)/empty -library $(BENCH)/library \
 		-script testdata/bench/login/trust.sh -rules contrib/nftables/sets.nft
 
 # Each parser for FUZZTIME of wall time.

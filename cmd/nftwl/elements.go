@@ -94,6 +94,7 @@ func (s *session) byFamily(l list, addrs []netip.Addr, f func(set *nftset.Set, a
 // the others count.
 func (s *session) addresses(args []string, refuse bool) (addrs []netip.Addr, ok bool) {
 	ok = true
+	seen := make(map[netip.Addr]bool)
 	one := func(text string) {
 		addr, err := trust.ParseAddr(text)
 		if _, e := netip.ParsePrefix(text); err != nil && e == nil {
@@ -107,7 +108,8 @@ func (s *session) addresses(args []string, refuse bool) (addrs []netip.Addr, ok 
 			ok = false
 			return
 		}
-		if addr = trust.Network(s.Config, addr); !slices.Contains(addrs, addr) {
+		if addr = trust.Network(s.Config, addr); !seen[addr] {
+			seen[addr] = true
 			addrs = append(addrs, addr)
 		}
 	}
@@ -237,7 +239,24 @@ func (s *session) put(l list, set *nftset.Set, addrs []netip.Addr, ports []uint1
 			printNote("%s is %s for longer already", addr, l)
 		}
 	}
+	if l == banned {
+		s.noteTrusted(addrs, ports)
+	}
 	return nil
+}
+
+// noteTrusted tells of banned addresses that the firewall accepts all the
+// same, since the trusted come first.
+func (s *session) noteTrusted(addrs []netip.Addr, ports []uint16) {
+	set, err := s.conn.Set(s.Table, s.Trusted.For(addrs[0]))
+	if err != nil {
+		return // the ban stands, and was all that was asked for
+	}
+	for _, addr := range addrs {
+		if found, err := s.conn.Lookup(set, trust.Keys(set, addr, ports)...); err == nil && len(found) > 0 {
+			printNote("%s is trusted too, which comes first; nftwl remove ends that", addr)
+		}
+	}
 }
 
 // newDrop is remove and unban.

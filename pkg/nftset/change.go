@@ -75,7 +75,7 @@ func (c *Conn) Extend(s *Set, elems []Element, slack time.Duration) ([]Outcome, 
 	if err != nil {
 		return nil, err
 	}
-	if got, ok := now[keys[renewed]]; ok && got.Outlives(elems[renewed], slack+time.Second) {
+	if now[keys[renewed]].Expires > there[keys[renewed]].Expires {
 		return outcomes, nil
 	}
 	replace = replace[:0]

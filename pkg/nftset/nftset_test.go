@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/nftables"
+
 	"nftwl/pkg/nstest"
 )
 
@@ -210,6 +212,52 @@ func TestAddIsReadByNft(t *testing.T) {
 			if e.Timeout != 2*time.Hour || e.Expires <= 2*time.Hour-10*time.Second || e.Expires > e.Timeout || e.Comment != elems[0].Comment {
 				t.Errorf("%s: read %+v", set, e)
 			}
+		}
+	}
+}
+
+// Another implementation reads the same.
+func TestReadByLibrary(t *testing.T) {
+	c := dial(t, rules)
+	s := describe(t, c, "v6port")
+	want := []Element{
+		{Key: key("2001:db8::7 . 993"), Timeout: 2 * time.Hour, Comment: "alice"},
+		{Key: key("2001:db8::8 . 465"), Timeout: time.Hour, Expires: time.Minute},
+		{Key: key("2001:db8::9 . 1")},
+	}
+	batch := c.Batch()
+	for _, e := range want {
+		batch.Add(s, e)
+	}
+	if err := batch.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	library, err := nftables.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	set, err := library.GetSetByName(&nftables.Table{Name: "filter", Family: nftables.TableFamilyINet}, "v6port")
+	if err != nil {
+		t.Fatal(err)
+	}
+	elems, err := library.GetSetElements(set)
+	if err != nil || len(elems) != len(want) {
+		t.Fatalf("%v, %v", elems, err)
+	}
+	for _, w := range want {
+		addr := w.Addr.As16()
+		bytes := append(addr[:], byte(w.Port>>8), byte(w.Port), 0, 0)
+		i := slices.IndexFunc(elems, func(e nftables.SetElement) bool { return string(e.Key) == string(bytes) })
+		if i < 0 {
+			t.Errorf("%s is missing", w.Key)
+			continue
+		}
+		life := w.Timeout
+		if w.Expires > 0 {
+			life = w.Expires
+		}
+		if e := elems[i]; e.Timeout != w.Timeout || e.Comment != w.Comment || e.Expires > life || e.Expires < life-10*time.Second {
+			t.Errorf("%s is read as %+v", w.Key, e)
 		}
 	}
 }

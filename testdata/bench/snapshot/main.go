@@ -1,0 +1,273 @@
+// Command snapshot compares nftwl save and nftwl restore with nft and with
+// what the kernel itself takes. Run it in a network namespace of its own:
+//
+//	unshare --user --map-root-user --net go run ./testdata/bench/snapshot
+//
+// It prints a Markdown table of medians and peak memory.
+package main
+
+import (
+	"encoding/binary"
+	"errors"
+	"flag"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/nftset"
+)
+
+var cases = []struct {
+	elements int
+	family   string
+	runs     int
+}{
+	{1000, "ipv4", 21},
+	{65535, "ipv4", 11},
+	{65535, "ipv6", 11},
+	{1000000, "ipv4", 2}, // the kernel alone takes 20 s for one dump
+}
+
+const tables = `table inet filter {
+	set trusted_ipv4 { type ipv4_addr . inet_service; flags dynamic,timeout; size 1000000; timeout 1d; }
+	set trusted_ipv6 { type ipv6_addr . inet_service; flags dynamic,timeout; size 1000000; timeout 1d; }
+	set banned_ipv4 { type ipv4_addr . inet_service; flags dynamic,timeout; size 1000000; timeout 1d; }
+	set banned_ipv6 { type ipv6_addr . inet_service; flags dynamic,timeout; size 1000000; timeout 1d; }
+}`
+
+func main() {
+	most := flag.Int("most", 1000000, "leave out the sets of more elements than `N`")
+	// The elements are added by another process: a child's peak memory, as
+	// the kernel counts it, is at least its parent's (exec_mmap).
+	fillSet := flag.String("fill", "", "only add -most elements to `SET`")
+	flag.Parse()
+	err := alone()
+	switch {
+	case err == nil && *fillSet != "":
+		err = fill(*fillSet, *most)
+	case err == nil:
+		err = bench(*most)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "snapshot bench:", err)
+		os.Exit(1)
+	}
+}
+
+// alone sees to it that no firewall in use is touched.
+func alone() error {
+	interfaces, err := net.Interfaces()
+	if err == nil && len(interfaces) > 1 {
+		err = errors.New("this network is in use: run it with unshare --user --map-root-user --net")
+	}
+	return err
+}
+
+func fill(set string, n int) error {
+	conn, err := nftset.Dial()
+	if err != nil {
+		return err
+	}
+	s, err := conn.Set(nftset.Table{Family: nftset.INet, Name: "filter"}, set)
+	if err != nil {
+		return err
+	}
+	ports := []uint16{143, 993, 995, 465, 587}
+	batch := conn.Batch()
+	addr := netip.MustParseAddr("198.18.0.0")
+	if s.Key.IPv6 {
+		addr = netip.MustParseAddr("2001:db8:4f3a:9000::")
+	}
+	for i := range n {
+		if i%len(ports) == 0 {
+			addr = addr.Next()
+		}
+		batch.Add(s, nftset.Element{
+			Key:     nftset.Key{Addr: addr, Port: ports[i%len(ports)]},
+			Timeout: 24 * time.Hour,
+			Expires: time.Hour + time.Duration(i%80_000_000)*time.Millisecond,
+			Comment: fmt.Sprintf("user%d@example.org", i/len(ports)),
+		})
+	}
+	if err := batch.Commit(); err != nil {
+		return err
+	}
+	return conn.Close()
+}
+
+// figure is what a way of doing it cost.
+type figure struct {
+	times  []time.Duration
+	memory int64 // most of all runs, in bytes
+}
+
+func (f *figure) median() time.Duration {
+	slices.Sort(f.times)
+	return f.times[len(f.times)/2]
+}
+
+// run runs a command, with its output in a file where one is named.
+func (f *figure) run(out string, command ...string) error {
+	cmd := exec.Command(command[0], command[1:]...)
+	cmd.Stderr = os.Stderr
+	if out != "" {
+		file, err := os.Create(out)
+		if err != nil {
+			return err
+		}
+		defer file.Close()
+		cmd.Stdout = file
+	}
+	start := time.Now()
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("%s: %w", strings.Join(command, " "), err)
+	}
+	f.times = append(f.times, time.Since(start))
+	f.memory = max(f.memory, cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss*1024)
+	return nil
+}
+
+func bench(most int) error {
+	dir, err := os.MkdirTemp("", "nftwl-bench-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	nftwl := filepath.Join(dir, "nftwl")
+	build := exec.Command("go", "build", "-trimpath", "-o", nftwl, "./cmd/nftwl")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("go build: %w\n%s", err, out)
+	}
+	fmt.Println("| elements | | save | bare dump | ratio | nft list set | ratio | restore | nft -f | ratio | memory: save | nft list | ratio | restore | nft -f | ratio |")
+	fmt.Println("|" + strings.Repeat("--:|", 16))
+	for _, c := range cases {
+		if c.elements > most {
+			continue
+		}
+		set := "trusted_" + c.family
+		var save, bare, list, restore, load figure
+		if err := reset(); err != nil {
+			return err
+		}
+		self := exec.Command("/proc/self/exe", "-fill", set, "-most", strconv.Itoa(c.elements))
+		if out, err := self.CombinedOutput(); err != nil {
+			return fmt.Errorf("fill: %w\n%s", err, out)
+		}
+		saved, listed := filepath.Join(dir, "sets.nft"), filepath.Join(dir, "list.nft")
+		// By turns, so that what else the machine does falls on all alike.
+		for range c.runs {
+			if err := bare.dump(set, c.elements); err != nil {
+				return err
+			}
+			if err := save.run("", nftwl, "save", saved); err != nil {
+				return err
+			}
+			if err := list.run(listed, "nft", "list", "set", "inet", "filter", set); err != nil {
+				return err
+			}
+		}
+		for range c.runs {
+			if err := reset(); err != nil {
+				return err
+			}
+			if err := restore.run("", nftwl, "restore", saved); err != nil {
+				return err
+			}
+			if err := reset(); err != nil {
+				return err
+			}
+			if err := load.run("", "nft", "-f", saved); err != nil {
+				return err
+			}
+		}
+		ratio := func(a, b *figure) float64 { return float64(a.median()) / float64(b.median()) }
+		fmt.Printf("| %d | %s | %s | %s | %.2f | %s | %.1f | %s | %s | %.1f | %s | %s | %.1f | %s | %s | %.1f |\n",
+			c.elements, c.family,
+			ms(&save), ms(&bare), ratio(&save, &bare), ms(&list), ratio(&list, &save),
+			ms(&restore), ms(&load), ratio(&load, &restore),
+			mib(&save), mib(&list), float64(list.memory)/float64(save.memory),
+			mib(&restore), mib(&load), float64(load.memory)/float64(restore.memory))
+	}
+	return nil
+}
+
+func ms(f *figure) string {
+	return strconv.FormatFloat(float64(f.median().Microseconds())/1000, 'f', 1, 64) + " ms"
+}
+
+func mib(f *figure) string { return strconv.FormatInt(f.memory>>20, 10) + " MiB" }
+
+// reset leaves the four sets, empty.
+func reset() error {
+	cmd := exec.Command("nft", "-f", "-")
+	cmd.Stdin = strings.NewReader("flush ruleset\n" + tables)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("nft: %w\n%s", err, out)
+	}
+	// Freeing what was flushed is part of no one's figure. The kernel is done
+	// with it when a connection that deleted something is closed.
+	cmd = exec.Command("nft", "add element inet filter trusted_ipv4 { 192.0.2.1 . 1 }; delete element inet filter trusted_ipv4 { 192.0.2.1 . 1 }")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("nft: %w\n%s", err, out)
+	}
+	return nil
+}
+
+// dump measures the kernel's own dump of a set, read with buffers of 32 KiB
+// and thrown away.
+func (f *figure) dump(set string, elements int) error {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	native := binary.NativeEndian
+	attr := func(b []byte, typ uint16, s string) []byte {
+		b = native.AppendUint16(b, uint16(4+len(s)+1))
+		b = native.AppendUint16(b, typ)
+		b = append(append(b, s...), 0)
+		return append(b, make([]byte, -len(b)&3)...)
+	}
+	req := make([]byte, 16, 128) // struct nlmsghdr
+	req = append(req, unix.NFPROTO_INET, unix.NFNETLINK_V0, 0, 0)
+	req = attr(req, unix.NFTA_SET_ELEM_LIST_TABLE, "filter")
+	req = attr(req, unix.NFTA_SET_ELEM_LIST_SET, set)
+	native.PutUint32(req, uint32(len(req)))
+	native.PutUint16(req[4:], unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETSETELEM)
+	native.PutUint16(req[6:], unix.NLM_F_REQUEST|unix.NLM_F_DUMP)
+	buf := make([]byte, 32<<10)
+
+	start := time.Now()
+	if err := unix.Sendto(fd, req, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return err
+	}
+	size := 0
+	for {
+		n, _, err := unix.Recvfrom(fd, buf, 0)
+		if err != nil {
+			return err
+		}
+		size += n
+		// The end of a dump comes in a message of its own, or is the last one
+		// of a buffer, 4 bytes of error code after its header.
+		if n >= 20 && (native.Uint16(buf[4:]) == unix.NLMSG_DONE || native.Uint16(buf[n-16:]) == unix.NLMSG_DONE) {
+			break
+		}
+	}
+	f.times = append(f.times, time.Since(start))
+	if size < 40*elements {
+		return fmt.Errorf("a dump of %d bytes is not one of %d elements", size, elements)
+	}
+	return nil
+}
