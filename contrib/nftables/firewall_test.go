@@ -1,0 +1,332 @@
+package nftables_test
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/nstest"
+)
+
+func TestMain(m *testing.M) {
+	// These tests wait for timeouts rather than work: a test for each core, as
+	// is the default, would take four times as long.
+	flag.Set("test.parallel", "8")
+	nstest.Main(m)
+}
+
+// An edit is what an administrator does to the files: old becomes new.
+type edit struct{ old, new string }
+
+func uncomment(line string) edit { return edit{"#" + line, line} }
+
+// A layout is one of the two ways to use the files.
+type layout struct {
+	name       string
+	load       []string // files, in /etc
+	table      string
+	prefix64   edit
+	strict     edit
+	ownsPolicy bool // what it does not accept is dropped
+}
+
+var layouts = []layout{
+	{
+		name:       "filter",
+		load:       []string{"nftables.conf"},
+		table:      "inet filter",
+		prefix64:   uncomment(`include "nftwl/trusted-prefix64.nft"`),
+		strict:     uncomment(`include "nftwl/strict.nft"`),
+		ownsPolicy: true,
+	},
+	{
+		name:     "standalone",
+		load:     []string{"nftwl/standalone.nft"},
+		table:    "inet nftwl",
+		prefix64: uncomment(`ip6 saddr & $nftwl_ipv6_network . tcp dport @trusted_ipv6`),
+		strict:   uncomment(`tcp dport $nftwl_submission_ports ct state new counter drop`),
+	},
+}
+
+// nftVersions are the roots of the systems whose nft must do.
+var nftVersions = []struct {
+	name string
+	root func(testing.TB) string
+}{
+	{"host", func(testing.TB) string { return "/" }},
+	{"trixie", nstest.Trixie},
+}
+
+// each runs a test in every layout, loaded by every nft.
+func each(t *testing.T, test func(*testing.T, layout, string)) {
+	for _, l := range layouts {
+		for _, v := range nftVersions {
+			t.Run(l.name+"/"+v.name, func(t *testing.T) {
+				t.Parallel()
+				test(t, l, v.root(t))
+			})
+		}
+	}
+}
+
+// A firewall is a machine with the files of this folder installed.
+type firewall struct {
+	*testing.T
+	layout
+	root string
+}
+
+// install makes a machine and puts the files, edited, where an administrator
+// puts them: /etc/nftwl, and the example at /etc/nftables.conf. /etc is
+// private to the test, and holds nothing else.
+func install(t *testing.T, l layout, root string, edits ...edit) *firewall {
+	t.Helper()
+	nstest.New(t)
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		t.Fatalf("unshare mount namespace: %v", err)
+	}
+	etc := filepath.Join(root, "etc")
+	if err := unix.Mount("tmpfs", etc, "tmpfs", 0, "mode=755"); err != nil {
+		t.Fatalf("mount on %s: %v", etc, err)
+	}
+	if err := os.Mkdir(filepath.Join(etc, "nftwl"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	files, err := filepath.Glob("*.nft")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no rule files: %v", err)
+	}
+	used := make([]bool, len(edits))
+	for _, name := range append(files, "nftables.conf") {
+		data, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := string(data)
+		for i, e := range edits {
+			used[i] = used[i] || strings.Contains(text, e.old)
+			text = strings.ReplaceAll(text, e.old, e.new)
+		}
+		to := filepath.Join(etc, "nftwl", name)
+		if name == "nftables.conf" {
+			to = filepath.Join(etc, name)
+		}
+		if err := os.WriteFile(to, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i, e := range edits {
+		if !used[i] {
+			t.Fatalf("no file holds %q", e.old)
+		}
+	}
+	return &firewall{T: t, layout: l, root: root}
+}
+
+// nft runs the firewall's nft and returns its output.
+func (f *firewall) nft(args ...string) string {
+	f.Helper()
+	out, err := f.tryNft("", args...)
+	if err != nil {
+		f.Fatalf("nft %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+	return out
+}
+
+func (f *firewall) tryNft(stdin string, args ...string) (string, error) {
+	cmd := exec.Command("/usr/sbin/nft", args...)
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: f.root}
+	cmd.Stdin = strings.NewReader(stdin)
+	out, err := cmd.CombinedOutput()
+	return string(out), err
+}
+
+// up loads the rules.
+func (f *firewall) up() {
+	f.Helper()
+	for _, file := range f.load {
+		f.nft("-f", "/etc/"+file)
+	}
+}
+
+// trust does what a login from the address does.
+func (f *firewall) trust(address netip.Addr, timeout string) {
+	f.Helper()
+	for _, port := range []int{143, 993, 995, 465, 587} {
+		f.add("trusted", address, port, timeout)
+	}
+}
+
+func (f *firewall) add(list string, address netip.Addr, port int, timeout string) {
+	f.Helper()
+	f.nft("add", "element", f.table+" "+set(list, address),
+		fmt.Sprintf("{ %s . %d timeout %s }", address, port, timeout))
+}
+
+func (f *firewall) has(list string, address netip.Addr, port int) bool {
+	out, err := f.tryNft("", "get", "element", f.table+" "+set(list, address),
+		fmt.Sprintf("{ %s . %d }", address, port))
+	if err != nil && !strings.Contains(out, "No such file or directory") {
+		f.Fatalf("nft get element: %v\n%s", err, out)
+	}
+	return err == nil
+}
+
+func set(list string, address netip.Addr) string {
+	if address.Is4() {
+		return list + "_ipv4"
+	}
+	return list + "_ipv6"
+}
+
+// packets returns what the counters of the rules with the comment add up to.
+func (f *firewall) packets(comment string) int {
+	f.Helper()
+	rules := regexp.MustCompile(`counter packets (\d+) .*comment "`+regexp.QuoteMeta(comment)+`"`).
+		FindAllStringSubmatch(f.nft("list", "table", f.table), -1)
+	if len(rules) == 0 {
+		f.Fatalf("no rule counts %q", comment)
+	}
+	sum := 0
+	for _, m := range rules {
+		n, err := strconv.Atoi(m[1])
+		if err != nil {
+			f.Fatal(err)
+		}
+		sum += n
+	}
+	return sum
+}
+
+// A mailserver is a firewall with something behind it: each port echoes.
+type mailserver struct {
+	*firewall
+	internet *nstest.Peer
+}
+
+// unnamed is a port that no rule names.
+const unnamed = 8080
+
+func serve(t *testing.T, l layout, root string, edits ...edit) *mailserver {
+	t.Helper()
+	s := &mailserver{firewall: install(t, l, root, edits...)}
+	s.up()
+	s.internet = nstest.NewPeer(t, "198.51.100.0/24", "203.0.113.0/24", "2001:db8:a::/48", "2001:db8:b::/48")
+	for _, port := range []int{22, 25, 143, 465, 587, 993, 995, unnamed} {
+		echo(t, port)
+	}
+	return s
+}
+
+func echo(t *testing.T, port int) {
+	t.Helper()
+	l, err := net.Listen("tcp", ":"+strconv.Itoa(port))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer conn.Close()
+				io.Copy(conn, conn)
+			}()
+		}
+	}()
+}
+
+// A dropped SYN comes again after one second: a connection that is opened
+// within less was let in by its first packet.
+const (
+	soon  = 900 * time.Millisecond // for what must be let in, on a busy machine
+	never = 300 * time.Millisecond // for what must not
+)
+
+func (s *mailserver) dial(from netip.Addr, port int, timeout time.Duration) *net.TCPConn {
+	s.Helper()
+	server := nstest.ServerIPv4
+	if from.Is6() {
+		server = nstest.ServerIPv6
+	}
+	conn, err := s.internet.Dial(from, netip.AddrPortFrom(server, uint16(port)), timeout)
+	var timed net.Error
+	if err != nil && !(errors.As(err, &timed) && timed.Timeout()) {
+		s.Fatalf("from %s to port %d: %v", from, port, err)
+	}
+	return conn
+}
+
+// open opens a connection that the firewall must let in.
+func (s *mailserver) open(from netip.Addr, port int) *net.TCPConn {
+	s.Helper()
+	conn := s.dial(from, port, soon)
+	if conn == nil {
+		s.Fatalf("%s is kept from port %d", from, port)
+	}
+	s.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// pass opens n connections one after another.
+func (s *mailserver) pass(from netip.Addr, port, n int) {
+	s.Helper()
+	for range n {
+		s.open(from, port).Close()
+	}
+}
+
+// drop tries a connection that the firewall must keep out.
+func (s *mailserver) drop(from netip.Addr, port int) {
+	s.Helper()
+	if conn := s.dial(from, port, never); conn != nil {
+		conn.Close()
+		s.Errorf("%s gets to port %d", from, port)
+	}
+}
+
+// until tries until a connection is let in, or kept out.
+func (s *mailserver) until(open bool, from netip.Addr, port int) {
+	s.Helper()
+	for deadline := time.Now().Add(15 * time.Second); time.Now().Before(deadline); {
+		conn := s.dial(from, port, never)
+		if conn != nil {
+			conn.Close()
+		}
+		if (conn != nil) == open {
+			return
+		}
+	}
+	s.Fatalf("%s to port %d: open is still %v", from, port, !open)
+}
+
+// alive proves that data still flows both ways on an open connection.
+func (s *mailserver) alive(conn *net.TCPConn) {
+	s.Helper()
+	conn.SetDeadline(time.Now().Add(soon))
+	line := []byte("NOOP\r\n")
+	if _, err := conn.Write(line); err != nil {
+		s.Fatal(err)
+	}
+	if _, err := io.ReadFull(conn, line); err != nil {
+		s.Fatalf("an open connection was cut: %v", err)
+	}
+}

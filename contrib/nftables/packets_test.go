@@ -1,0 +1,402 @@
+package nftables_test
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"os/exec"
+	"testing"
+	"time"
+
+	"nftwl/pkg/nstest"
+)
+
+var addr = netip.MustParseAddr
+
+// A family has the same people in each of its two variants.
+type family struct {
+	name              string
+	stranger, another netip.Addr // no network in common
+	source            netip.Addr // what the stranger is limited and banned as
+	user              netip.Addr
+	local             netip.Addr
+}
+
+var families = []family{
+	{"ipv4", addr("198.51.100.66"), addr("198.51.100.67"), addr("198.51.100.66"), addr("203.0.113.7"), addr("127.0.0.1")},
+	{"ipv6", addr("2001:db8:a:1::66"), addr("2001:db8:a:2::66"), addr("2001:db8:a:1::"), addr("2001:db8:b:1::7"), addr("::1")},
+}
+
+// burst5 is the limit of submission.nft: as many connections at once, and the
+// next is too many.
+const burst5 = 5
+
+func TestStrangerIsBannedAboveTheLimit(t *testing.T) {
+	const ban = 3 * time.Second
+	each(t, func(t *testing.T, l layout, root string) {
+		for _, who := range families {
+			t.Run(who.name, func(t *testing.T) {
+				t.Parallel()
+				// The limit must forget him before the ban ends, or the first
+				// connection after it is over the limit again.
+				s := serve(t, l, root, edit{"timeout 1d", "timeout 3s"}, edit{"timeout 10m", "timeout 1s"})
+				held := s.open(who.stranger, 587)
+				s.pass(who.stranger, 587, burst5-1)
+				if s.has("banned", who.source, 587) {
+					t.Error("banned below the limit")
+				}
+				start := time.Now()
+				s.drop(who.stranger, 587)
+				if !s.has("banned", who.source, 587) {
+					t.Error("not banned above the limit")
+				}
+
+				// Nothing and nobody else suffers.
+				s.pass(who.stranger, 465, burst5)
+				s.pass(who.stranger, 993, 2*burst5)
+				s.pass(who.stranger, 25, 2*burst5)
+				s.pass(who.another, 587, burst5)
+				s.alive(held)
+
+				s.drop(who.stranger, 587)
+				s.until(true, who.stranger, 587)
+				if d := time.Since(start); d < ban-100*time.Millisecond || d > ban+2*time.Second {
+					t.Errorf("a ban of %v took %v", ban, d)
+				}
+
+				for comment, want := range map[string]int{
+					"nftwl: bans of IPv" + who.name[3:]: 1,
+					"nftwl: over the limit":             1,
+					"nftwl: below the limit":            3*burst5 + 1,
+				} {
+					if got := s.packets(comment); got != want {
+						t.Errorf("%q: %d packets, want %d", comment, got, want)
+					}
+				}
+				banned := "nftwl: banned IPv4"
+				if who.stranger.Is6() {
+					banned = "nftwl: banned IPv6 network"
+				}
+				if s.packets(banned) == 0 {
+					t.Errorf("%q counts no packet", banned)
+				}
+			})
+		}
+	})
+}
+
+func TestTrustedPasses(t *testing.T) {
+	each(t, func(t *testing.T, l layout, root string) {
+		s := serve(t, l, root)
+		for _, who := range families {
+			s.trust(who.user, "1h")
+			s.pass(who.user, 587, 6*burst5)
+			if s.has("banned", who.user, 587) {
+				t.Errorf("%s is banned while trusted", who.user)
+			}
+			for _, port := range []int{143, 993, 995, 465, 587} {
+				s.add("banned", who.user, port, "1h")
+				s.pass(who.user, port, 2*burst5)
+			}
+			// Banned as everyone else's network, too.
+			if who.user.Is6() {
+				s.add("banned", network(who.user), 587, "1h")
+				s.pass(who.user, 587, burst5)
+			}
+			if got, want := s.packets("nftwl: trusted IP"+who.name[2:]), 16*burst5; got < want {
+				t.Errorf("the rule for trusted %s counts %d packets, want %d", who.name, got, want)
+			}
+		}
+		if n := s.packets("nftwl: over the limit"); n != 0 {
+			t.Errorf("the limit has dropped %d packets of trusted addresses", n)
+		}
+	})
+}
+
+// network is the address that stands for an IPv6 address's /64.
+func network(a netip.Addr) netip.Addr {
+	p, err := a.Prefix(64)
+	if err != nil {
+		panic(err)
+	}
+	return p.Addr()
+}
+
+// A ban from nftwl or fail2ban names an address, and IPv6 addresses beside it
+// are not meant.
+func TestBannedAddress(t *testing.T) {
+	each(t, func(t *testing.T, l layout, root string) {
+		s := serve(t, l, root)
+		for _, who := range families {
+			neighbour := who.stranger.Next()
+			s.add("banned", who.stranger, 993, "1h")
+			s.drop(who.stranger, 993)
+			s.pass(who.stranger, 995, 1)
+			s.pass(neighbour, 993, 1)
+			if got := s.packets("nftwl: banned IP" + who.name[2:]); got != 1 {
+				t.Errorf("the rule for banned %s counts %d packets, want 1", who.name, got)
+			}
+		}
+		// A network is banned as a whole.
+		s.add("banned", addr("2001:db8:a:9::"), 993, "1h")
+		s.drop(addr("2001:db8:a:9::1"), 993)
+		s.pass(addr("2001:db8:a:8::1"), 993, 1)
+	})
+}
+
+func TestStrict(t *testing.T) {
+	each(t, func(t *testing.T, l layout, root string) {
+		for _, who := range families {
+			t.Run(who.name, func(t *testing.T) {
+				t.Parallel()
+				s := serve(t, l, root, l.strict)
+				for _, port := range []int{465, 587} {
+					s.drop(who.user, port)
+				}
+				for _, port := range []int{25, 143, 993, 995} {
+					s.pass(who.user, port, 2*burst5)
+				}
+				start := time.Now()
+				s.trust(who.user, "3s")
+				for _, port := range []int{465, 587} {
+					s.pass(who.user, port, 2*burst5)
+				}
+				held := s.open(who.user, 587)
+				s.drop(who.stranger, 587)
+				s.until(false, who.user, 587)
+				if d := time.Since(start); d < 3*time.Second-100*time.Millisecond || d > 5*time.Second {
+					t.Errorf("a trust of 3 s lasted %v", d)
+				}
+				s.drop(who.user, 465)
+				s.alive(held)
+				if s.packets("nftwl: not logged in") < 4 {
+					t.Error("the strict rule does not count what it drops")
+				}
+			})
+		}
+	})
+}
+
+func TestIPv6Prefix(t *testing.T) {
+	user, neighbour, outside := addr("2001:db8:a:1::7"), addr("2001:db8:a:1:ffff::8"), addr("2001:db8:a:2::7")
+	each(t, func(t *testing.T, l layout, root string) {
+		t.Run("128", func(t *testing.T) {
+			s := serve(t, l, root, l.strict)
+			s.trust(user, "1h")
+			s.pass(user, 587, 1)
+			s.drop(neighbour, 587)
+			s.drop(outside, 587)
+		})
+		t.Run("64", func(t *testing.T) {
+			s := serve(t, l, root, l.strict, l.prefix64)
+			s.trust(network(user), "1h")
+			s.pass(user, 587, 1)
+			s.pass(neighbour, 587, 2*burst5)
+			s.drop(outside, 587)
+			if n := s.packets("nftwl: trusted IPv6 network"); n != 2*burst5+1 {
+				t.Errorf("the rule counts %d packets, want %d", n, 2*burst5+1)
+			}
+			// IPv4 is as ever.
+			s.trust(families[0].user, "1h")
+			s.pass(families[0].user, 587, 1)
+			s.drop(families[0].user.Next(), 587)
+		})
+	})
+}
+
+// Whoever changes his address within a /64 is one source all the same.
+func TestRotationWithinA64(t *testing.T) {
+	each(t, func(t *testing.T, l layout, root string) {
+		s := serve(t, l, root)
+		at := func(net, host int) netip.Addr { return addr(fmt.Sprintf("2001:db8:a:%x::%x", net, host)) }
+		for host := 1; host <= burst5; host++ {
+			s.pass(at(1, host), 587, 1)
+		}
+		s.drop(at(1, burst5+1), 587)
+		s.drop(at(1, 1), 587)
+		s.pass(at(2, 1), 587, burst5)
+	})
+}
+
+func TestLoopbackAndSSH(t *testing.T) {
+	each(t, func(t *testing.T, l layout, root string) {
+		s := serve(t, l, root, l.strict)
+		for _, who := range families {
+			for _, port := range []int{22, 465, 587} {
+				s.add("banned", who.local, port, "1h")
+				for range 4 * burst5 {
+					to := netip.AddrPortFrom(who.local, uint16(port))
+					conn, err := net.DialTimeout("tcp", to.String(), soon)
+					if err != nil {
+						t.Fatalf("loopback: %v", err)
+					}
+					conn.Close()
+				}
+			}
+			s.add("banned", who.stranger, 22, "1h")
+			s.pass(who.stranger, 22, 4*burst5)
+		}
+	})
+}
+
+// The limit lets a source pass that it has no room to remember, and still
+// limits the others.
+func TestFullLimit(t *testing.T) {
+	each(t, func(t *testing.T, l layout, root string) {
+		s := serve(t, l, root, edit{"size 262144", "size 2"})
+		for _, who := range families {
+			s.pass(who.another, 587, 1)
+			s.pass(who.user, 587, 1)
+			s.pass(who.stranger, 587, 3*burst5)
+			s.pass(who.another, 587, burst5-1)
+			s.drop(who.another, 587)
+		}
+	})
+}
+
+// What is over the limit is dropped where it cannot be banned.
+func TestFullBanned(t *testing.T) {
+	each(t, func(t *testing.T, l layout, root string) {
+		s := serve(t, l, root, edit{"size 262144", "size 5"})
+		for _, who := range families {
+			for port := 1; port <= 5; port++ {
+				s.add("banned", who.user, port, "1h")
+			}
+			s.pass(who.stranger, 587, burst5)
+			s.drop(who.stranger, 587)
+			s.drop(who.stranger, 587)
+			if s.has("banned", who.source, 587) {
+				t.Error("the set was not full")
+			}
+		}
+		if n := s.packets("nftwl: over the limit"); n != 4 {
+			t.Errorf("dropped %d packets, want 4", n)
+		}
+	})
+}
+
+// The example: what else it lets in, and that it lets in nothing else.
+func TestExample(t *testing.T) {
+	ping := nstest.Need(t, "ping", "iputils-ping")
+	for _, v := range nftVersions {
+		t.Run(v.name, func(t *testing.T) {
+			t.Parallel()
+			s := serve(t, layouts[0], v.root(t))
+			for _, who := range families {
+				s.drop(who.stranger, unnamed)
+				server := nstest.ServerIPv4
+				if who.stranger.Is6() {
+					server = nstest.ServerIPv6
+				}
+				s.internet.Do(func() {
+					if out, err := exec.Command(ping, "-c1", "-W2", server.String()).CombinedOutput(); err != nil {
+						t.Errorf("ping: %v\n%s", err, out)
+					}
+				})
+			}
+
+			// A DHCPv6 server's answer to what the client sent to all servers.
+			l, err := net.ListenPacket("udp6", "[fe80::1%net0]:546")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			for _, port := range []int{548, 547} { // the first must not come
+				s.internet.Do(func() {
+					err = send(port)
+				})
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			l.SetReadDeadline(time.Now().Add(soon))
+			_, from, err := l.ReadFrom(make([]byte, 10))
+			if err != nil {
+				t.Fatalf("DHCPv6: %v", err)
+			}
+			if port := from.(*net.UDPAddr).Port; port != 547 {
+				t.Errorf("a packet from port %d is let in", port)
+			}
+		})
+	}
+}
+
+func send(from int) error {
+	conn, err := net.DialUDP("udp6",
+		&net.UDPAddr{IP: net.ParseIP("fe80::2"), Port: from, Zone: "peer0"},
+		&net.UDPAddr{IP: net.ParseIP("fe80::1"), Port: 546, Zone: "peer0"})
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	_, err = conn.Write([]byte("reply"))
+	return err
+}
+
+// What standalone.nft says of itself, beside another firewall's table.
+func TestStandaloneBesideAnotherFirewall(t *testing.T) {
+	for _, v := range nftVersions {
+		t.Run(v.name, func(t *testing.T) {
+			t.Parallel()
+			s := serve(t, layouts[1], v.root(t))
+			nstest.Nft(t, `table inet theirs {
+				chain input {
+					type filter hook input priority filter; policy drop;
+					iif "lo" accept
+					ct state established,related accept
+					meta l4proto 58 accept
+					tcp dport { 22, 143, 587 } accept
+				}
+			}`)
+			for _, who := range families {
+				s.trust(who.user, "1h")
+				s.pass(who.user, 587, 2*burst5)
+				s.drop(who.user, 993) // trusted, but not open in theirs
+
+				s.pass(who.stranger, 587, burst5)
+				s.drop(who.stranger, 587) // open in theirs, but over the limit
+				s.pass(who.stranger, 143, 1)
+			}
+		})
+	}
+}
+
+// What nftwl's chain drops, no accept after the jump lets in.
+func TestLaterAccept(t *testing.T) {
+	later := edit{"\t\tjump nftwl\n", "\t\tjump nftwl\n\t\ttcp dport { 465, 587 } accept\n"}
+	full := edit{"size 262144", "size 1"} // drops without a ban
+	l := layouts[0]
+	for _, v := range nftVersions {
+		t.Run(v.name, func(t *testing.T) {
+			t.Parallel()
+			t.Run("limit", func(t *testing.T) {
+				s := serve(t, l, v.root(t), later, full)
+				for _, who := range families {
+					s.add("banned", who.user, 1, "1h")
+					s.pass(who.stranger, 587, burst5)
+					s.drop(who.stranger, 587)
+				}
+			})
+			t.Run("strict", func(t *testing.T) {
+				s := serve(t, l, v.root(t), later, l.strict)
+				for _, who := range families {
+					s.drop(who.stranger, 465)
+					s.drop(who.stranger, 587)
+				}
+			})
+		})
+	}
+}
+
+// Loopback is no stranger wherever the jump stands.
+func TestLoopbackInOwnChain(t *testing.T) {
+	serve(t, layouts[0], "/",
+		edit{"\t\tiif \"lo\" accept\n", ""}, edit{"\t\tjump nftwl\n", "\t\tjump nftwl\n\t\tiif \"lo\" accept\n"})
+	for range 2 * burst5 {
+		conn, err := net.DialTimeout("tcp", "127.0.0.1:587", soon)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.Close()
+	}
+}

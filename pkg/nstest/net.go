@@ -1,0 +1,173 @@
+package nstest
+
+import (
+	"bytes"
+	"fmt"
+	"net"
+	"net/netip"
+	"os/exec"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// The addresses of the side that calls NewPeer.
+var (
+	ServerIPv4 = netip.MustParseAddr("192.0.2.1")
+	ServerIPv6 = netip.MustParseAddr("2001:db8::1")
+)
+
+// A Peer is another machine on the network: a namespace, and a thread in it.
+type Peer struct {
+	work chan func()
+}
+
+// NewPeer joins the network namespace of the calling goroutine, which New
+// made, to another by a pair of interfaces, net0 and peer0. The calling side gets
+// ServerIPv4 and ServerIPv6, and routes the prefixes to the peer; each address
+// in them is the peer's own, and it can connect from any.
+func NewPeer(t testing.TB, prefixes ...string) *Peer {
+	t.Helper()
+	p := &Peer{work: make(chan func())}
+	var thread int
+	ready := make(chan error)
+	go func() {
+		// Never unlocked: the thread is thrown away with the goroutine.
+		runtime.LockOSThread()
+		thread = unix.Gettid()
+		err := unix.Unshare(unix.CLONE_NEWNET)
+		if err == nil {
+			err = loopbackUp()
+		}
+		ready <- err
+		for f := range p.work {
+			f()
+		}
+	}()
+	t.Cleanup(func() { close(p.work) })
+	if err := <-ready; err != nil {
+		t.Fatalf("the peer's network namespace: %v", err)
+	}
+
+	here, there := []string{}, []string{}
+	for _, prefix := range prefixes {
+		via := "192.0.2.2"
+		if netip.MustParsePrefix(prefix).Addr().Is6() {
+			via = "2001:db8::2"
+		}
+		here = append(here, "route add "+prefix+" via "+via)
+		there = append(there, "route add local "+prefix+" dev lo")
+	}
+	program := Need(t, "ip", "iproute2")
+	// The kernel puts the news that a link is up off for a second where both
+	// ends have the same index (linkwatch_urgent_event, net/core/link_watch.c).
+	err := ip(program, fmt.Sprintf("link add net0 index 10 type veth peer name peer0 index 11 netns %d", thread))
+	if err == nil {
+		err = ip(program, append(interfaceUp("net0", "1"), here...)...)
+	}
+	if err == nil {
+		p.Do(func() {
+			if err = ip(program, append(interfaceUp("peer0", "2"), there...)...); err == nil {
+				err = waitForInterface(program, "peer0", "2")
+			}
+		})
+	}
+	if err == nil {
+		err = waitForInterface(program, "net0", "1")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// waitForInterface waits until an interface no longer throws away what it is
+// to send or to receive. Its flag IFF_RUNNING does not tell, being set while the
+// state is unknown, too; and the kernel puts off the routes of IPv6 addresses.
+func waitForInterface(program, name, host string) error {
+	var out []byte
+	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		cmd := exec.Command(program, "-6", "-batch", "-")
+		cmd.Stdin = strings.NewReader("link show " + name + "\nroute show table local dev " + name + "\n")
+		var err error
+		if out, err = cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("ip: %v\n%s", err, out)
+		}
+		if bytes.Contains(out, []byte("qdisc noqueue state UP ")) &&
+			bytes.Contains(out, []byte("local fe80::"+host+" ")) &&
+			bytes.Contains(out, []byte("local 2001:db8::"+host+" ")) {
+			return nil
+		}
+	}
+	return fmt.Errorf("%s does not come up:\n%s", name, out)
+}
+
+// interfaceUp gives the link-local address by hand, and none is checked for a
+// duplicate: the kernel's own cannot be used for the second that this takes.
+func interfaceUp(name, host string) []string {
+	return []string{
+		"link set " + name + " addrgenmode none",
+		"link set " + name + " up",
+		"addr add 192.0.2." + host + "/24 dev " + name,
+		"addr add fe80::" + host + "/64 dev " + name + " nodad",
+		"addr add 2001:db8::" + host + "/64 dev " + name + " nodad",
+	}
+}
+
+func ip(program string, commands ...string) error {
+	cmd := exec.Command(program, "-batch", "-")
+	cmd.Stdin = strings.NewReader(strings.Join(commands, "\n") + "\n")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("ip: %v\n%s", err, out)
+	}
+	return nil
+}
+
+// Do runs f in the peer's network namespace. As f runs on another goroutine,
+// it must not call t.Fatal.
+func (p *Peer) Do(f func()) {
+	done := make(chan struct{})
+	p.work <- func() {
+		defer close(done)
+		f()
+	}
+	<-done
+}
+
+// Dial opens a TCP connection from an address of the peer. Closing it sends a
+// reset, so that no state of it is left to wait for.
+func (p *Peer) Dial(from netip.Addr, to netip.AddrPort, timeout time.Duration) (*net.TCPConn, error) {
+	dialer := net.Dialer{
+		Timeout:   timeout,
+		LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0)),
+		Control: func(_, _ string, c syscall.RawConn) error {
+			var err error
+			if e := c.Control(func(fd uintptr) { err = FreeBind(int(fd), from) }); e != nil {
+				return e
+			}
+			return err
+		},
+	}
+	var conn net.Conn
+	var err error
+	// An address and not a name, so that the socket is made on this thread.
+	p.Do(func() { conn, err = dialer.Dial("tcp", to.String()) })
+	if err != nil {
+		return nil, err
+	}
+	tcp := conn.(*net.TCPConn)
+	return tcp, tcp.SetLinger(0)
+}
+
+// FreeBind lets a socket bind to an address that is the peer's by its routes
+// alone. IPv4 needs no permission for that.
+func FreeBind(fd int, from netip.Addr) error {
+	if from.Is4() {
+		return nil
+	}
+	return unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_FREEBIND, 1)
+}
