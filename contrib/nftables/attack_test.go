@@ -242,7 +242,7 @@ func TestAttack(t *testing.T) {
 		t.Run(r.name, func(t *testing.T) {
 			s := serve(t, l, "/", r.edits...)
 			for _, from := range a.users {
-				s.trust(from, "1h")
+				s.trust(from, 128, "1h")
 			}
 			got := s.play(a)
 			results[i] = got

@@ -164,11 +164,19 @@ func (f *firewall) up() {
 	}
 }
 
-// trust does what a login from the address does.
-func (f *firewall) trust(address netip.Addr, timeout string) {
+// trust logs in from the address, as Dovecot would have nftwl do it. prefix is
+// the ipv6_prefix of the configuration.
+func (f *firewall) trust(address netip.Addr, prefix int, timeout string) {
 	f.Helper()
-	for _, port := range []int{143, 993, 995, 465, 587} {
-		f.add("trusted", address, port, timeout)
+	config := filepath.Join(f.TempDir(), "nftwl.yaml")
+	text := fmt.Sprintf("table: %s\nipv6_prefix: %d\n", f.table, prefix)
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		f.Fatal(err)
+	}
+	cmd := exec.Command(nstest.Build(f.T, "cmd/nftwl"), "--config", config, "login", "/bin/true")
+	cmd.Env = []string{"IP=" + address.String(), "NFTWL_TIMEOUT=" + timeout}
+	if out, err := cmd.CombinedOutput(); err != nil || len(out) > 0 {
+		f.Fatalf("login from %s: %v\n%s", address, err, out)
 	}
 }
 

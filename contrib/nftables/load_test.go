@@ -67,7 +67,7 @@ func TestReload(t *testing.T) {
 		}
 
 		user := netip.MustParseAddr("198.51.100.1")
-		f.trust(user, "1h")
+		f.trust(user, 128, "1h")
 		file := filepath.Join(root, "etc", "nftwl", "submission.nft")
 		if l.name == "standalone" {
 			file = filepath.Join(root, "etc", "nftwl", "standalone.nft")

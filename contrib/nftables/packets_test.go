@@ -89,7 +89,7 @@ func TestTrustedPasses(t *testing.T) {
 	each(t, func(t *testing.T, l layout, root string) {
 		s := serve(t, l, root)
 		for _, who := range families {
-			s.trust(who.user, "1h")
+			s.trust(who.user, 128, "1h")
 			s.pass(who.user, 587, 6*burst5)
 			if s.has("banned", who.user, 587) {
 				t.Errorf("%s is banned while trusted", who.user)
@@ -157,7 +157,7 @@ func TestStrict(t *testing.T) {
 					s.pass(who.user, port, 2*burst5)
 				}
 				start := time.Now()
-				s.trust(who.user, "3s")
+				s.trust(who.user, 128, "3s")
 				for _, port := range []int{465, 587} {
 					s.pass(who.user, port, 2*burst5)
 				}
@@ -182,14 +182,14 @@ func TestIPv6Prefix(t *testing.T) {
 	each(t, func(t *testing.T, l layout, root string) {
 		t.Run("128", func(t *testing.T) {
 			s := serve(t, l, root, l.strict)
-			s.trust(user, "1h")
+			s.trust(user, 128, "1h")
 			s.pass(user, 587, 1)
 			s.drop(neighbour, 587)
 			s.drop(outside, 587)
 		})
 		t.Run("64", func(t *testing.T) {
 			s := serve(t, l, root, l.strict, l.prefix64)
-			s.trust(network(user), "1h")
+			s.trust(user, 64, "1h")
 			s.pass(user, 587, 1)
 			s.pass(neighbour, 587, 2*burst5)
 			s.drop(outside, 587)
@@ -197,7 +197,7 @@ func TestIPv6Prefix(t *testing.T) {
 				t.Errorf("the rule counts %d packets, want %d", n, 2*burst5+1)
 			}
 			// IPv4 is as ever.
-			s.trust(families[0].user, "1h")
+			s.trust(families[0].user, 128, "1h")
 			s.pass(families[0].user, 587, 1)
 			s.drop(families[0].user.Next(), 587)
 		})
@@ -349,7 +349,7 @@ func TestStandaloneBesideAnotherFirewall(t *testing.T) {
 				}
 			}`)
 			for _, who := range families {
-				s.trust(who.user, "1h")
+				s.trust(who.user, 128, "1h")
 				s.pass(who.user, 587, 2*burst5)
 				s.drop(who.user, 993) // trusted, but not open in theirs
 
