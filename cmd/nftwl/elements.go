@@ -313,9 +313,23 @@ func (s *session) drop(l list, set *nftset.Set, addrs []netip.Addr, ports []uint
 	for _, addr := range addrs {
 		if !gone[addr] {
 			printNote("%s was not %s", addr, l)
+			s.noteNetwork(l, set, addr, ports)
 		}
 	}
 	return nil
+}
+
+// noteNetwork tells of an IPv6 address that is not banned itself that its /64
+// is, which is what the firewall bans for exceeding the limit.
+func (s *session) noteNetwork(l list, set *nftset.Set, addr netip.Addr, ports []uint16) {
+	if l != banned || addr.Is4() {
+		return
+	}
+	prefix, _ := addr.Prefix(64) // fails only for bits out of range
+	network := prefix.Addr()
+	if found, err := s.conn.Lookup(set, trust.Keys(set, network, ports)...); err == nil && len(found) > 0 && network != addr {
+		printNote("its network is banned: nftwl unban %s", network)
+	}
 }
 
 func newCheck(configPath *string) *cobra.Command {
@@ -390,6 +404,7 @@ func (s *session) check(l list, set *nftset.Set, addr netip.Addr, ports []uint16
 		fmt.Printf("%s is %s%s, time left: %s\n", addr, l, on(ports), timeLeft(there))
 	default:
 		fmt.Printf("%s is not %s%s\n", addr, l, on(missing))
+		s.noteNetwork(l, set, addr, ports)
 	}
 	return len(missing) == 0, nil
 }
