@@ -3,6 +3,7 @@ package nftset
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -43,8 +44,12 @@ func (c *Conn) Batch() *Batch {
 	return b
 }
 
-// Len returns the size of the batch in bytes.
-func (b *Batch) Len() int { return len(b.buf) }
+// Grow makes room for n more elements of the set with comments of so many bytes
+// together, so that a large batch is not copied over and over while it grows.
+func (b *Batch) Grow(s *Set, n, comments int) {
+	const most = 4*attrHeader + 2*(attrHeader+8) + 3 + 2*3 // with a timeout, an expiration, and padding
+	b.buf = slices.Grow(b.buf, n*(most+s.Key.len())+comments)
+}
 
 // message begins a message about a set.
 func (b *Batch) message(typ, flags uint16, s *Set) {

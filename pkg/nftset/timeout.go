@@ -35,27 +35,27 @@ func ParseTimeout(s string) (time.Duration, error) {
 	var sum time.Duration
 	rest, from := s, 0
 	for rest != "" {
-		digits := 0
+		digits, n := 0, int64(0)
 		for digits < len(rest) && rest[digits] >= '0' && rest[digits] <= '9' {
+			// Past the longest timeout in any unit, further digits do not matter.
+			if n <= int64(MaxTimeout/time.Millisecond) {
+				n = n*10 + int64(rest[digits]-'0')
+			}
 			digits++
 		}
 		letters := digits
 		for letters < len(rest) && rest[letters] >= 'a' && rest[letters] <= 'z' {
 			letters++
 		}
-		unit := -1
-		for i := from; i < len(timeUnits); i++ {
-			if timeUnits[i].name == rest[digits:letters] {
-				unit = i
-				break
-			}
+		unit := from
+		for unit < len(timeUnits) && timeUnits[unit].name != rest[digits:letters] {
+			unit++
 		}
-		if digits == 0 || unit < 0 {
+		if digits == 0 || unit == len(timeUnits) {
 			return bad("write it like 1d12h, 90m or 30s")
 		}
-		n, err := strconv.ParseInt(rest[:digits], 10, 64)
 		d := timeUnits[unit].unit
-		if err != nil || n > int64(MaxTimeout/d) || sum > MaxTimeout-time.Duration(n)*d {
+		if n > int64(MaxTimeout/d) || sum > MaxTimeout-time.Duration(n)*d {
 			return bad("it is longer than " + FormatTimeout(MaxTimeout))
 		}
 		sum += time.Duration(n) * d

@@ -115,6 +115,11 @@ func otherType(s *nftset.Set, kernel string) error {
 
 // merge adds elements to the batch, with the life that is left to them.
 func (t *target) merge(batch *nftset.Batch, elems []nftset.Element, elapsed time.Duration, r *Result) error {
+	comments := 0
+	for i := range elems {
+		comments += len(elems[i].Comment)
+	}
+	batch.Grow(t.set, len(elems), comments)
 	var replace []nftset.Element
 	for _, e := range elems {
 		if !e.Permanent() {
