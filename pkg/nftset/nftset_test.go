@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
 
 	"nftwl/pkg/nstest"
 )
@@ -331,6 +332,51 @@ func TestExtend(t *testing.T) {
 	}
 }
 
+// On kernels from 6.12 on a renewal deletes nothing: closing the connection
+// after a deletion takes long enough to double the time of a login.
+func TestRenewalIsOneTransaction(t *testing.T) {
+	var uts unix.Utsname
+	if err := unix.Uname(&uts); err != nil {
+		t.Fatal(err)
+	}
+	var major, minor int
+	if _, err := fmt.Sscanf(unix.ByteSliceToString(uts.Release[:]), "%d.%d", &major, &minor); err != nil {
+		t.Fatal(err)
+	}
+	want := uint16(1)
+	if major < 6 || major == 6 && minor < 12 {
+		want = 2
+	}
+	c := dial(t, rules)
+	nstest.Nft(t, "add element inet filter v4port { 192.0.2.7 . 993 timeout 1h expires 10m }")
+	s := describe(t, c, "v4port")
+	before := generation(t, c)
+	if _, err := c.Extend(s, []Element{{Key: key("192.0.2.7 . 993"), Timeout: time.Hour}}, 0); err != nil {
+		t.Fatal(err)
+	}
+	if got := generation(t, c) - before; got != want {
+		t.Errorf("%d transactions, want %d", got, want)
+	}
+}
+
+// generation returns the low bits of the ruleset's generation, which every
+// transaction increases.
+func generation(t *testing.T, c *Conn) (g uint16) {
+	t.Helper()
+	seq := c.next()
+	req := appendMessage(nil, msgGetTable, unix.NLM_F_REQUEST, seq, filter.Family, 0)
+	req = appendString(req, unix.NFTA_TABLE_NAME, filter.Name)
+	endMessage(req, 0)
+	err := c.ask(req, seq, 1, func(_ int, m message) error {
+		g = m.generation
+		return m.err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return g
+}
+
 // On kernels before 6.12 this is what renews.
 func TestReplace(t *testing.T) {
 	c := dial(t, rules)
@@ -514,6 +560,33 @@ func TestMany(t *testing.T) {
 	}
 	if found, err := c.Lookup(s, keys...); err != nil || len(found) != len(keys) {
 		t.Errorf("found %d of %d: %v", len(found), len(keys), err)
+	}
+}
+
+// The kernel resizes the hash table of a set some time after many elements
+// were added, and a dump meanwhile has some of them twice and others not.
+func TestDumpDuringResize(t *testing.T) {
+	const n = 20000
+	c := dial(t, "table inet filter {}")
+	for round := range 10 {
+		s := &Set{Table: filter, Name: fmt.Sprint("set", round), Key: KeyType{Port: true}, Timeouts: true}
+		batch := c.Batch()
+		batch.CreateSet(s)
+		addr := netip.MustParseAddr("192.0.2.0")
+		for range n {
+			addr = addr.Next()
+			batch.Add(s, Element{Key: Key{addr, 993}, Timeout: time.Hour})
+		}
+		if err := batch.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		elems, err := c.Elements(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(elems) != n {
+			t.Fatalf("round %d: %d of %d elements", round, len(elems), n)
+		}
 	}
 }
 
