@@ -5,6 +5,8 @@ import (
 	"maps"
 	"slices"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Outcome is what Extend did to an element.
@@ -21,72 +23,99 @@ const (
 // long as asked: it adds those that are missing, gives those that would expire
 // sooner the new timeout and comment, and leaves those alone whose remaining
 // life is longer, or shorter by no more than slack. It never shortens a life
-// nor makes a permanent element expire. The outcomes are those of the
-// elements, in order.
+// nor makes a permanent element expire, whatever others do at the same time.
+// The outcomes are those of the elements, in order.
 //
 // All is one transaction. On kernels before 6.12 it can take a second one,
-// after the first turned out to have renewed nothing.
+// after the first turned out to have renewed nothing; and where the set is too
+// full for all, those that are there already are renewed alone.
 func (c *Conn) Extend(s *Set, elems []Element, slack time.Duration) ([]Outcome, error) {
 	if err := s.Writable(); err != nil {
 		return nil, err
 	}
+	outcomes, renewed, err := c.extend(s, elems, slack, true)
+	// What was there, and was to live longer.
+	there := func() (some []Element) {
+		for i, e := range elems {
+			if outcomes[i] == Extended {
+				some = append(some, e)
+			}
+		}
+		return some
+	}
+	if errors.Is(err, ErrFull) {
+		if some := there(); len(some) > 0 && len(some) < len(elems) {
+			// The error that counts is the first.
+			_, _ = c.Extend(s, some, slack)
+		}
+	}
+	if err != nil || renewed == nil {
+		return outcomes, err
+	}
+	// Kernels before 6.12 renew nothing so, and report success.
+	now, err := c.Lookup(s, renewed.Key)
+	if err != nil {
+		return outcomes, err
+	}
+	if e := now[renewed.Key]; e.Permanent() || e.Expires > renewed.Expires {
+		return outcomes, nil
+	}
+	_, _, err = c.extend(s, there(), slack, false)
+	return outcomes, err
+}
+
+// extend is one transaction of Extend's. With renew it has the kernel renew
+// without deleting; an element that it asked that for is returned as it was.
+func (c *Conn) extend(s *Set, elems []Element, slack time.Duration, renew bool) (outcomes []Outcome, renewed *Element, err error) {
 	keys := make([]Key, len(elems))
 	for i, e := range elems {
 		keys[i] = e.Key
 	}
-	there, err := c.Lookup(s, keys...)
-	if err != nil {
-		return nil, err
-	}
-	outcomes := make([]Outcome, len(elems))
-	batch := c.Batch()
-	var replace []Element
-	renewed := -1 // one of those that the kernel is asked to renew
-	for i, e := range elems {
-		old, ok := there[e.Key]
-		switch {
-		case !ok:
-			outcomes[i] = Added
-			batch.Add(s, e)
-		case old.Outlives(e, slack):
-			outcomes[i] = Kept
-		case e.Permanent() || old.Comment != e.Comment:
-			outcomes[i] = Extended
-			replace = append(replace, e)
-		default:
-			// Without a deletion, so that a login does not wait for RCU when
-			// the connection closes: the kernel renews an element whose
-			// expiration is said.
-			outcomes[i] = Extended
-			renewed = i
-			e.Expires = e.Timeout
-			batch.Add(s, e)
+	// Between the look-up and the transaction another login can give an
+	// element a longer life. So the kernel is told which generation of the
+	// ruleset was looked at, and refuses if it is another by now. On a machine
+	// that changes its ruleset all the time it must do without.
+	const attempts = 20
+	for attempt := 1; ; attempt++ {
+		generation := uint32(0)
+		if attempt < attempts {
+			if generation, err = c.generation(); err != nil {
+				return nil, nil, s.error(err)
+			}
+		}
+		there, err := c.Lookup(s, keys...)
+		if err != nil {
+			return nil, nil, err
+		}
+		outcomes, renewed = make([]Outcome, len(elems)), nil
+		batch := c.batch(generation)
+		var replace []Element
+		for i, e := range elems {
+			old, ok := there[e.Key]
+			switch {
+			case !ok:
+				outcomes[i] = Added
+				batch.Add(s, e)
+			case old.Outlives(e, slack):
+				outcomes[i] = Kept
+			case !renew || e.Permanent() || old.Comment != e.Comment:
+				outcomes[i] = Extended
+				replace = append(replace, e)
+			default:
+				// Without a deletion, so that a login does not wait for RCU
+				// when the connection closes: the kernel renews an element
+				// whose expiration is said.
+				outcomes[i] = Extended
+				renewed = &old
+				e.Expires = e.Timeout
+				batch.Add(s, e)
+			}
+		}
+		batch.Replace(s, replace)
+		if err := batch.Commit(); !errors.Is(err, unix.ERESTART) {
+			return outcomes, renewed, err
 		}
 	}
-	batch.Replace(s, replace)
-	if err := batch.Commit(); err != nil {
-		return nil, err
-	}
-	if renewed < 0 {
-		return outcomes, nil
-	}
-	// Kernels before 6.12 renew nothing, and report success.
-	now, err := c.Lookup(s, keys[renewed])
-	if err != nil {
-		return nil, err
-	}
-	if now[keys[renewed]].Expires > there[keys[renewed]].Expires {
-		return outcomes, nil
-	}
-	replace = replace[:0]
-	for i, e := range elems {
-		if outcomes[i] == Extended {
-			replace = append(replace, e)
-		}
-	}
-	batch = c.Batch()
-	batch.Replace(s, replace)
-	return outcomes, batch.Commit()
 }
 
 // Outlives tells whether an element of a set lives as long as another that is

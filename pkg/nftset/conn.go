@@ -37,7 +37,10 @@ const (
 func Dial() (*Conn, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
 	if err != nil {
-		return nil, fmt.Errorf("open a netlink socket: %w", reason(err))
+		if why := reason(err); why != err {
+			return nil, &Error{Err: why}
+		}
+		return nil, fmt.Errorf("open a netlink socket: %w", err)
 	}
 	// An error's reply then carries the header of the message alone, not all
 	// of its elements. Kernels before 4.3 refuse, and their replies are cut.
@@ -214,6 +217,26 @@ func (c *Conn) hasTable(table Table) error {
 		return table.error(err)
 	}
 	return nil
+}
+
+// generation returns the number of the ruleset's generation, which every
+// transaction increases. It is never 0.
+func (c *Conn) generation() (g uint32, err error) {
+	seq := c.next()
+	req := appendMessage(nil, msgGetGen, unix.NLM_F_REQUEST, seq, 0, 0)
+	endMessage(req, 0)
+	err = c.ask(req, seq, 1, func(_ int, m message) error {
+		if m.ack {
+			return m.err
+		}
+		return attributes(m.body, func(typ uint16, data []byte) error {
+			if typ == unix.NFTA_GEN_ID {
+				g = beUint32(data)
+			}
+			return nil
+		})
+	})
+	return g, err
 }
 
 // lookupChunk is how many look-ups are sent at once: their replies must all

@@ -73,6 +73,9 @@ func (e *Error) Error() string {
 }
 
 func (s *Set) error(err error) error {
+	if err == unix.ENFILE {
+		err = ErrFull // nft_add_set_elem() in net/netfilter/nf_tables_api.c
+	}
 	return &Error{Table: s.Table, Set: s.Name, Size: s.Size, Err: reason(err)}
 }
 
@@ -83,16 +86,13 @@ func (t Table) error(err error) error {
 // reason names an errno where it can mean one thing only. ENOENT, which can
 // mean several, is left to the caller that knows what it asked for.
 func reason(err error) error {
-	var errno unix.Errno
-	if !errors.As(err, &errno) {
-		return err
+	errno, ok := err.(unix.Errno)
+	if !ok {
+		return err // whoever wrapped it said more
 	}
 	switch errno {
 	case unix.EPERM, unix.EACCES:
 		return ErrPermission
-	case unix.ENFILE:
-		// nft_add_set_elem() in net/netfilter/nf_tables_api.c.
-		return ErrFull
 	case unix.EPROTONOSUPPORT, unix.EAFNOSUPPORT:
 		return ErrSupport
 	}

@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"github.com/google/nftables"
-	"golang.org/x/sys/unix"
 
 	"nftwl/pkg/nstest"
 )
@@ -332,49 +331,90 @@ func TestExtend(t *testing.T) {
 	}
 }
 
-// On kernels from 6.12 on a renewal deletes nothing: closing the connection
-// after a deletion takes long enough to double the time of a login.
-func TestRenewalIsOneTransaction(t *testing.T) {
-	var uts unix.Utsname
-	if err := unix.Uname(&uts); err != nil {
-		t.Fatal(err)
-	}
-	var major, minor int
-	if _, err := fmt.Sscanf(unix.ByteSliceToString(uts.Release[:]), "%d.%d", &major, &minor); err != nil {
-		t.Fatal(err)
-	}
-	want := uint16(1)
-	if major < 6 || major == 6 && minor < 12 {
-		want = 2
-	}
+// Where the kernel renews an element without deleting it, nothing is deleted:
+// closing the connection after a deletion takes long enough to double the time
+// of a login.
+func TestRenewalDeletesNothing(t *testing.T) {
 	c := dial(t, rules)
-	nstest.Nft(t, "add element inet filter v4port { 192.0.2.7 . 993 timeout 1h expires 10m }")
+	const k = "192.0.2.7 . 993"
+	nstest.Nft(t, "add element inet filter v4port { "+k+" timeout 1h expires 10m }")
 	s := describe(t, c, "v4port")
-	before := generation(t, c)
-	if _, err := c.Extend(s, []Element{{Key: key("192.0.2.7 . 993"), Timeout: time.Hour}}, 0); err != nil {
+	batch := c.Batch()
+	batch.Add(s, Element{Key: key(k), Timeout: time.Hour, Expires: time.Hour})
+	if err := batch.Commit(); err != nil {
 		t.Fatal(err)
 	}
-	if got := generation(t, c) - before; got != want {
-		t.Errorf("%d transactions, want %d", got, want)
+	capable := nftList(t, "v4port")[k].Expires > 3000 // from Linux 6.12 on
+
+	nstest.Nft(t, "delete element inet filter v4port { "+k+" }; add element inet filter v4port { "+k+" timeout 1h expires 10m }")
+	before := c.seq
+	if _, err := c.Extend(s, []Element{{Key: key(k), Timeout: time.Hour}}, 0); err != nil {
+		t.Fatal(err)
+	}
+	// The generation, a look-up, begin, add, end, and the look-up that tells
+	// whether it helped.
+	if n := c.seq - before; (n == 6) != capable {
+		t.Errorf("%d messages, and the kernel renews: %v", n, capable)
 	}
 }
 
-// generation returns the low bits of the ruleset's generation, which every
-// transaction increases.
-func generation(t *testing.T, c *Conn) (g uint16) {
-	t.Helper()
-	seq := c.next()
-	req := appendMessage(nil, msgGetTable, unix.NLM_F_REQUEST, seq, filter.Family, 0)
-	req = appendString(req, unix.NFTA_TABLE_NAME, filter.Name)
-	endMessage(req, 0)
-	err := c.ask(req, seq, 1, func(_ int, m message) error {
-		g = m.generation
-		return m.err
-	})
+// Logins at the same moment, of which one is trusted for longer, or for ever.
+func TestExtendAtOnce(t *testing.T) {
+	c := dial(t, rules)
+	s := describe(t, c, "v4port")
+	other, err := Dial()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return g
+	defer other.Close()
+	for round := range 300 {
+		k := Key{netip.AddrFrom4([4]byte{192, 0, 2, byte(round)}), uint16(round + 1)}
+		long := Element{Key: k, Timeout: 7 * 24 * time.Hour}
+		if round%3 == 0 {
+			long.Timeout = 0
+		}
+		if round%2 == 0 {
+			batch := c.Batch()
+			batch.Add(s, Element{Key: k, Timeout: time.Hour, Expires: time.Minute})
+			if err := batch.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		done := make(chan error)
+		go func() {
+			_, err := other.Extend(s, []Element{{Key: k, Timeout: time.Hour}}, 0)
+			done <- err
+		}()
+		_, err := c.Extend(s, []Element{long}, 0)
+		if e := <-done; err != nil || e != nil {
+			t.Fatal(err, e)
+		}
+		now, err := c.Lookup(s, k)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e := now[k]; !e.Outlives(long, time.Minute) {
+			t.Fatalf("round %d: %+v, want the life of %+v", round, e, long)
+		}
+	}
+}
+
+// No room for the missing ones is no reason to let the others expire.
+func TestFullRenews(t *testing.T) {
+	c := dial(t, rules)
+	s := describe(t, c, "small")
+	nstest.Nft(t, "add element inet filter small { 192.0.2.7 . 1 timeout 1h expires 10m, 192.0.2.7 . 2 timeout 1h expires 10m }")
+	var elems []Element
+	for port := uint16(1); port <= 3; port++ {
+		elems = append(elems, Element{Key: Key{netip.MustParseAddr("192.0.2.7"), port}, Timeout: time.Hour})
+	}
+	if _, err := c.Extend(s, elems, 0); !errors.Is(err, ErrFull) {
+		t.Errorf("%v", err)
+	}
+	got := nftList(t, "small")
+	if len(got) != 2 || got["192.0.2.7 . 1"].Expires < 3590 || got["192.0.2.7 . 2"].Expires < 3590 {
+		t.Errorf("%+v", got)
+	}
 }
 
 // On kernels before 6.12 this is what renews.
@@ -677,11 +717,9 @@ func TestInterruptedDump(t *testing.T) {
 }
 
 func TestNoPermission(t *testing.T) {
-	c := dial(t, rules)
-	// A connection remembers who opened it; another user's has no right.
+	nstest.New(t)
 	out, err := exec.Command("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs",
 		nstest.Build(t, "cmd/nftwl"), "list", "trusted").CombinedOutput()
-	_ = c
 	if err == nil || !strings.Contains(string(out), "CAP_NET_ADMIN is missing") {
 		t.Errorf("%v: %s", err, out)
 	}
