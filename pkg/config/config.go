@@ -80,7 +80,7 @@ func Default() *Config {
 
 // maxFile is more than any sane configuration, and little enough to read
 // before every login.
-const maxFile = 1 << 20
+const maxFile = 32 << 10
 
 // Load reads a configuration. An empty path stands for Path, which need not
 // exist; a file that is named must.
@@ -126,12 +126,41 @@ func read(path string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, maxFile))
 }
 
+// screen refuses what no configuration has, and what takes the parser seconds
+// or gigabytes, since its time grows with the square of some things' number: a
+// login waits for it.
+func screen(text string) error {
+	const most = 64
+	brackets, number := 0, 0
+	for line := range strings.Lines(text) {
+		number++
+		line, _, _ = strings.Cut(line, "#")
+		line = strings.TrimSpace(line)
+		brackets += strings.Count(line, "[") + strings.Count(line, "{")
+		inside := strings.Count(line, "- ") + strings.Count(line, "? ") + strings.Count(line, ": ")
+		end := strings.TrimRight(line, "-+0123456789")
+		block := strings.HasSuffix(end, "|") || strings.HasSuffix(end, ">")
+		switch {
+		case brackets > most:
+			return &lineError{number, fmt.Errorf("more than %d brackets", most)}
+		case inside > most:
+			return &lineError{number, fmt.Errorf("more than %d keys or items in a line", most)}
+		case block:
+			return &lineError{number, errors.New("a block of text, which no key takes")}
+		}
+	}
+	return nil
+}
+
 // Parse reads the text of a configuration. An error begins with the number
 // of the line.
 func Parse(data []byte) (*Config, error) {
 	c := Default()
 	if !utf8.Valid(data) {
 		return nil, fmt.Errorf("%d: not UTF-8", 1+strings.Count(string(data[:invalidAt(data)]), "\n"))
+	}
+	if err := screen(string(data)); err != nil {
+		return nil, err
 	}
 	file, err := parser.ParseBytes(data, 0)
 	if err != nil {
@@ -168,13 +197,17 @@ func (c *Config) distinct(root ast.Node) error {
 			continue
 		}
 		for _, v := range root.(*ast.MappingNode).Values {
-			if key := v.Key.String(); key == "trusted" || key == "banned" {
+			if key, _ := scalar(v.Key); key == "trusted" || key == "banned" {
 				return in(v, key, fmt.Errorf("set %s is named twice; the four sets must differ", name))
 			}
 		}
+		return at(root, fmt.Errorf("set %s is named twice; the four sets must differ", name))
 	}
 	return nil
 }
+
+// maxDeadline is less than the 60 s that Dovecot gives a post-login program.
+const maxDeadline = 30 * time.Second
 
 // set reads the value of one key.
 func (c *Config) set(key string, v ast.Node) (err error) {
@@ -189,7 +222,7 @@ func (c *Config) set(key string, v ast.Node) (err error) {
 	case "banned":
 		return c.Banned.set(key, v)
 	case "ports":
-		c.Ports, err = list(v, ParsePort)
+		c.Ports, err = list(key, v, ParsePort)
 		if err == nil && len(c.Ports) == 0 {
 			err = errors.New("at least one port is needed")
 		}
@@ -209,7 +242,7 @@ func (c *Config) set(key string, v ast.Node) (err error) {
 			}
 		}
 	case "ignore":
-		c.Ignore, err = list(v, parsePrefix)
+		c.Ignore, err = list(key, v, parsePrefix)
 	case "comment":
 		var s string
 		if s, err = scalar(v); err == nil {
@@ -220,6 +253,9 @@ func (c *Config) set(key string, v ast.Node) (err error) {
 		}
 	case "deadline":
 		c.Deadline, err = timeout(v)
+		if err == nil && c.Deadline > maxDeadline {
+			err = fmt.Errorf("it must be at most %s, since Dovecot gives up after a minute", nftset.FormatTimeout(maxDeadline))
+		}
 	case "snapshot":
 		c.Snapshot, err = scalar(v)
 		if err == nil && !strings.HasPrefix(c.Snapshot, "/") {
@@ -278,6 +314,12 @@ func in(v ast.Node, key string, err error) error {
 }
 
 func line(v ast.Node) int {
+	if d, ok := v.(*ast.DocumentNode); ok && d.Body == nil {
+		if d.Start == nil {
+			return 1
+		}
+		return d.Start.Position.Line
+	}
 	if t := v.GetToken(); t != nil && t.Position != nil {
 		return t.Position.Line
 	}
@@ -328,7 +370,8 @@ func timeout(v ast.Node) (time.Duration, error) {
 	return nftset.ParseTimeout(s)
 }
 
-func list[T any](v ast.Node, parse func(string) (T, error)) ([]T, error) {
+// list returns the values of a list. An error names the item's line.
+func list[T any](key string, v ast.Node, parse func(string) (T, error)) ([]T, error) {
 	seq, ok := v.(*ast.SequenceNode)
 	if !ok {
 		return nil, errors.New("a list is needed, such as [a, b]")
@@ -337,11 +380,11 @@ func list[T any](v ast.Node, parse func(string) (T, error)) ([]T, error) {
 	for _, item := range seq.Values {
 		s, err := scalar(item)
 		if err != nil {
-			return nil, err
+			return nil, in(item, key, err)
 		}
 		value, err := parse(s)
 		if err != nil {
-			return nil, err
+			return nil, in(item, key, err)
 		}
 		values = append(values, value)
 	}

@@ -1,10 +1,13 @@
 package config
 
 import (
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -115,6 +118,15 @@ func TestErrors(t *testing.T) {
 		{"ports: [imaps]", "1", `ports: "imaps"`},
 		{"ports: [993, 993]", "1", "ports: port 993 stands twice"},
 		{"ports: [[993]]", "1", "ports: "},
+		{"ports:\n  - 993\n  - x", "3", `ports: "x" is not a port`},
+		{"ignore: [\n  10.0.0.0/8,\n  x]", "3", `ignore: "x"`},
+		{`"trusted": {ipv4: banned_ipv4}`, "1", "trusted: set banned_ipv4 is named twice"},
+		{"timeout: 1d\n...\n---\n", "", ""},
+		{"0----\n---", "", ""},
+		{"deadline: 31s", "1", "deadline: it must be at most 30s"},
+		{"timeout: |\n  1d", "1", "a block of text"},
+		{strings.Repeat("[", 1000), "1", "more than 64 brackets"},
+		{strings.Repeat("- ", 1000), "1", "more than 64 keys or items"},
 		{"timeout: 86400", "1", `timeout: "86400" is not a timeout`},
 		{"timeout: 0s", "1", "timeout: "},
 		{"timeout: never", "1", "timeout: "},
@@ -143,7 +155,7 @@ func TestErrors(t *testing.T) {
 			t.Errorf("%q: no error", test.text)
 			continue
 		}
-		if got := err.Error(); !strings.HasPrefix(got, test.line+": ") || !strings.Contains(got, test.words) || strings.Contains(got, "\n") {
+		if got := err.Error(); !strings.HasPrefix(got, test.line) || !regexp.MustCompile(`^\d+: `).MatchString(got) || !strings.Contains(got, test.words) || strings.Contains(got, "\n") {
 			t.Errorf("%q: got %q, want line %s and %q", test.text, got, test.line, test.words)
 		}
 	}
@@ -176,6 +188,44 @@ func TestLoad(t *testing.T) {
 	} {
 		if _, err := Load(path); err == nil || !strings.Contains(err.Error(), words) || !strings.HasPrefix(err.Error(), "config: ") {
 			t.Errorf("%s: %v, want %q", path, err, words)
+		}
+	}
+}
+
+// A login waits for the file to be read, in the address space that Dovecot
+// leaves it. None of these may take seconds or gigabytes; the parser alone
+// would.
+func TestHostileFiles(t *testing.T) {
+	for name, unit := range map[string]string{
+		"brackets": "[", "braces": "{a: ", "closed": "[],", "items": "- ", "questions": "? ", "colons": "a: ",
+		"commas": ",", "quotes": `"`, "keys": "k%d: 1\n", "newlines": "\n", "spaced newlines": " \n", "anchors": "&a ", "tags": "! ",
+		"comments": "#\n", "item lines": "- a\n", "nested lines": "%s- a\n", "nested keys": "%sa:\n", "strings": "\"a\" ", "aliases": "*a ", "text": "word ", "bars": "|\n",
+	} {
+		for _, prefix := range []string{"", "a: ", "a: [", "a:\n  ", "ignore: |\n", "a: >1\n", "a: \"", "a: '"} {
+			var text strings.Builder
+			text.WriteString(prefix)
+			for i := 0; text.Len() < maxFile; i++ {
+				switch {
+				case strings.Contains(unit, "%d"):
+					fmt.Fprintf(&text, unit, i)
+				case strings.Contains(unit, "%s"):
+					fmt.Fprintf(&text, unit, strings.Repeat(" ", i))
+				default:
+					text.WriteString(unit)
+				}
+			}
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			start := time.Now()
+			_, _ = Parse([]byte(text.String()))
+			runtime.ReadMemStats(&after)
+			took, mib := time.Since(start), (after.TotalAlloc-before.TotalAlloc)>>20
+			if took > 5*time.Second || mib > 400 {
+				t.Errorf("%q and %s: %v, %d MiB", prefix, name, took, mib)
+			}
+			if testing.Verbose() && (took > 100*time.Millisecond || mib > 50) {
+				t.Logf("%q and %s: %v, %d MiB", prefix, name, took, mib)
+			}
 		}
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -367,8 +368,26 @@ func TestExtendAtOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer other.Close()
-	for round := range 300 {
-		k := Key{netip.AddrFrom4([4]byte{192, 0, 2, byte(round)}), uint16(round + 1)}
+	type job struct {
+		key   Key
+		ready *atomic.Int32
+	}
+	jobs, done := make(chan job), make(chan error)
+	defer close(jobs)
+	// Both begin at once, as far as a program can have it.
+	atOnce := func(ready *atomic.Int32) {
+		for ready.Add(1); ready.Load() < 2; {
+		}
+	}
+	go func() {
+		for j := range jobs {
+			atOnce(j.ready)
+			_, err := other.Extend(s, []Element{{Key: j.key, Timeout: time.Hour}}, 0)
+			done <- err
+		}
+	}()
+	for round := range 200 {
+		k := Key{netip.MustParseAddr("192.0.2.7"), uint16(round + 1)}
 		long := Element{Key: k, Timeout: 7 * 24 * time.Hour}
 		if round%3 == 0 {
 			long.Timeout = 0
@@ -380,11 +399,9 @@ func TestExtendAtOnce(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		done := make(chan error)
-		go func() {
-			_, err := other.Extend(s, []Element{{Key: k, Timeout: time.Hour}}, 0)
-			done <- err
-		}()
+		ready := new(atomic.Int32)
+		jobs <- job{k, ready}
+		atOnce(ready)
 		_, err := c.Extend(s, []Element{long}, 0)
 		if e := <-done; err != nil || e != nil {
 			t.Fatal(err, e)
