@@ -38,10 +38,10 @@ bench: test-deps build
 # Each parser for FUZZTIME of wall time.
 FUZZTIME = 1m
 fuzz:
-	go test -run '^$$' -fuzz FuzzParse -fuzztime $(FUZZTIME) ./pkg/config
-	go test -run '^$$' -fuzz FuzzParse -fuzztime $(FUZZTIME) ./pkg/snapshot
-	go test -run '^$$' -fuzz FuzzParseTimeout -fuzztime $(FUZZTIME) ./pkg/nftset
-	go test -run '^$$' -fuzz FuzzDecide -fuzztime $(FUZZTIME) ./pkg/trust
+	go test -run '^$$' -fuzz FuzzParse -fuzztime $(FUZZTIME) -fuzzminimizetime 1x ./pkg/config
+	go test -run '^$$' -fuzz FuzzParse -fuzztime $(FUZZTIME) -fuzzminimizetime 1x ./pkg/snapshot
+	go test -run '^$$' -fuzz FuzzParseTimeout -fuzztime $(FUZZTIME) -fuzzminimizetime 1x ./pkg/nftset
+	go test -run '^$$' -fuzz FuzzDecide -fuzztime $(FUZZTIME) -fuzzminimizetime 1x ./pkg/trust
 
 clean:
 	rm -rf build

@@ -158,6 +158,15 @@ func (p portsFlag) or(configured []uint16) []uint16 {
 	return configured
 }
 
+// fits says why the flag cannot be obeyed: without ports in its keys, a set
+// would take the address for all of them.
+func (p portsFlag) fits(set *nftset.Set) error {
+	if len(p) > 0 && !set.Key.Port {
+		return fmt.Errorf("--port: set %s has addresses without ports", set.Name)
+	}
+	return nil
+}
+
 func joinPorts(ports []uint16) string {
 	var b strings.Builder
 	for i, p := range ports {
@@ -183,12 +192,12 @@ func newPut(configPath *string, l list) *cobra.Command {
 		Long: `Trusts addresses for the configured ports and time. An address that is trusted
 for longer already stays so.` + addressesHelp,
 		Args: cobra.MinimumNArgs(1),
-		RunE: func(_ *cobra.Command, args []string) error {
+		RunE: func(cmd *cobra.Command, args []string) error {
 			e := nftset.Element{Comment: comment}
 			if err := nftset.CheckComment(comment); err != nil {
 				return fmt.Errorf("--comment: %w", err)
 			}
-			if timeout != "" && timeout != "never" {
+			if cmd.Flags().Changed("timeout") && timeout != "never" {
 				var err error
 				if e.Timeout, err = nftset.ParseTimeout(timeout); err != nil {
 					return fmt.Errorf("--timeout: %w", err)
@@ -199,12 +208,12 @@ for longer already stays so.` + addressesHelp,
 				return err
 			}
 			defer s.conn.Close()
-			if timeout == "" {
+			if !cmd.Flags().Changed("timeout") {
 				e.Timeout = l.timeout(s.Config)
 			}
 			addrs, ok := s.addresses(args, true)
 			ok = s.byFamily(l, addrs, func(set *nftset.Set, addrs []netip.Addr) error {
-				return s.put(l, set, addrs, ports.or(s.Ports), e)
+				return s.put(l, set, addrs, ports, e)
 			}) && ok
 			if !ok {
 				return &status{code: exitFailed}
@@ -223,7 +232,11 @@ that is banned for longer already stays so.` + addressesHelp
 	return cmd
 }
 
-func (s *session) put(l list, set *nftset.Set, addrs []netip.Addr, ports []uint16, e nftset.Element) error {
+func (s *session) put(l list, set *nftset.Set, addrs []netip.Addr, only portsFlag, e nftset.Element) error {
+	if err := only.fits(set); err != nil {
+		return err
+	}
+	ports := only.or(s.Ports)
 	var elems []nftset.Element
 	for _, addr := range addrs {
 		elems = append(elems, trust.Elements(set, addr, ports, e)...)
@@ -236,7 +249,7 @@ func (s *session) put(l list, set *nftset.Set, addrs []netip.Addr, ports []uint1
 	for i, o := range outcomes {
 		if addr := elems[i].Addr; o == nftset.Kept && !kept[addr] {
 			kept[addr] = true
-			printNote("%s is %s for longer already", addr, l)
+			printNote("%s is %s for as long already", addr, l)
 		}
 	}
 	if l == banned {
@@ -252,9 +265,19 @@ func (s *session) noteTrusted(addrs []netip.Addr, ports []uint16) {
 	if err != nil {
 		return // the ban stands, and was all that was asked for
 	}
+	var keys []nftset.Key
 	for _, addr := range addrs {
-		if found, err := s.conn.Lookup(set, trust.Keys(set, addr, ports)...); err == nil && len(found) > 0 {
-			printNote("%s is trusted too, which comes first; nftwl remove ends that", addr)
+		keys = append(keys, trust.Keys(set, addr, ports)...)
+	}
+	found, err := s.conn.Lookup(set, keys...)
+	if err != nil {
+		return
+	}
+	said := make(map[netip.Addr]bool)
+	for _, k := range keys {
+		if _, ok := found[k]; ok && !said[k.Addr] {
+			said[k.Addr] = true
+			printNote("%s is trusted too, which comes first; nftwl remove ends that", k.Addr)
 		}
 	}
 }
@@ -280,7 +303,7 @@ func newDrop(configPath *string, l list) *cobra.Command {
 			}
 			addrs, ok := s.addresses(args, false)
 			ok = s.byFamily(l, addrs, func(set *nftset.Set, addrs []netip.Addr) error {
-				return s.drop(l, set, addrs, ports.or(s.Ports), match)
+				return s.drop(l, set, addrs, ports, match)
 			}) && ok
 			if !ok {
 				return &status{code: exitFailed}
@@ -297,7 +320,11 @@ func newDrop(configPath *string, l list) *cobra.Command {
 	return cmd
 }
 
-func (s *session) drop(l list, set *nftset.Set, addrs []netip.Addr, ports []uint16, match func(nftset.Element) bool) error {
+func (s *session) drop(l list, set *nftset.Set, addrs []netip.Addr, only portsFlag, match func(nftset.Element) bool) error {
+	if err := only.fits(set); err != nil {
+		return err
+	}
+	ports := only.or(s.Ports)
 	var keys []nftset.Key
 	for _, addr := range addrs {
 		keys = append(keys, trust.Keys(set, addr, ports)...)
@@ -312,7 +339,14 @@ func (s *session) drop(l list, set *nftset.Set, addrs []netip.Addr, ports []uint
 	}
 	for _, addr := range addrs {
 		if !gone[addr] {
-			printNote("%s was not %s", addr, l)
+			how := ""
+			if match != nil {
+				how = " with that comment"
+			}
+			if len(only) > 0 {
+				how = " on " + joinPorts(only) + how
+			}
+			printNote("%s was not %s%s", addr, l, how)
 			s.noteNetwork(l, set, addr, ports)
 		}
 	}

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -19,13 +21,15 @@ import (
 // empty arguments up to the command, which a second space in Dovecot's
 // configuration makes: they would deny every login.
 func loginArgs(args []string) (config string, command []string, ok bool) {
-	args = afterEmpty(args)
-	if len(args) > 1 && args[0] == "--config" {
-		config, args = args[1], args[2:]
-	} else if len(args) > 0 && strings.HasPrefix(args[0], "--config=") {
-		config, args = strings.TrimPrefix(args[0], "--config="), args[1:]
+	for args = afterEmpty(args); len(args) > 1; args = afterEmpty(args) {
+		if file, ok := strings.CutPrefix(args[0], "--config="); ok {
+			config, args = file, args[1:]
+		} else if args[0] == "--config" {
+			config, args = args[1], args[2:]
+		} else {
+			break
+		}
 	}
-	args = afterEmpty(args)
 	if len(args) == 0 || args[0] != "login" {
 		return "", nil, false
 	}
@@ -103,7 +107,7 @@ func complain(text string) {
 	const most = 1000 // less than PIPE_BUF, so that a pipe takes all or nothing
 	line := []byte("nftwl: error: " + printable(text))
 	if len(line) > most {
-		line = append(line[:most], "…"...)
+		line = append(bytes.ToValidUTF8(line[:most], nil), "…"...)
 	}
 	fds := []unix.PollFd{{Fd: 2, Events: unix.POLLOUT}}
 	if n, err := unix.Poll(fds, 0); err == nil && n == 1 && fds[0].Revents == unix.POLLOUT {
@@ -114,11 +118,10 @@ func complain(text string) {
 // execute becomes the command, found as execvp(3) finds it. It returns only
 // where that fails, with the exit code that a shell would give.
 //
-// The environment is what came in, but that Go drops a variable's second
-// definition. The limit of open files is what came in too: syscall.Exec puts
-// back what Go's runtime raised.
+// The limit of open files is what came in: syscall.Exec puts back what Go's
+// runtime raised.
 func execute(command []string) int {
-	name := command[0]
+	name, env := command[0], environment()
 	paths := []string{name}
 	if !strings.Contains(name, "/") {
 		path, ok := os.LookupEnv("PATH")
@@ -135,7 +138,7 @@ func execute(command []string) int {
 	}
 	err := error(unix.ENOENT)
 	for _, path := range paths {
-		e := unix.Exec(path, command, os.Environ())
+		e := unix.Exec(path, command, env)
 		if e != unix.ENOENT && e != unix.ENOTDIR {
 			err = e
 			if e != unix.EACCES {
@@ -153,6 +156,17 @@ func execute(command []string) int {
 	}
 	complain(fmt.Sprintf("login: cannot execute %q: %s", name, why))
 	return exitNotExecutable
+}
+
+// environment returns the environment as it came. os.Environ leaves out empty
+// entries and second definitions; it is the second best, where the process may
+// not read its own (a binary with file capabilities).
+func environment() []string {
+	block, err := os.ReadFile("/proc/self/environ")
+	if err != nil || len(block) == 0 || block[len(block)-1] != 0 {
+		return os.Environ()
+	}
+	return strings.Split(string(block[:len(block)-1]), "\x00")
 }
 
 // loginHelp is login for those who ask for help with it; main has taken the
@@ -174,6 +188,9 @@ From the user database, through Dovecot's extra fields:
 Exit status: COMMAND's; 127 where it is not found, 126 where it cannot be
 executed.`,
 		DisableFlagParsing: true,
-		RunE:               func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		// Whatever led here, stdout may be a client's, and is not for help.
+		RunE: func(*cobra.Command, []string) error {
+			return errors.New("login: only --config FILE may stand before it")
+		},
 	}
 }

@@ -124,23 +124,33 @@ func Refuse(c *config.Config, addr netip.Addr) error {
 	case addr.IsMulticast():
 		return fmt.Errorf("%s is a multicast address", addr)
 	}
+	network := network(c, addr)
 	for _, prefix := range c.Ignore {
-		if prefix.Contains(addr) {
+		switch {
+		case prefix.Contains(addr):
 			return fmt.Errorf("%s is in %s, which the configuration ignores", addr, prefix)
+		case prefix.Overlaps(network):
+			return fmt.Errorf("the network of %s, %s, has %s in it, which the configuration ignores", addr, network, prefix)
 		}
 	}
 	return nil
+}
+
+// network returns the addresses that one address stands for.
+func network(c *config.Config, addr netip.Addr) netip.Prefix {
+	bits := addr.BitLen()
+	if addr.Is6() {
+		bits = c.IPv6Prefix
+	}
+	prefix, _ := addr.Prefix(bits) // fails only for bits out of range
+	return prefix
 }
 
 // Network returns the address that stands for the client in the sets: itself,
 // or the first address of its network where the configuration has a shorter
 // ipv6_prefix.
 func Network(c *config.Config, addr netip.Addr) netip.Addr {
-	if addr.Is4() || c.IPv6Prefix == 128 {
-		return addr
-	}
-	prefix, _ := addr.Prefix(c.IPv6Prefix) // fails only for bits out of range
-	return prefix.Addr()
+	return network(c, addr).Addr()
 }
 
 // quote makes a value from outside fit for a line of a log.

@@ -17,7 +17,7 @@ func TestDecide(t *testing.T) {
 	c.IPv6Prefix = 64
 	c.Timeout = time.Hour
 	c.Comment = false
-	c.Ignore = []netip.Prefix{netip.MustParsePrefix("2001:db8:0:1::/64")}
+	c.Ignore = []netip.Prefix{netip.MustParsePrefix("2001:db8:0:1::/64"), netip.MustParsePrefix("2001:db8:0:3::5/128")}
 	for _, test := range []struct {
 		login   Login
 		addr    string // or "" for no grant
@@ -26,6 +26,8 @@ func TestDecide(t *testing.T) {
 		{Login{IP: "192.0.2.7", User: "alice"}, "192.0.2.7", time.Hour},
 		{Login{IP: "2001:db8:0:2:3:4:5:6"}, "2001:db8:0:2::", time.Hour},
 		{Login{IP: "2001:db8:0:1:3:4:5:6"}, "", 0},
+		// Nor is a network trusted that has an ignored address in it.
+		{Login{IP: "2001:db8:0:3::9"}, "", 0},
 		// The server's own network is not the server.
 		{Login{IP: "2001:db8:0:2::7", LocalIP: "2001:db8:0:2::1"}, "2001:db8:0:2::", time.Hour},
 		{Login{IP: "2001:db8:0:2::1", LocalIP: "2001:db8:0:2::1"}, "", 0},
