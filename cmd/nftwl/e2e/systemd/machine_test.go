@@ -1,0 +1,430 @@
+package systemd
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/nstest"
+)
+
+// A machine boots systemd on a tree of files, which it does not change: its
+// disk is a layer above, and lasts from one boot to the next.
+type machine struct {
+	*testing.T
+	dir    string // upper is the disk
+	lower  string
+	pid    int    // of PID 1, 0 while it is off
+	group  string // of cgroup2
+	exited chan syscall.WaitStatus
+}
+
+// newMachine prepares a machine on which nftwl, its units and a ruleset are
+// installed, and nothing is enabled. It boots it.
+func newMachine(t *testing.T, b base) *machine {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		nstest.Skip(t, "only root can boot a systemd: run the tests as root")
+	}
+	m := &machine{T: t, dir: t.TempDir(), lower: b.root}
+	m.write("etc/fstab", "")
+	m.write("etc/machine-id", strings.Repeat("6e667477", 4)+"\n")
+	m.write("etc/nftwl.yaml", "")
+	m.write("etc/systemd/journald.conf.d/volatile.conf", "[Journal]\nStorage=volatile\n")
+	// Nothing that was installed or enabled by hand, and no state.
+	for _, dir := range []string{"etc/systemd/system", "etc/nftwl", "var"} {
+		dir := m.disk(dir)
+		m.must(os.MkdirAll(dir, 0o755))
+		m.must(unix.Setxattr(dir, "trusted.overlay.opaque", []byte("y"), 0))
+	}
+	// Or the first boot does what an update asks for.
+	m.write("etc/.updated", "")
+	m.write("var/.updated", "")
+	m.must(os.MkdirAll(m.disk("var/lib"), 0o755))
+	m.must(os.Symlink("../run", m.disk("var/run")))
+
+	nftwl, err := os.ReadFile(nstest.Build(t, "cmd/nftwl"))
+	m.must(err)
+	m.write("usr/bin/nftwl", string(nftwl))
+	m.must(os.Chmod(m.disk("usr/bin/nftwl"), 0o755))
+	contrib := filepath.Join(nstest.Root(t), "contrib")
+	m.copy(filepath.Join(contrib, "systemd"), "etc/systemd/system")
+	m.copy(filepath.Join(contrib, "nftables"), "etc/nftwl")
+	conf, err := os.ReadFile(filepath.Join(contrib, "nftables", "nftables.conf"))
+	m.must(err)
+	m.write("etc/nftables.conf", string(conf))
+	// Tests restart it oftener than it bears.
+	m.write("etc/systemd/system/nftables.service.d/test.conf", "[Unit]\nStartLimitIntervalSec=0\n")
+	t.Cleanup(func() {
+		if m.pid != 0 {
+			if t.Failed() {
+				t.Logf("the journal:\n%s", m.journal())
+			}
+			m.kill()
+		}
+	})
+	m.boot()
+	return m
+}
+
+// install does what the README tells the administrator to do.
+func (m *machine) install() {
+	m.Helper()
+	m.run("systemctl", "enable", "--now", "nftables", "nftwl-persist")
+	m.settle()
+}
+
+func (m *machine) must(err error) {
+	m.Helper()
+	if err != nil {
+		m.Fatal(err)
+	}
+}
+
+// disk is the path of a file that the machine does not have in its tree.
+func (m *machine) disk(path string) string { return filepath.Join(m.dir, "upper", path) }
+
+// file is the path of a file as the running machine has it.
+func (m *machine) file(path string) string {
+	return filepath.Join("/proc", strconv.Itoa(m.pid), "root", path)
+}
+
+// write writes a file to the disk of a machine, be it on or off.
+func (m *machine) write(path, text string) {
+	m.Helper()
+	name := m.disk(path)
+	if m.pid != 0 {
+		name = m.file(path)
+	}
+	m.must(os.MkdirAll(filepath.Dir(name), 0o755))
+	m.must(os.WriteFile(name, []byte(text), 0o644))
+}
+
+func (m *machine) copy(from, to string) {
+	m.Helper()
+	m.must(filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || strings.HasSuffix(path, ".go") {
+			return err
+		}
+		text, err := os.ReadFile(path)
+		if err == nil {
+			name, _ := filepath.Rel(from, path)
+			m.write(filepath.Join(to, name), string(text))
+		}
+		return err
+	}))
+}
+
+const bootName = "nftwl-test-boot"
+
+// boot starts PID 1, with an empty ruleset, and waits until it is up.
+func (m *machine) boot() {
+	m.Helper()
+	if m.pid != 0 {
+		m.Fatal("the machine is on")
+	}
+	var err error
+	m.group, err = os.MkdirTemp(groupRoot(), groupPrefix())
+	m.must(err)
+	fd, err := os.Open(m.group)
+	m.must(err)
+	defer fd.Close()
+	cmd := exec.Command("/proc/self/exe", m.lower, m.dir)
+	cmd.Args[0] = bootName
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC,
+		// systemd makes groups below, and deletes none of another's.
+		UseCgroupFD: true,
+		CgroupFD:    int(fd.Fd()),
+		Setsid:      true,
+	}
+	m.must(cmd.Start())
+	m.pid = cmd.Process.Pid
+	m.exited = make(chan syscall.WaitStatus, 1)
+	go func() {
+		_ = cmd.Wait() // its status is what is looked at
+		m.exited <- cmd.ProcessState.Sys().(syscall.WaitStatus)
+	}()
+	m.until("systemd is up", func() error {
+		select {
+		case status := <-m.exited:
+			m.pid = 0
+			m.Fatalf("PID 1 exits with %v: %s", status, out.String())
+		default:
+		}
+		state, err := m.try("systemctl", "is-system-running")
+		switch strings.TrimSpace(state) {
+		case "running", "degraded":
+			return nil
+		}
+		return fmt.Errorf("%s%v", state, err)
+	})
+	m.settle()
+}
+
+// boot is PID 1 before it becomes systemd.
+func boot(args []string) error {
+	lower, dir := args[0], args[1]
+	// The group that it is in becomes the root of those that it sees. The
+	// thread that unshares must be the one that calls exec.
+	runtime.LockOSThread()
+	if err := unix.Unshare(unix.CLONE_NEWCGROUP); err != nil {
+		return fmt.Errorf("unshare cgroup namespace: %w", err)
+	}
+	root := filepath.Join(dir, "root")
+	for _, d := range []string{"work", "root"} {
+		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
+			return err
+		}
+	}
+	const ro, nodev, nosuid, noexec = unix.MS_RDONLY, unix.MS_NODEV, unix.MS_NOSUID, unix.MS_NOEXEC
+	for _, mnt := range []struct {
+		kind, on string
+		flags    uintptr
+		options  string
+	}{
+		{"overlay", "", 0, fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%s/work", lower, dir, dir)},
+		{"proc", "proc", nodev | nosuid | noexec, ""},
+		{"sysfs", "sys", ro | nodev | nosuid | noexec, ""},
+		{"cgroup2", "sys/fs/cgroup", nodev | nosuid | noexec, ""},
+		{"tmpfs", "run", nodev | nosuid, "mode=755"},
+		{"tmpfs", "tmp", nodev | nosuid, ""},
+		{"tmpfs", "dev", nosuid, "mode=755"},
+	} {
+		if err := unix.Mount(mnt.kind, filepath.Join(root, mnt.on), mnt.kind, mnt.flags, mnt.options); err != nil {
+			return fmt.Errorf("mount %s on /%s: %w", mnt.kind, mnt.on, err)
+		}
+	}
+	for name, number := range map[string]uint64{
+		"null": unix.Mkdev(1, 3), "zero": unix.Mkdev(1, 5), "full": unix.Mkdev(1, 7),
+		"random": unix.Mkdev(1, 8), "urandom": unix.Mkdev(1, 9), "tty": unix.Mkdev(5, 0),
+	} {
+		name = filepath.Join(root, "dev", name)
+		if err := errors.Join(unix.Mknod(name, unix.S_IFCHR, int(number)), os.Chmod(name, 0o666)); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+	}
+	for _, d := range []string{"pts", "shm"} {
+		if err := os.Mkdir(filepath.Join(root, "dev", d), 0o755); err != nil {
+			return err
+		}
+	}
+	if err := errors.Join(
+		unix.Mount("devpts", filepath.Join(root, "dev/pts"), "devpts", 0, "newinstance,ptmxmode=0666"),
+		os.Symlink("pts/ptmx", filepath.Join(root, "dev/ptmx")),
+	); err != nil {
+		return err
+	}
+	// Sysctls of the host are not to be changed.
+	sysctl := filepath.Join(root, "proc/sys")
+	err := unix.Mount(sysctl, sysctl, "", unix.MS_BIND, "")
+	if err == nil {
+		err = unix.Mount("", sysctl, "", unix.MS_BIND|unix.MS_REMOUNT|ro, "")
+	}
+	if err != nil {
+		return fmt.Errorf("/proc/sys read-only: %w", err)
+	}
+	// The journal tells boots apart by it.
+	id, err := os.ReadFile("/proc/sys/kernel/random/uuid")
+	if err != nil {
+		return err
+	}
+	bootID := filepath.Join(dir, "boot_id")
+	if err := os.WriteFile(bootID, id, 0o444); err != nil {
+		return err
+	}
+	if err := unix.Mount(bootID, filepath.Join(sysctl, "kernel/random/boot_id"), "", unix.MS_BIND, ""); err != nil {
+		return err
+	}
+	// Nor are its modules, its clock and its devices.
+	for _, c := range []uintptr{unix.CAP_SYS_MODULE, unix.CAP_SYS_TIME, unix.CAP_SYS_RAWIO} {
+		if err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0); err != nil {
+			return err
+		}
+	}
+	if err := unix.Chdir(root); err != nil {
+		return err
+	}
+	// See pivot_root(2): the old root comes to lie on the new one.
+	if err := unix.PivotRoot(".", "."); err != nil {
+		return fmt.Errorf("pivot_root: %w", err)
+	}
+	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
+		return err
+	}
+	return unix.Exec("/lib/systemd/systemd", []string{"/lib/systemd/systemd", "--system", "--unit=basic.target"},
+		[]string{"container=nftwl-test", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"})
+}
+
+// off waits until PID 1 has ended by a signal: SIGHUP is what a reboot looks
+// like from outside of a PID namespace, and SIGINT a power-off (reboot(2)).
+func (m *machine) off(signal syscall.Signal) {
+	m.Helper()
+	select {
+	case status := <-m.exited:
+		m.pid = 0
+		if err := removeGroup(m.group); err != nil {
+			m.Error(err)
+		}
+		if !status.Signaled() || status.Signal() != signal {
+			m.Fatalf("PID 1 ends with %#x and not by %v", status, signal)
+		}
+	case <-time.After(patience):
+		m.Fatalf("the machine does not go down:\n%s", m.journal())
+	}
+}
+
+// reboot, powerOff and kill are the ways down.
+func (m *machine) reboot() {
+	m.Helper()
+	m.run("systemctl", "reboot")
+	m.off(syscall.SIGHUP)
+	m.boot()
+}
+
+func (m *machine) powerOff() {
+	m.Helper()
+	m.run("systemctl", "poweroff")
+	m.off(syscall.SIGINT)
+}
+
+func (m *machine) kill() {
+	m.Helper()
+	m.must(unix.Kill(m.pid, unix.SIGKILL))
+	m.off(syscall.SIGKILL)
+}
+
+// try runs a program on the machine.
+func (m *machine) try(program string, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "nsenter", append([]string{"-t", strconv.Itoa(m.pid), "-m", "-u", "-i", "-n", "-p", "-C", program}, args...)...)
+	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8"}
+	out, err := cmd.CombinedOutput()
+	return string(out), err
+}
+
+func (m *machine) run(program string, args ...string) string {
+	m.Helper()
+	out, err := m.try(program, args...)
+	if err != nil {
+		m.Fatalf("%s %s: %v\n%s", program, strings.Join(args, " "), err, out)
+	}
+	return out
+}
+
+// fails runs a program that must fail, and returns what it says.
+func (m *machine) fails(program string, args ...string) string {
+	m.Helper()
+	out, err := m.try(program, args...)
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) {
+		m.Fatalf("%s %s does not fail: %v\n%s", program, strings.Join(args, " "), err, out)
+	}
+	return out
+}
+
+const patience = 20 * time.Second
+
+// until waits for what comes by itself.
+func (m *machine) until(what string, check func() error) {
+	m.Helper()
+	var err error
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		if err = check(); err == nil {
+			return
+		}
+	}
+	m.Fatalf("%s: not within %v: %v", what, patience, err)
+}
+
+// settle waits until no job is left: systemctl does not wait for the units
+// that follow the one that it is told.
+func (m *machine) settle() {
+	m.Helper()
+	m.until("no jobs", func() error {
+		out, err := m.try("systemctl", "list-jobs", "--no-legend", "--plain")
+		if err == nil && strings.TrimSpace(out) != "" && !strings.Contains(out, "No jobs") {
+			err = errors.New(out)
+		}
+		return err
+	})
+}
+
+// state checks what a unit is.
+func (m *machine) state(unit, want string) {
+	m.Helper()
+	got, _ := m.try("systemctl", "is-active", unit)
+	if strings.TrimSpace(got) != want {
+		m.Errorf("%s is %s, and should be %s", unit, strings.TrimSpace(got), want)
+	}
+}
+
+func (m *machine) journal(args ...string) string {
+	out, _ := m.try("journalctl", append([]string{"--boot", "--no-pager", "--output=short-precise"}, args...)...)
+	return out
+}
+
+// An entry of the journal, of those by which PID 1 tells of jobs.
+type entry struct {
+	Unit    string `json:"UNIT"`
+	Job     string `json:"JOB_TYPE"`
+	Result  string `json:"JOB_RESULT"`
+	Message any    `json:"MESSAGE"`
+}
+
+func (m *machine) jobs(kind string) (done []string) {
+	m.Helper()
+	for _, line := range lines(m.run("journalctl", "--boot", "--no-pager", "--output=json", "JOB_TYPE="+kind)) {
+		var e entry
+		m.must(json.Unmarshal([]byte(line), &e))
+		if e.Result != "" {
+			done = append(done, e.Unit+" "+e.Result)
+		} else {
+			done = append(done, e.Unit)
+		}
+	}
+	return done
+}
+
+// Control groups outlast the processes in them, and so the namespaces. Those
+// of a run have names that begin with groupPrefix.
+func groupPrefix() string { return filepath.Base(os.Getenv(scratch)) + "-" }
+
+// groupRoot is where enter mounts the hierarchy of cgroup2, wherever and
+// however the host has it.
+func groupRoot() string { return filepath.Join(os.Getenv(scratch), "cgroup") }
+
+func removeGroup(dir string) error {
+	entries, err := os.ReadDir(dir)
+	for _, e := range entries {
+		if e.IsDir() {
+			err = errors.Join(err, removeGroup(filepath.Join(dir, e.Name())))
+		}
+	}
+	// Those that have just died may still be counted.
+	for range 100 {
+		e := unix.Rmdir(dir)
+		if e != unix.EBUSY {
+			return errors.Join(err, e)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return errors.Join(err, fmt.Errorf("%s is busy", dir))
+}

@@ -1,0 +1,540 @@
+package systemd
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// An element as `nftwl list --json` has it, but for the time of its end.
+type element struct {
+	List, Address string
+	Port          int
+}
+
+type life struct {
+	until   time.Time // zero where it is permanent
+	comment string
+}
+
+type elements map[element]life
+
+// slack is how far off the end of a life may be: an element loses the time
+// between a save and the kernel's flush, and gains none.
+const slack = 2 * time.Second
+
+func (m *machine) elements() elements {
+	m.Helper()
+	var listed []struct {
+		element
+		Timeout, Expires *float64
+		Comment          string
+	}
+	now := time.Now()
+	m.must(json.Unmarshal([]byte(m.run("nftwl", "list", "--json")), &listed))
+	found := make(elements)
+	for _, l := range listed {
+		f := life{comment: l.Comment}
+		if l.Expires != nil {
+			f.until = now.Add(time.Duration(*l.Expires * float64(time.Second)))
+		}
+		found[l.element] = f
+	}
+	return found
+}
+
+// has checks that the kernel has these elements, no more and no less, each
+// with the life that it had but for some time lost on purpose.
+func (m *machine) has(want elements, lost time.Duration) {
+	m.Helper()
+	got := m.elements()
+	now := time.Now()
+	for key, w := range want {
+		g, ok := got[key]
+		delete(got, key)
+		if w.until.IsZero() {
+			if !ok || g != w {
+				m.Errorf("%+v is %+v, and should be %+v", key, g, w)
+			}
+			continue
+		}
+		w.until = w.until.Add(-lost)
+		left := w.until.Sub(now)
+		switch {
+		case !ok && left > slack:
+			m.Errorf("%+v is lost, %v before its end", key, left)
+		case !ok:
+		case g.until.Sub(w.until).Abs() > slack:
+			m.Errorf("%+v ends in %v and not in %v", key, g.until.Sub(now), left)
+		case g.comment != w.comment:
+			m.Errorf("%+v has comment %q and not %q", key, g.comment, w.comment)
+		}
+	}
+	for key, g := range got {
+		m.Errorf("%+v is there, %+v, and should not", key, g)
+	}
+	if m.Failed() {
+		m.FailNow()
+	}
+}
+
+// fill puts elements of every kind into the sets.
+func (m *machine) fill() elements {
+	m.Helper()
+	for _, args := range []string{
+		"add 192.0.2.7 --timeout 1h --comment alice",
+		"add 192.0.2.8 --port 993 --timeout 1h --comment first",
+		"add 2001:db8::7 --timeout 2h",
+		"add 2001:db8::8 --port 587 --timeout never --comment office",
+		"ban 198.51.100.9 --timeout 30m --comment fail2ban",
+		"ban 198.51.100.10 --port 587 --timeout 5m",
+		"ban 2001:db8:bad::1 --timeout never",
+		"ban 2001:db8:bad::2 --port 465,587 --timeout 3h --comment two",
+	} {
+		m.run("nftwl", strings.Fields(args)...)
+	}
+	e := m.elements()
+	if len(e) < 8 {
+		m.Fatalf("only %d elements were added", len(e))
+	}
+	return e
+}
+
+// login adds an element that no save before can have.
+func (m *machine) login(n int) elements {
+	m.Helper()
+	m.run("nftwl", "add", fmt.Sprintf("203.0.113.%d", n), fmt.Sprintf("2001:db8:203::%d", n))
+	return m.elements()
+}
+
+const (
+	snapshotFile = "var/lib/nftwl/sets.nft"
+	// What /var/lib/nftwl is a symlink to.
+	snapshotOnDisk = "var/lib/private/nftwl/sets.nft"
+)
+
+func (m *machine) snapshot() string {
+	m.Helper()
+	name := m.disk(snapshotOnDisk)
+	if m.pid != 0 {
+		name = m.file(snapshotFile)
+	}
+	text, err := os.ReadFile(name)
+	m.must(err)
+	return string(text)
+}
+
+// setSnapshot replaces the text of the file, and keeps its owner and mode.
+func (m *machine) setSnapshot(text string) {
+	m.Helper()
+	if m.pid != 0 {
+		m.Fatal("the machine is on")
+	}
+	m.must(os.WriteFile(m.disk(snapshotOnDisk), []byte(text), 0o600))
+}
+
+func (m *machine) same(was, what string) {
+	m.Helper()
+	if is := m.snapshot(); is != was {
+		m.Fatalf("%s: the snapshot is\n%s\nand was\n%s", what, is, was)
+	}
+}
+
+const nftables = "nftables.service"
+
+func TestRestarts(t *testing.T) {
+	onEach(t, func(t *testing.T, b base) {
+		m := newMachine(t, b)
+		m.install()
+		// The first boot has no snapshot, and that is no error.
+		m.state("nftwl-persist.service", "active")
+		m.has(nil, 0)
+		m.fill()
+
+		want := m.login(1)
+		m.run("systemctl", "stop", nftables)
+		m.settle()
+		if rules := m.run("nft", "list", "ruleset"); rules != "" {
+			t.Fatalf("nftables.service is stopped, and the ruleset is\n%s", rules)
+		}
+		m.state("nftwl-persist.service", "inactive")
+		m.state("nftwl-save.timer", "inactive")
+		m.run("systemctl", "start", nftables)
+		m.settle()
+		m.has(want, 0)
+		m.state("nftwl-save.timer", "active")
+
+		// More restarts than systemd lets an unprepared unit have.
+		for i, how := range strings.Fields("restart reload restart reload-or-restart try-restart reload restart restart restart reload") {
+			want := m.login(2 + i)
+			m.run("systemctl", how, nftables)
+			m.settle()
+			m.has(want, 0)
+			m.state("nftwl-persist.service", "active")
+			m.state("nftwl-save.timer", "active")
+		}
+	})
+}
+
+func TestOrder(t *testing.T) {
+	onEach(t, func(t *testing.T, b base) {
+		m := newMachine(t, b)
+		m.install()
+		// As cloud-init does, with which a firewall that waits for the end of
+		// the early boot makes a cycle.
+		m.write("etc/systemd/system/early.service", `[Unit]
+DefaultDependencies=no
+After=network-pre.target
+Before=sysinit.target
+
+[Service]
+Type=oneshot
+ExecStart=/bin/true
+
+[Install]
+WantedBy=sysinit.target
+`)
+		m.run("systemctl", "enable", "early")
+		m.reboot()
+		boot := m.jobs("start")
+		order := []int{
+			slices.Index(boot, "nftwl-snapshot.service done"),
+			slices.Index(boot, nftables),
+			slices.Index(boot, nftables+" done"),
+			slices.Index(boot, "nftwl-persist.service"),
+			slices.Index(boot, "nftwl-persist.service done"),
+			slices.Index(boot, "network-pre.target done"),
+			slices.Index(boot, "early.service done"),
+			slices.Index(boot, "sysinit.target done"),
+		}
+		if order[0] < 0 || !slices.IsSorted(order) {
+			t.Errorf("the jobs of a boot: %q", boot)
+		}
+		m.noCycle()
+
+		m.run("systemctl", "reload", nftables)
+		m.settle()
+		got := m.jobs("reload")
+		want := []string{
+			"nftwl-snapshot.service", "nftwl-snapshot.service done",
+			nftables, nftables + " done",
+			"nftwl-persist.service", "nftwl-persist.service done",
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("the jobs of a reload: %q", got)
+		}
+	})
+}
+
+// noCycle checks that systemd had no unit to drop for ordering's sake.
+func (m *machine) noCycle() {
+	m.Helper()
+	if log := m.journal(); strings.Contains(log, "ordering cycle") {
+		m.Errorf("an ordering cycle:\n%s", log)
+	}
+}
+
+// Fedora's unit, unlike Debian's, is no part of the early boot.
+func TestLateFirewall(t *testing.T) {
+	onEach(t, func(t *testing.T, b base) {
+		m := newMachine(t, b)
+		m.write("etc/systemd/system/nftables.service", `[Unit]
+Wants=network-pre.target
+Before=network-pre.target
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ProtectSystem=full
+ProtectHome=true
+ExecStart=/usr/sbin/nft -f /etc/nftables.conf
+ExecReload=/usr/sbin/nft -f /etc/nftables.conf
+ExecStop=/usr/sbin/nft flush ruleset
+
+[Install]
+WantedBy=basic.target
+`)
+		m.run("systemctl", "daemon-reload")
+		m.install()
+		want := m.fill()
+		m.run("systemctl", "reload", nftables)
+		m.settle()
+		m.has(want, 0)
+		want = m.login(1)
+		m.reboot()
+		m.noCycle()
+		m.has(want, 0)
+		want = m.login(2)
+		m.run("systemctl", "restart", nftables)
+		m.settle()
+		m.has(want, 0)
+	})
+}
+
+func TestReboot(t *testing.T) {
+	onEach(t, func(t *testing.T, b base) {
+		m := newMachine(t, b)
+		m.install()
+		want := m.fill()
+		m.reboot()
+		m.has(want, 0)
+		want = m.login(1)
+		m.powerOff()
+		m.boot()
+		m.has(want, 0)
+
+		// Off for ten minutes: as much later as the file is older.
+		const down = 10 * time.Minute
+		want = m.login(2)
+		m.powerOff()
+		header, rest, _ := strings.Cut(m.snapshot(), "\n")
+		before, at, ok := strings.Cut(header, ", saved ")
+		saved, err := time.Parse(time.RFC3339Nano, at)
+		if !ok || err != nil {
+			t.Fatalf("the snapshot begins with %q: %v", header, err)
+		}
+		m.setSnapshot(before + ", saved " + saved.Add(-down).Format(time.RFC3339Nano) + "\n" + rest)
+		m.boot()
+		if _, ok := m.elements()[element{"banned", "198.51.100.10", 587}]; ok {
+			t.Error("an element is back that expired while the machine was off")
+		}
+		m.has(want, down)
+	})
+}
+
+func TestPowerCut(t *testing.T) {
+	onEach(t, func(t *testing.T, b base) {
+		m := newMachine(t, b)
+		m.write("etc/systemd/system/nftwl-save.timer.d/soon.conf",
+			"[Timer]\nOnActiveSec=\nOnUnitActiveSec=\nOnActiveSec=1s\nOnUnitActiveSec=1s\nAccuracySec=1ms\n")
+		m.run("systemctl", "daemon-reload")
+		m.install()
+		m.fill()
+		// More than once.
+		for i := range 2 {
+			m.login(1 + i)
+			m.until("the timer saves", func() error {
+				text, err := os.ReadFile(m.file(snapshotFile))
+				if err == nil && !strings.Contains(string(text), fmt.Sprintf("203.0.113.%d ", 1+i)) {
+					err = errors.New("not in the snapshot yet")
+				}
+				return err
+			})
+		}
+		want := m.elements()
+		m.kill()
+		m.boot()
+		m.has(want, 0)
+	})
+}
+
+func TestBrokenRuleset(t *testing.T) {
+	onEach(t, func(t *testing.T, b base) {
+		m := newMachine(t, b)
+		m.install()
+		m.fill()
+		good, err := os.ReadFile(m.file("etc/nftables.conf"))
+		m.must(err)
+		m.write("etc/nftables.conf", string(good)+"\nno rule\n")
+
+		want := m.login(1)
+		m.fails("systemctl", "reload", nftables)
+		m.settle()
+		m.has(want, 0)
+
+		want = m.login(2)
+		m.fails("systemctl", "restart", nftables)
+		m.settle()
+		m.state(nftables, "failed")
+		was := m.snapshot()
+		if !strings.Contains(was, "203.0.113.2 ") {
+			t.Fatalf("not saved before the restart:\n%s", was)
+		}
+		m.fails("systemctl", "start", "nftwl-save")
+		m.same(was, "a save without sets")
+		m.reboot()
+		m.state(nftables, "failed")
+		m.state("nftwl-save.timer", "inactive")
+		m.same(was, "a boot without rules")
+
+		m.write("etc/nftables.conf", string(good))
+		m.run("systemctl", "start", nftables)
+		m.settle()
+		m.has(want, 0)
+	})
+}
+
+func TestCorruptSnapshot(t *testing.T) {
+	onEach(t, func(t *testing.T, b base) {
+		m := newMachine(t, b)
+		m.install()
+		m.fill()
+		m.powerOff()
+		bad := m.snapshot()
+		bad = bad[:len(bad)/2]
+		m.setSnapshot(bad)
+		m.boot()
+		m.state(nftables, "active")
+		m.state("nftwl-persist.service", "failed")
+		m.state("nftwl-save.timer", "inactive")
+		m.has(nil, 0)
+		if log := m.journal("--unit=nftwl-persist"); !strings.Contains(log, "error: /"+snapshotFile+": ") {
+			t.Errorf("the journal does not say what is wrong:\n%s", log)
+		}
+		m.fails("systemctl", "start", "nftwl-save")
+		for i, how := range []string{"restart", "reload", "stop"} {
+			// With elements, nftwl by itself would replace the file.
+			m.login(1 + i)
+			m.run("systemctl", how, nftables)
+			m.settle()
+			m.same(bad, how)
+		}
+
+		m.powerOff()
+		m.must(os.Rename(m.disk(snapshotOnDisk), m.disk(snapshotOnDisk+".away")))
+		m.boot()
+		m.state("nftwl-persist.service", "active")
+		m.state("nftwl-save.timer", "active")
+	})
+}
+
+func TestNotInUse(t *testing.T) {
+	onEach(t, func(t *testing.T, b base) {
+		m := newMachine(t, b)
+		m.run("nft", "-f", "/etc/nftwl/sets.nft")
+		want := m.fill()
+		m.run("systemctl", "enable", "nftwl-persist")
+		m.fails("systemctl", "start", "nftwl-persist")
+		m.settle()
+		m.has(want, 0)
+		m.state(nftables, "inactive")
+		m.state("nftwl-save.timer", "inactive")
+		m.reboot()
+		m.state(nftables, "inactive")
+		m.state("nftwl-persist.service", "inactive")
+		m.state("nftwl-save.timer", "inactive")
+		if rules := m.run("nft", "list", "ruleset"); rules != "" {
+			t.Errorf("there is a ruleset:\n%s", rules)
+		}
+	})
+}
+
+// What an administrator does by hand passes the units by.
+func TestByHand(t *testing.T) {
+	onEach(t, func(t *testing.T, b base) {
+		m := newMachine(t, b)
+		m.install()
+		want := m.fill()
+		// Before the units ever saved, and after.
+		for range 2 {
+			m.run("nftwl", "save")
+			m.run("systemctl", "start", "nftwl-save")
+			m.run("systemctl", "restart", nftables)
+			m.settle()
+			m.has(want, 0)
+			m.run("nftwl", "save")
+			m.run("systemctl", "restart", nftables)
+			m.settle()
+			m.has(want, 0)
+		}
+
+		m.run("nftwl", "save")
+		m.run("nft", "-f", "/etc/nftables.conf")
+		m.has(nil, 0)
+		was := m.snapshot()
+		for _, how := range []string{"restart", "stop"} {
+			if out := m.fails("systemctl", how, "nftwl-persist"); !strings.Contains(out, "refused") {
+				t.Errorf("%s: %s", how, out)
+			}
+		}
+		m.same(was, "a restart of nftwl-persist by hand")
+		m.run("systemctl", "reload", "nftwl-persist")
+		m.has(want, 0)
+
+		// Where nobody noticed, the snapshot before is there yet.
+		m.run("nft", "-f", "/etc/nftables.conf")
+		m.run("systemctl", "restart", nftables)
+		m.settle()
+		m.has(nil, 0)
+		m.run("nftwl", "restore", "/"+snapshotFile+".old")
+		m.has(want, 0)
+	})
+}
+
+// A gate is a step of a unit that waits until it is opened.
+func (m *machine) gate(unit, step, name string) {
+	m.Helper()
+	m.write("etc/systemd/system/"+unit+".d/"+name+".conf", fmt.Sprintf(
+		"[Service]\n%s=/bin/sh -c 'until [ -e /run/%s ]; do sleep .01; done'\n", step, name))
+	m.run("systemctl", "daemon-reload")
+}
+
+func (m *machine) open(name string) { m.write("run/"+name, "") }
+
+// flushed waits until all sets are there, and empty. Who reads them while the
+// kernel replaces them may find one and not the other.
+func (m *machine) flushed() {
+	m.Helper()
+	m.until("the sets are flushed", func() error {
+		out, err := m.try("nftwl", "list", "--json")
+		if err == nil && strings.TrimSpace(out) != "[]" {
+			err = errors.New(out)
+		}
+		return err
+	})
+}
+
+// waits waits until the job of a unit waits for others.
+func (m *machine) waits(unit string) {
+	m.Helper()
+	m.until(unit+" waits", func() error {
+		out, err := m.try("systemctl", "list-jobs", "--no-legend", "--plain")
+		for _, line := range lines(out) {
+			if f := strings.Fields(line); len(f) == 4 && f[1] == unit && f[3] == "waiting" {
+				return err
+			}
+		}
+		return fmt.Errorf("%v%s", err, out)
+	})
+}
+
+// The sets are empty between the flush and the restore: a save then would
+// replace the snapshot that is about to be restored.
+func TestNoSaveOfEmptySets(t *testing.T) {
+	onEach(t, func(t *testing.T, b base) {
+		m := newMachine(t, b)
+		m.install()
+		want := m.fill()
+		m.gate(nftables, "ExecReload", "reloaded")
+		m.run("systemctl", "reload", "--no-block", nftables)
+		m.flushed()
+		m.run("systemctl", "start", "--no-block", "nftwl-save")
+		m.waits("nftwl-save.service")
+		m.open("reloaded")
+		m.settle()
+		m.has(want, 0)
+
+		// One that is running ends before the flush.
+		m.gate("nftwl-save.service", "ExecStartPre", "saving")
+		m.gate(nftables, "ExecStartPost", "started")
+		m.run("systemctl", "start", "--no-block", "nftwl-save")
+		m.until("the save runs", func() error {
+			if out, _ := m.try("systemctl", "is-active", "nftwl-save"); out != "activating\n" {
+				return errors.New(out)
+			}
+			return nil
+		})
+		m.run("systemctl", "restart", "--no-block", nftables)
+		m.flushed()
+		m.open("saving")
+		m.waits("nftwl-save.service")
+		m.open("started")
+		m.settle()
+		m.has(want, 0)
+	})
+}
