@@ -35,4 +35,5 @@ fi
 
 if [ "$(id -u)" = 0 ]; then
 	sh testdata/trixie.sh >/dev/null
+	sh cmd/nftwl/e2e/systemd/testdata/openrc.sh >/dev/null
 fi
