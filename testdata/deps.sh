@@ -29,11 +29,13 @@ if [ -n "$missing" ]; then
 		trap 'rm -f $policy' EXIT
 	fi
 	apt-get update --quiet --quiet
+	updated=yes
 	# shellcheck disable=SC2086 # the list is meant to be split
 	DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends $missing
 fi
 
 if [ "$(id -u)" = 0 ]; then
 	sh testdata/trixie.sh >/dev/null
+	[ -n "${updated-}" ] || [ -n "$(apt-cache madison openrc)" ] || apt-get update --quiet --quiet
 	sh cmd/nftwl/e2e/systemd/testdata/openrc.sh >/dev/null
 fi

@@ -3,8 +3,10 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -100,7 +102,7 @@ func (s *session) parse(path string) (*snapshot.File, error) {
 	if path == "-" {
 		name, path = "standard input", "/dev/stdin"
 	}
-	data, err := os.ReadFile(path)
+	text, err := read(path)
 	if err != nil {
 		return nil, err
 	}
@@ -108,7 +110,7 @@ func (s *session) parse(path string) (*snapshot.File, error) {
 	for _, set := range append(s.Trusted.Both(), s.Banned.Both()...) {
 		ours[set] = true
 	}
-	f, err := snapshot.Parse(data, func(table nftset.Table, set string) bool {
+	f, err := snapshot.Parse(text, func(table nftset.Table, set string) bool {
 		return table == s.Table && ours[set]
 	})
 	if err != nil {
@@ -121,4 +123,19 @@ func (s *session) parse(path string) (*snapshot.File, error) {
 		return nil, fmt.Errorf("%s: none of the sets in it is one of table %s that the configuration names", name, s.Table)
 	}
 	return f, nil
+}
+
+// read is os.ReadFile without a second copy for the string.
+func read(path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	var text strings.Builder
+	if info, err := f.Stat(); err == nil {
+		text.Grow(int(info.Size()))
+	}
+	_, err = io.Copy(&text, f)
+	return text.String(), err
 }

@@ -1,7 +1,6 @@
 package snapshot
 
 import (
-	"bytes"
 	"fmt"
 	"net"
 	"net/netip"
@@ -24,7 +23,8 @@ type File struct {
 	Passed []string
 }
 
-// Section is a set of a File.
+// Section is a set of a File. A file can be several lists of nft's, and so have
+// several sections of one set.
 type Section struct {
 	nftset.Set
 	Elements []nftset.Element
@@ -33,19 +33,21 @@ type Section struct {
 // Parse reads a snapshot, or what nft list printed. Of the sets in it, it
 // takes those that wanted accepts, and passes over the rest. An error begins
 // with "line N: ".
-func Parse(data []byte, wanted func(nftset.Table, string) bool) (*File, error) {
+//
+// The comments of the elements are parts of the text, and keep it in memory.
+func Parse(text string, wanted func(nftset.Table, string) bool) (*File, error) {
 	f := &File{}
-	line, _, _ := bytes.Cut(data, []byte("\n"))
+	line, _, _ := strings.Cut(text, "\n")
 	var err error
-	if f.Saved, err = parseHeader(string(line)); err != nil {
+	if f.Saved, err = parseHeader(line); err != nil {
 		return nil, fmt.Errorf("line 1: %w", err)
 	}
-	p := &parser{file: f, wanted: wanted, data: data, line: 1}
+	p := &parser{file: f, wanted: wanted, text: text, line: 1}
 	if err := p.parse(); err != nil {
 		return nil, fmt.Errorf("line %d: %w", p.line, err)
 	}
 	if !f.Saved.IsZero() {
-		text := strings.TrimSuffix(string(data[max(0, len(data)-200):]), "\n")
+		text = strings.TrimSuffix(text, "\n")
 		n, ok := parseTrailer(text[strings.LastIndexByte(text, '\n')+1:])
 		if !ok {
 			return nil, fmt.Errorf("line %d: %w", p.line, errCutShort)
@@ -62,12 +64,12 @@ func Parse(data []byte, wanted func(nftset.Table, string) bool) (*File, error) {
 type parser struct {
 	file   *File
 	wanted func(nftset.Table, string) bool
-	data   []byte
+	text   string
 	at     int
 	line   int // of the last token
 	next   int // lines that the last token ended
 
-	tok      []byte // a word, or a mark, or the inside of a string; empty at the end
+	tok      string // a word, or a mark, or the inside of a string; empty at the end
 	kind     byte   // 'w', '"', or the mark itself; 0 at the end
 	elements int    // of all sets of ours
 }
@@ -81,69 +83,72 @@ const (
 func (p *parser) advance() error {
 	p.line += p.next
 	p.next = 0
-	for p.at < len(p.data) {
-		switch c := p.data[p.at]; c {
+	for p.at < len(p.text) {
+		switch c := p.text[p.at]; c {
 		case ' ', '\t', '\r':
 			p.at++
 		case '#':
-			n := bytes.IndexByte(p.data[p.at:], '\n')
+			n := strings.IndexByte(p.text[p.at:], '\n')
 			if n < 0 {
-				n = len(p.data) - p.at
+				n = len(p.text) - p.at
 			}
 			p.at += n
 		case '\\':
 			// A line that goes on in the next.
-			if p.at+1 >= len(p.data) || p.data[p.at+1] != '\n' {
+			if p.at+1 >= len(p.text) || p.text[p.at+1] != '\n' {
 				return fmt.Errorf("an unexpected %q", c)
 			}
 			p.at += 2
 			p.line++
 		case '\n', '{', '}', '=', ',', ';':
-			p.tok, p.kind = p.data[p.at:p.at+1], c
+			p.tok, p.kind = p.text[p.at:p.at+1], c
 			p.at++
 			if c == '\n' {
 				p.next = 1
 			}
 			return nil
 		case '"':
-			n := bytes.IndexAny(p.data[p.at+1:], "\"\n")
-			if n < 0 || p.data[p.at+1+n] == '\n' {
-				return fmt.Errorf("a string without its end: %s", clip(p.data[p.at:]))
+			rest := p.text[p.at+1:]
+			n := strings.IndexByte(rest, '"')
+			if n < 0 || strings.IndexByte(rest[:n], '\n') >= 0 {
+				return fmt.Errorf("a string without its end: %s", clip(p.text[p.at:]))
 			}
-			p.tok, p.kind = p.data[p.at+1:p.at+1+n], quoted
+			p.tok, p.kind = rest[:n], quoted
 			p.at += n + 2
 			return nil
 		default:
-			start := p.at
-			for p.at < len(p.data) && isWord(p.data[p.at]) {
-				p.at++
+			rest, n := p.text[p.at:], 0
+			for n < len(rest) && inWord[rest[n]] {
+				n++
 			}
-			if p.at == start {
+			if n == 0 {
 				return fmt.Errorf("an unexpected byte %q", c)
 			}
-			p.tok, p.kind = p.data[start:p.at], word
+			p.tok, p.kind = rest[:n], word
+			p.at += n
 			return nil
 		}
 	}
-	p.tok, p.kind = nil, end
+	p.tok, p.kind = "", end
 	return nil
 }
 
-// isWord tells of the bytes of words: all that print and are no mark.
-func isWord(c byte) bool {
-	return c > ' ' && c < 0x7f && c != '{' && c != '}' && c != '=' && c != ',' && c != ';' && c != '"' && c != '#'
-}
+// inWord tells of the bytes of words: all that print and are no mark.
+var inWord = func() (in [256]bool) {
+	for c := byte('!'); c <= '~'; c++ {
+		in[c] = !strings.ContainsRune(`{}=,;"#`, rune(c))
+	}
+	return in
+}()
 
 // clip makes text fit for an error.
-func clip(b []byte) string {
+func clip(text string) string {
 	const most = 40
-	if n := bytes.IndexByte(b, '\n'); n >= 0 {
-		b = b[:n]
+	text, _, _ = strings.Cut(text, "\n")
+	if len(text) > most {
+		return fmt.Sprintf("%q…", text[:most])
 	}
-	if len(b) > most {
-		return fmt.Sprintf("%q…", b[:most])
-	}
-	return fmt.Sprintf("%q", b)
+	return fmt.Sprintf("%q", text)
 }
 
 func (p *parser) found() string {
@@ -157,7 +162,7 @@ func (p *parser) found() string {
 }
 
 // is tells whether the token is the word or the mark.
-func (p *parser) is(s string) bool { return p.kind != quoted && string(p.tok) == s }
+func (p *parser) is(s string) bool { return p.kind != quoted && p.tok == s }
 
 // expect reads a token that must be the mark.
 func (p *parser) expect(mark string) error {
@@ -178,7 +183,7 @@ func (p *parser) word(what string) (string, error) {
 	if p.kind != word {
 		return "", fmt.Errorf("%s where %s must be", p.found(), what)
 	}
-	return string(p.tok), nil
+	return p.tok, nil
 }
 
 // skipLines reads on to a token that is not the end of a line.
@@ -222,7 +227,10 @@ func (p *parser) table() error {
 		if p.kind != word || len(words) == 2 {
 			return fmt.Errorf("%s where { must be", p.found())
 		}
-		words = append(words, string(p.tok))
+		if err := nftset.CheckName(p.tok); err != nil {
+			return err
+		}
+		words = append(words, p.tok)
 	}
 	table, err := nftset.ParseTable(strings.Join(words, " "))
 	if err != nil {
@@ -240,6 +248,9 @@ func (p *parser) table() error {
 			if err != nil {
 				return err
 			}
+			if err = nftset.CheckName(name); err != nil {
+				return err
+			}
 			if p.wanted(table, name) {
 				err = p.set(table, name)
 			} else {
@@ -249,7 +260,7 @@ func (p *parser) table() error {
 				return err
 			}
 		case p.kind == word:
-			kind := string(p.tok)
+			kind := p.tok
 			switch kind {
 			case "flags", "comment":
 				err = p.restOfLine()
@@ -299,10 +310,10 @@ func (p *parser) pass(what string) error {
 		case '}':
 			depth--
 		case end:
-			return fmt.Errorf("the end of the file within %s of line %d", clip([]byte(what)), line)
+			return fmt.Errorf("the end of the file within %s of line %d", clip(what), line)
 		case word:
 			if depth == 0 && !strings.Contains(what, " ") {
-				what += " " + string(p.tok) // its name
+				what += " " + p.tok // its name
 			}
 			continue
 		case '\n':
@@ -328,9 +339,7 @@ func (p *parser) set(table nftset.Table, name string) error {
 	if err := p.expect("{"); err != nil {
 		return err
 	}
-	typed := false
-	elementsAt := -1 // where they are, until the type is known
-	elementsLine := 0
+	var typed, listed bool
 	for {
 		if err := p.skipLines(); err != nil {
 			return err
@@ -341,8 +350,15 @@ func (p *parser) set(table nftset.Table, name string) error {
 		if p.kind != word {
 			return fmt.Errorf("%s within set %s", p.found(), name)
 		}
-		key := string(p.tok)
+		key := p.tok
 		var err error
+		switch key {
+		case "type", "typeof", "flags", "timeout":
+			// How the elements are read hangs on these, and nft lists them first.
+			if listed {
+				return fmt.Errorf("%s after the elements of set %s, where it must be before", key, name)
+			}
+		}
 		switch key {
 		case "type", "typeof":
 			var words string
@@ -386,32 +402,24 @@ func (p *parser) set(table nftset.Table, name string) error {
 			// It concerns intervals, which a set of ours has not.
 		case "comment":
 			if err = p.advance(); err == nil {
-				s.Comment = string(p.tok)
+				s.Comment = p.tok
 				if p.kind != quoted {
 					err = fmt.Errorf("%s where a string must be", p.found())
 				}
 			}
 		case "elements":
-			if elementsAt >= 0 {
+			switch {
+			case listed:
 				return fmt.Errorf("set %s has elements twice", name)
+			case !typed:
+				return fmt.Errorf("elements before the type of set %s", name)
 			}
+			listed = true
 			if err = p.expect("="); err == nil {
 				err = p.expect("{")
 			}
-			if err != nil {
-				return err
-			}
-			if typed {
-				elementsAt = p.at
+			if err == nil {
 				err = p.elementList(&s)
-				break
-			}
-			// nft takes statements in any order, so the elements wait.
-			elementsAt, elementsLine = p.at, p.line
-			for err == nil && !p.is("}") {
-				if err = p.advance(); p.kind == end && err == nil {
-					err = fmt.Errorf("the end of the file within set %s", name)
-				}
 			}
 		default:
 			return fmt.Errorf("%s is nothing that a set has, as far as nftwl knows", p.found())
@@ -423,24 +431,10 @@ func (p *parser) set(table nftset.Table, name string) error {
 	if !typed {
 		return fmt.Errorf("set %s has no type", name)
 	}
-	if elementsLine > 0 {
-		at, line, next := p.at, p.line, p.next
-		p.at, p.line, p.next = elementsAt, elementsLine, 0
-		if err := p.elementList(&s); err != nil {
-			return err
-		}
-		p.at, p.line, p.next = at, line, next
-	}
 	p.elements += len(s.Elements)
-	for i := range p.file.Sets {
-		// nft list set makes a table of its own for every set, and a file can
-		// be several such lists.
-		if old := &p.file.Sets[i]; old.Table == table && old.Name == name {
-			if old.Key != s.Key {
-				return fmt.Errorf("set %s is of type %s here, and of %s before", name, s.Key, old.Key)
-			}
-			old.Elements = append(old.Elements, s.Elements...)
-			return nil
+	for _, old := range p.file.Sets {
+		if old.Table == table && old.Name == name && old.Key != s.Key {
+			return fmt.Errorf("set %s is of type %s here, and of %s before", name, s.Key, old.Key)
 		}
 	}
 	p.file.Sets = append(p.file.Sets, s)
@@ -461,7 +455,7 @@ func (p *parser) statement() (string, error) {
 			if len(words) > 20 {
 				return "", fmt.Errorf("the statement is too long")
 			}
-			words = append(words, string(p.tok))
+			words = append(words, p.tok)
 		default:
 			return "", fmt.Errorf("%s within a statement", p.found())
 		}
@@ -471,19 +465,26 @@ func (p *parser) statement() (string, error) {
 // keyType reads the type of a set's keys, which nft can also print as the
 // expression that the set was made for.
 func keyType(words string) (nftset.KeyType, error) {
-	for _, k := range []nftset.KeyType{{}, {Port: true}, {IPv6: true}, {IPv6: true, Port: true}} {
-		if words == k.String() {
-			return k, nil
-		}
-		addr, _, port := strings.Cut(words, " . ")
-		rest := strings.TrimPrefix(words, addr)
-		isAddr := addr == "ip saddr" && !k.IPv6 || addr == "ip6 saddr" && k.IPv6
-		isPort := rest == " . tcp dport" || rest == " . th dport" || rest == " . udp dport"
-		if isAddr && port == k.Port && (isPort || !port) {
-			return k, nil
-		}
+	addr, port, concat := strings.Cut(words, " . ")
+	var k nftset.KeyType
+	known := true
+	switch addr {
+	case "ipv4_addr", "ip saddr", "ip daddr":
+	case "ipv6_addr", "ip6 saddr", "ip6 daddr":
+		k.IPv6 = true
+	default:
+		known = false
 	}
-	return nftset.KeyType{}, fmt.Errorf("the set has keys of type %.60q, not of an address or an address . inet_service", words)
+	if concat {
+		k.Port = true
+		protocol, side, _ := strings.Cut(port, " ")
+		known = known && (port == "inet_service" ||
+			(side == "dport" || side == "sport") && slices.Contains([]string{"tcp", "udp", "th", "sctp", "dccp", "udplite"}, protocol))
+	}
+	if !known {
+		return k, fmt.Errorf("the set has keys of type %.60q, not of an address or an address . inet_service", words)
+	}
+	return k, nil
 }
 
 func setFlags(s *nftset.Set, words string) error {
@@ -506,6 +507,11 @@ func setFlags(s *nftset.Set, words string) error {
 
 // elementList reads the elements of a set after the opening brace.
 func (p *parser) elementList(s *Section) error {
+	// Room for all at once: grown bit by bit, they would take twice as much.
+	// Text that is no elements does not get more than its length allows.
+	list, _, _ := strings.Cut(p.text[p.at:], "}")
+	const shortest = len("0.0.0.0,")
+	s.Elements = slices.Grow(s.Elements, min(strings.Count(list, ",")+1, len(list)/shortest+1))
 	for {
 		if err := p.skipLines(); err != nil {
 			return err
@@ -559,7 +565,7 @@ func (p *parser) element(s *Section) (e nftset.Element, err error) {
 	}
 	e.Timeout = s.Timeout
 	for p.kind == word {
-		key := string(p.tok)
+		key := p.tok
 		if err := p.advance(); err != nil {
 			return e, err
 		}
@@ -567,7 +573,7 @@ func (p *parser) element(s *Section) (e nftset.Element, err error) {
 		case "timeout", "expires":
 			var d time.Duration // never, as nft 1.1.1 says for a permanent element
 			if !p.is("never") {
-				if d, err = nftset.ParseTimeout(string(p.tok)); err != nil && !p.is("0s") {
+				if d, err = nftset.ParseTimeout(p.tok); err != nil && !p.is("0s") {
 					return e, err
 				}
 			}
@@ -580,7 +586,7 @@ func (p *parser) element(s *Section) (e nftset.Element, err error) {
 			if p.kind != quoted {
 				return e, fmt.Errorf("%s where a comment in quotes must be", p.found())
 			}
-			e.Comment = string(p.tok)
+			e.Comment = p.tok
 			if err := nftset.CheckComment(e.Comment); err != nil {
 				e.Comment = nftset.CleanComment(e.Comment)
 			}
@@ -596,7 +602,7 @@ func (p *parser) element(s *Section) (e nftset.Element, err error) {
 			}
 			continue
 		default:
-			return e, fmt.Errorf("%s, which nftwl cannot restore", clip([]byte(key)))
+			return e, fmt.Errorf("%s, which nftwl cannot restore", clip(key))
 		}
 		if err := p.advance(); err != nil {
 			return e, err
@@ -617,10 +623,10 @@ func (p *parser) element(s *Section) (e nftset.Element, err error) {
 	return e, nil
 }
 
-func address(text []byte, ipv6 bool) (netip.Addr, error) {
-	a, err := netip.ParseAddr(string(text))
+func address(text string, ipv6 bool) (netip.Addr, error) {
+	a, err := netip.ParseAddr(text)
 	switch {
-	case err != nil && bytes.ContainsAny(text, "/-"):
+	case err != nil && strings.ContainsAny(text, "/-"):
 		return a, fmt.Errorf("%s is an interval, where a single address must be", clip(text))
 	case err != nil || a.Zone() != "":
 		return a, fmt.Errorf("%s is not an address", clip(text))
@@ -631,18 +637,17 @@ func address(text []byte, ipv6 bool) (netip.Addr, error) {
 }
 
 // port reads a port by number, or by name as nft prints it where asked to.
-func port(text []byte) (uint16, error) {
-	if n, err := strconv.ParseUint(string(text), 10, 16); err == nil && n > 0 {
+func port(text string) (uint16, error) {
+	if n, err := strconv.ParseUint(text, 10, 16); err == nil && n > 0 {
 		return uint16(n), nil
 	}
-	name := string(text)
 	for n, names := range mailPorts {
-		if slices.Contains(names, name) {
+		if slices.Contains(names, text) {
 			return n, nil
 		}
 	}
-	if isName(name) {
-		if n, err := net.LookupPort("tcp", name); err == nil && n > 0 {
+	if isName(text) {
+		if n, err := net.LookupPort("tcp", text); err == nil && n > 0 {
 			return uint16(n), nil
 		}
 	}
@@ -662,5 +667,5 @@ var mailPorts = map[uint16][]string{
 }
 
 func isName(s string) bool {
-	return s != "" && s[0] >= 'a' && s[0] <= 'z' && len(s) < 32
+	return len(s) < 32 && strings.ContainsAny(s, "abcdefghijklmnopqrstuvwxyz")
 }

@@ -3,6 +3,8 @@ package snapshot
 import (
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"nftwl/pkg/nftset"
@@ -21,8 +23,10 @@ type target struct {
 	missing bool
 	// there are the elements that the set has, or will have from a file
 	// before.
-	there    map[nftset.Key]nftset.Element
-	sections int
+	there map[nftset.Key]nftset.Element
+	// repeats is whether an element can occur twice in the files. In one
+	// snapshot it does not, so that a large one is restored without the map.
+	repeats bool
 }
 
 type name struct {
@@ -42,15 +46,15 @@ func Restore(conn *nftset.Conn, files []*File, now time.Time) (r Result, err err
 	for _, f := range files {
 		for i := range f.Sets {
 			s := &f.Sets[i].Set
-			t := targets[name{s.Table, s.Name}]
-			if t == nil {
+			t, seen := targets[name{s.Table, s.Name}]
+			if !seen {
 				if t, err = find(conn, s, missing); err != nil {
 					return r, err
 				}
 				targets[name{s.Table, s.Name}] = t
 				order = append(order, t)
 			}
-			t.sections++
+			t.repeats = t.repeats || seen || f.Saved.IsZero()
 			if t.set.Key != s.Key {
 				return r, otherType(s, t.set.Key.String())
 			}
@@ -120,7 +124,7 @@ func (t *target) merge(batch *nftset.Batch, elems []nftset.Element, elapsed time
 		comments += len(elems[i].Comment)
 	}
 	batch.Grow(t.set, len(elems), comments)
-	var replace []nftset.Element
+	replace := make(map[nftset.Key]nftset.Element)
 	for _, e := range elems {
 		if !e.Permanent() {
 			if e.Expires == 0 {
@@ -142,16 +146,16 @@ func (t *target) merge(batch *nftset.Batch, elems []nftset.Element, elapsed time
 			r.There++
 			continue
 		default:
-			replace = append(replace, e)
+			replace[e.Key] = e
 		}
 		r.Restored++
-		if t.sections > 1 {
+		if t.repeats {
 			if t.there == nil {
 				t.there = make(map[nftset.Key]nftset.Element)
 			}
 			t.there[e.Key] = e
 		}
 	}
-	batch.Replace(t.set, replace)
+	batch.Replace(t.set, slices.Collect(maps.Values(replace)))
 	return nil
 }

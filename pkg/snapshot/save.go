@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -42,6 +43,11 @@ func Write(w io.Writer, conn *nftset.Conn, sets []*nftset.Set) error {
 // path.bad, and is not replaced by a snapshot without elements: what it holds
 // may be all that there is.
 func Save(path string, conn *nftset.Conn, sets []*nftset.Set) error {
+	// What writes on to a terminal or to nowhere must not become a file, for
+	// everyone: /dev/stdout is a symlink, too.
+	if info, err := os.Stat(path); err == nil && !info.Mode().IsRegular() {
+		return fmt.Errorf("%s is not a regular file", path)
+	}
 	folder, err := os.Open(filepath.Dir(path))
 	if err != nil {
 		return err
@@ -61,6 +67,9 @@ func Save(path string, conn *nftset.Conn, sets []*nftset.Set) error {
 		return err
 	}
 	err = func() error {
+		if err := giveTo(f, folder); err != nil {
+			return err
+		}
 		elements, err := write(file{f}, conn, sets)
 		if err != nil {
 			return err
@@ -83,6 +92,21 @@ func Save(path string, conn *nftset.Conn, sets []*nftset.Set) error {
 	return folder.Sync()
 }
 
+// giveTo lets the owner of the folder read what root saves there by hand: it
+// is the service that restores it. Nothing is asked of the kernel otherwise, as
+// a service's sandbox kills who changes owners.
+func giveTo(f, folder *os.File) error {
+	info, err := folder.Stat()
+	if err != nil {
+		return err
+	}
+	owner := info.Sys().(*syscall.Stat_t)
+	if os.Geteuid() != 0 || owner.Uid == 0 {
+		return nil
+	}
+	return f.Chown(int(owner.Uid), int(owner.Gid))
+}
+
 func flock(f *os.File) error {
 	for {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX)
@@ -97,9 +121,12 @@ func flock(f *os.File) error {
 func keep(path string, elements int) error {
 	old, err := inspect(path)
 	suffix := ".old"
+	var failed *fs.PathError
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil
+	case errors.As(err, &failed):
+		return err // not damaged, as far as is known
 	case err != nil && elements == 0:
 		return fmt.Errorf("%s is damaged (%w) and the sets are empty: it is left as it is; remove it, or name another file", path, err)
 	case err != nil:
@@ -127,7 +154,7 @@ func inspect(path string) (elements int, err error) {
 		return 0, err
 	}
 	if !info.Mode().IsRegular() {
-		return 1, nil
+		return 1, nil // a symlink
 	}
 	f, err := os.Open(path)
 	if err != nil {
@@ -135,7 +162,10 @@ func inspect(path string) (elements int, err error) {
 	}
 	defer f.Close()
 	start, end := make([]byte, most), make([]byte, most)
-	n, _ := f.ReadAt(start, 0)
+	n, err := f.ReadAt(start, 0)
+	if err != nil && err != io.EOF {
+		return 0, err
+	}
 	line, _, _ := strings.Cut(string(start[:n]), "\n")
 	saved, err := parseHeader(line)
 	switch {
@@ -146,7 +176,10 @@ func inspect(path string) (elements int, err error) {
 	case saved.IsZero():
 		return 1, nil
 	}
-	n, _ = f.ReadAt(end, max(0, info.Size()-most))
+	n, err = f.ReadAt(end, max(0, info.Size()-most))
+	if err != nil && err != io.EOF {
+		return 0, err
+	}
 	text := strings.TrimSuffix(string(end[:n]), "\n")
 	elements, ok := parseTrailer(text[strings.LastIndexByte(text, '\n')+1:])
 	if !ok {
