@@ -89,6 +89,29 @@ func (s *session) byFamily(l list, addrs []netip.Addr, f func(set *nftset.Set, a
 	return ok
 }
 
+// change gives the addresses of a command's arguments to f, as byFamily does.
+// What fails is said, and the rest is done.
+func (s *session) change(l list, args []string, refuse bool, f func(set *nftset.Set, addrs []netip.Addr) error) error {
+	addrs, ok := s.addresses(args, refuse)
+	if done := s.byFamily(l, addrs, f); !done || !ok {
+		return &status{code: exitFailed}
+	}
+	return nil
+}
+
+// sets describes sets of the configured table, all of which must exist.
+func (s *session) sets(names ...string) ([]*nftset.Set, error) {
+	var sets []*nftset.Set
+	for _, name := range names {
+		set, err := s.conn.Set(s.Table, name)
+		if err != nil {
+			return nil, failed(err)
+		}
+		sets = append(sets, set)
+	}
+	return sets, nil
+}
+
 // addresses reads the arguments of a command, of which "-" stands for the
 // lines of stdin. What is not an address, or must not be on a list, is said;
 // the others count.
@@ -211,14 +234,9 @@ for longer already stays so.` + addressesHelp,
 			if !cmd.Flags().Changed("timeout") {
 				e.Timeout = l.timeout(s.Config)
 			}
-			addrs, ok := s.addresses(args, true)
-			ok = s.byFamily(l, addrs, func(set *nftset.Set, addrs []netip.Addr) error {
+			return s.change(l, args, true, func(set *nftset.Set, addrs []netip.Addr) error {
 				return s.put(l, set, addrs, ports, e)
-			}) && ok
-			if !ok {
-				return &status{code: exitFailed}
-			}
-			return nil
+			})
 		},
 	}
 	if l == banned {
@@ -301,14 +319,9 @@ func newDrop(configPath *string, l list) *cobra.Command {
 			if cmd.Flags().Changed("comment") {
 				match = func(e nftset.Element) bool { return e.Comment == comment }
 			}
-			addrs, ok := s.addresses(args, false)
-			ok = s.byFamily(l, addrs, func(set *nftset.Set, addrs []netip.Addr) error {
+			return s.change(l, args, false, func(set *nftset.Set, addrs []netip.Addr) error {
 				return s.drop(l, set, addrs, ports, match)
-			}) && ok
-			if !ok {
-				return &status{code: exitFailed}
-			}
-			return nil
+			})
 		},
 	}
 	if l == banned {
@@ -455,13 +468,9 @@ func newFlush(configPath *string) *cobra.Command {
 				return err
 			}
 			defer s.conn.Close()
-			var sets []*nftset.Set
-			for _, name := range list(args[0]).sets(s.Config).Both() {
-				set, err := s.conn.Set(s.Table, name)
-				if err != nil {
-					return failed(err)
-				}
-				sets = append(sets, set)
+			sets, err := s.sets(list(args[0]).sets(s.Config).Both()...)
+			if err != nil {
+				return err
 			}
 			batch := s.conn.Batch()
 			for _, set := range sets {

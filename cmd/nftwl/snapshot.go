@@ -29,13 +29,9 @@ before is kept as FILE.old. nft -f loads it as well as 'nftwl restore' does.`,
 				return err
 			}
 			defer s.conn.Close()
-			var sets []*nftset.Set
-			for _, name := range append(s.Trusted.Both(), s.Banned.Both()...) {
-				set, err := s.conn.Set(s.Table, name)
-				if err != nil {
-					return failed(err)
-				}
-				sets = append(sets, set)
+			sets, err := s.sets(append(s.Trusted.Both(), s.Banned.Both()...)...)
+			if err != nil {
+				return err
 			}
 			path := s.Snapshot
 			if len(args) == 1 {
