@@ -614,9 +614,10 @@ func (p *parser) element(s *Section) (e nftset.Element, err error) {
 		e.Timeout = e.Expires
 	case e.Timeout == permanent && !p.file.Saved.IsZero():
 		e.Timeout, e.Expires = 0, 0
-	case e.Expires > e.Timeout:
-		return e, fmt.Errorf("%s expires after its timeout", e.Key)
 	}
+	// A list of nft's that was taken while the element was renewed has the
+	// longer life of the two as what is left.
+	e.Expires = min(e.Expires, e.Timeout)
 	if e.Timeout > 0 && !s.Timeouts {
 		return e, fmt.Errorf("%s has a timeout, and set %s has no timeout flag", e.Key, s.Name)
 	}

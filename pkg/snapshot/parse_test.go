@@ -96,6 +96,16 @@ func TestWriteParse(t *testing.T) {
 	}
 }
 
+// The kernel can report an element that is being renewed with more life left
+// than its timeout. nft would refuse the whole file for it.
+func TestWriteRenewed(t *testing.T) {
+	s := &nftset.Set{Table: filter, Name: "trusted_ipv4", Timeouts: true}
+	got := string(appendElement(nil, s, element("192.0.2.7", time.Hour, 2*time.Hour, ""), false))
+	if want := ",\n\t\t\t192.0.2.7 timeout 1h expires 1h"; got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
 // differ returns the first difference of two files.
 func differ(got, want *File) string {
 	if !got.Saved.Equal(want.Saved) {
@@ -157,6 +167,7 @@ func TestParseForms(t *testing.T) {
 		{"trusted_ipv4", v4 + "; timeout 1d", "192.0.2.7 . 993 timeout 7d", []nftset.Element{element("192.0.2.7 . 993", 7*d, 0, "")}},
 		{"trusted_ipv4", v4, "192.0.2.7 . 993 timeout 1h expires 1ms", []nftset.Element{element("192.0.2.7 . 993", h, ms, "")}},
 		{"trusted_ipv4", v4, "192.0.2.7 . 993 timeout 1h expires 0s", []nftset.Element{element("192.0.2.7 . 993", h, ms, "")}},
+		{"trusted_ipv4", v4, "192.0.2.7 . 993 timeout 1h expires 2h", []nftset.Element{element("192.0.2.7 . 993", h, h, "")}},
 		{"trusted_ipv4", v4, "192.0.2.7 . 993 expires 1h", []nftset.Element{element("192.0.2.7 . 993", h, h, "")}},
 		{"trusted_ipv4", v4 + "; timeout 1d", "192.0.2.7 . 993 timeout never", []nftset.Element{element("192.0.2.7 . 993", 0, 0, "")}},
 		{"trusted_ipv4", v4, `192.0.2.7 . 993 counter packets 12 bytes 3456 timeout 1h expires 30m comment "x \ y; {"`,
@@ -246,7 +257,6 @@ func TestParseErrors(t *testing.T) {
 		{list("trusted_ipv4", v4, "192.0.2.1 . 0"), `line 5: "0" is not a port`},
 		{list("trusted_ipv4", v4, "192.0.2.1 . 65536"), `line 5: "65536" is not a port`},
 		{list("trusted_ipv4", v4, "192.0.2.1 . 993 timeout 1x"), `line 5: "1x" is not a timeout`},
-		{list("trusted_ipv4", v4, "192.0.2.1 . 993 timeout 1h expires 2h"), "line 5: 192.0.2.1 . 993 expires after its timeout"},
 		{list("trusted_ipv4", "type ipv4_addr", "192.0.2.1 timeout 1h"), "line 4: 192.0.2.1 has a timeout, and set trusted_ipv4 has no timeout flag"},
 		{list("trusted_ipv4", v4, "192.0.2.1 . 993 limit rate 1/second"), `line 5: "limit", which nftwl cannot restore`},
 		{list("trusted_ipv4", v4, "192.0.2.1 . 993 comment alice"), `line 5: "alice" where a comment in quotes must be`},

@@ -135,7 +135,7 @@ func parse(t testing.TB, text string) *File {
 	t.Helper()
 	f, err := Parse(text, ours)
 	if err != nil {
-		t.Fatalf("%v in:\n%s", err, text)
+		t.Fatalf("%v in:\n%.2000s", err, text)
 	}
 	return f
 }

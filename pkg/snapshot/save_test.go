@@ -268,6 +268,32 @@ func TestSaveForOwner(t *testing.T) {
 	}
 }
 
+// A file that cannot be read is not taken for a damaged one.
+func TestSaveOverUnreadable(t *testing.T) {
+	c := dial(t, empty)
+	dir := t.TempDir()
+	path := filepath.Join(dir, "sets.nft")
+	save(t, c, path)
+	must(t, os.Chmod(dir, 0o777))
+	must(t, os.Chmod(filepath.Dir(dir), 0o755))
+	// Of this thread alone, and so of no other test.
+	if _, err := unix.SetfsuidRetUid(1234); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.SetfsuidRetUid(0)
+	if f, err := os.Open(path); err == nil {
+		f.Close()
+		nstest.Skip(t, "another user can read %s: run the tests as root", path)
+	}
+	err := Save(path, c, describe(t, c))
+	if !errors.Is(err, os.ErrPermission) || !strings.HasPrefix(err.Error(), "open "+path+": ") {
+		t.Errorf("%v", err)
+	}
+	if got := names(t, dir); !slices.Equal(got, []string{"sets.nft"}) {
+		t.Errorf("left behind: %q", got)
+	}
+}
+
 // login does what logins do to a set while f runs: adds, renews, and deletes.
 func login(t *testing.T, f func()) (logins int) {
 	t.Helper()
@@ -325,6 +351,50 @@ func TestSaveDuringLogins(t *testing.T) {
 	})
 	if logins < 20 {
 		t.Errorf("only %d logins", logins)
+	}
+}
+
+// restless is a sink that changes a set whenever it is written to.
+type restless struct {
+	memory
+	change      func()
+	truncations int
+}
+
+func (r *restless) Write(b []byte) (int, error) {
+	r.change()
+	return r.memory.Write(b)
+}
+
+func (r *restless) truncate(size int64) error {
+	r.truncations++
+	return r.memory.truncate(size)
+}
+
+// Even a set that changes during every dump is saved, whole, in the end.
+func TestSaveInterrupted(t *testing.T) {
+	const n = 5000
+	c := dial(t, empty)
+	fill(t, c, "trusted_ipv4", n)
+	other, err := nftset.Dial()
+	must(t, err)
+	defer other.Close()
+	sets := describe(t, c)
+	changes := 0
+	sink := &restless{change: func() {
+		changes++
+		b := other.Batch()
+		b.Add(sets[0], nftset.Element{Key: nftset.Key{Addr: ipv4(changes), Port: 993}, Timeout: time.Hour})
+		must(t, b.Commit())
+	}}
+	count, err := write(sink, c, sets)
+	must(t, err)
+	f := parse(t, sink.String())
+	if got := stable(f); got != n || sink.truncations != attempts {
+		t.Errorf("%d of %d stable elements after %d interruptions", got, n, sink.truncations)
+	}
+	if got := len(f.Sets[0].Elements); got != count || got <= n {
+		t.Errorf("%d elements, and %d written", got, count)
 	}
 }
 

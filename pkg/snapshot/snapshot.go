@@ -118,8 +118,10 @@ func appendElement(b []byte, s *nftset.Set, e nftset.Element, first bool) []byte
 	case !e.Permanent():
 		b = append(b, " timeout "...)
 		b = nftset.AppendTimeout(b, e.Timeout)
+		// The kernel can read the two while another process renews the element,
+		// and nft refuses a file in which the life left is the longer.
 		b = append(b, " expires "...)
-		b = nftset.AppendTimeout(b, max(e.Expires, time.Millisecond))
+		b = nftset.AppendTimeout(b, min(max(e.Expires, time.Millisecond), e.Timeout))
 	case s.Timeout > 0:
 		b = append(b, " timeout "...)
 		b = nftset.AppendTimeout(b, permanent)
