@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"time"
 
@@ -162,8 +163,27 @@ func execute(command []string) int {
 // entries and second definitions; it is the second best, where the process may
 // not read its own (a binary with file capabilities).
 func environment() []string {
-	block, err := os.ReadFile("/proc/self/environ")
-	if err != nil || len(block) == 0 || block[len(block)-1] != 0 {
+	fd, err := unix.Open("/proc/self/environ", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return os.Environ()
+	}
+	defer unix.Close(fd)
+	block := make([]byte, 0, 4096)
+	for {
+		block = slices.Grow(block, 4096)
+		n, err := unix.Read(fd, block[len(block):cap(block)])
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return os.Environ()
+		}
+		if n == 0 {
+			break
+		}
+		block = block[:len(block)+n]
+	}
+	if len(block) == 0 || block[len(block)-1] != 0 {
 		return os.Environ()
 	}
 	return strings.Split(string(block[:len(block)-1]), "\x00")

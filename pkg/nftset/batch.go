@@ -151,7 +151,7 @@ func (b *Batch) Commit() error {
 	if err := c.send(b.buf); err != nil {
 		return b.error(last, err)
 	}
-	var failed error
+	var failed message // the first with an error
 	for done := false; !done; {
 		err := c.receive(func(m message) error {
 			// An error of the transaction as a whole carries the number of
@@ -159,8 +159,8 @@ func (b *Batch) Commit() error {
 			if m.seq < b.first || m.seq > last || !m.ack {
 				return nil
 			}
-			if m.err != nil && failed == nil {
-				failed = b.error(m.seq, m.err)
+			if m.err != nil && failed.err == nil {
+				failed = m
 			}
 			done = m.seq == last || m.seq == b.first
 			return nil
@@ -172,14 +172,17 @@ func (b *Batch) Commit() error {
 			c.SetDeadline(time.Now())
 			continue
 		}
-		if err != nil {
-			if failed != nil {
-				return failed
-			}
-			return b.error(last, err)
+		if err != nil && failed.err == nil {
+			failed = message{seq: last, err: err}
 		}
+		done = done || err != nil
 	}
-	return failed
+	if failed.err == nil {
+		return nil
+	}
+	// Only now, since it asks the kernel what is missing, and would take its
+	// answer for one to the batch.
+	return b.error(failed.seq, failed.err)
 }
 
 // error names the set that the message with the number was about.

@@ -77,15 +77,12 @@ func (c *Conn) extend(s *Set, elems []Element, slack time.Duration, renew bool) 
 	// that changes its ruleset all the time it must do without.
 	const attempts = 20
 	for attempt := 1; ; attempt++ {
-		generation := uint32(0)
-		if attempt < attempts {
-			if generation, err = c.generation(); err != nil {
-				return nil, nil, s.error(err)
-			}
-		}
-		there, err := c.Lookup(s, keys...)
+		there, generation, err := c.lookup(s, keys)
 		if err != nil {
 			return nil, nil, err
+		}
+		if attempt == attempts {
+			generation = 0
 		}
 		outcomes, renewed = make([]Outcome, len(elems)), nil
 		batch := c.batch(generation)

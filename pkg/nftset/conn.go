@@ -219,26 +219,6 @@ func (c *Conn) hasTable(table Table) error {
 	return nil
 }
 
-// generation returns the number of the ruleset's generation, which every
-// transaction increases. It is never 0.
-func (c *Conn) generation() (g uint32, err error) {
-	seq := c.next()
-	req := appendMessage(nil, msgGetGen, unix.NLM_F_REQUEST, seq, 0, 0)
-	endMessage(req, 0)
-	err = c.ask(req, seq, 1, func(_ int, m message) error {
-		if m.ack {
-			return m.err
-		}
-		return attributes(m.body, func(typ uint16, data []byte) error {
-			if typ == unix.NFTA_GEN_ID {
-				g = beUint32(data)
-			}
-			return nil
-		})
-	})
-	return g, err
-}
-
 // lookupChunk is how many look-ups are sent at once: their replies must all
 // fit the socket's buffer, in which each takes about 1 KiB of 208.
 const lookupChunk = 64
@@ -246,18 +226,26 @@ const lookupChunk = 64
 // Lookup asks for single elements, and returns those that are in the set, by
 // their keys. It never dumps the set.
 func (c *Conn) Lookup(s *Set, keys ...Key) (map[Key]Element, error) {
+	found, _, err := c.lookup(s, keys)
+	return found, err
+}
+
+// lookup is Lookup, and returns the number of the ruleset's generation before
+// it, which every transaction increases. It is never 0.
+func (c *Conn) lookup(s *Set, keys []Key) (found map[Key]Element, generation uint32, err error) {
 	for _, k := range keys {
 		if k.Addr.Is6() != s.Key.IPv6 || (k.Port != 0) != s.Key.Port {
-			return nil, &Error{Table: s.Table, Set: s.Name, Type: s.Key.String(), Key: k, Err: ErrKeyType}
+			return nil, 0, &Error{Table: s.Table, Set: s.Name, Type: s.Key.String(), Key: k, Err: ErrKeyType}
 		}
 	}
-	found := make(map[Key]Element, len(keys))
+	found = make(map[Key]Element, len(keys))
 	var req []byte
 	for len(keys) > 0 {
 		chunk := keys[:min(len(keys), lookupChunk)]
 		keys = keys[len(chunk):]
-		req = req[:0]
-		first := c.seq + 1
+		first := c.next()
+		req = appendMessage(req[:0], msgGetGen, unix.NLM_F_REQUEST, first, 0, 0)
+		endMessage(req, 0)
 		for _, k := range chunk {
 			start := len(req)
 			req = appendMessage(req, msgGetSetElem, unix.NLM_F_REQUEST, c.next(), s.Table.Family, 0)
@@ -269,8 +257,13 @@ func (c *Conn) Lookup(s *Set, keys ...Key) (map[Key]Element, error) {
 			req = endAttr(req, list)
 			endMessage(req, start)
 		}
-		err := c.ask(req, first, len(chunk), func(_ int, m message) error {
+		err := c.ask(req, first, 1+len(chunk), func(i int, m message) error {
 			switch {
+			case i == 0 && !m.ack:
+				if generation == 0 {
+					generation = decodeGeneration(m.body)
+				}
+				return nil
 			case m.err == unix.ENOENT:
 				// The element is missing, or the set went since Set was
 				// called; adding to it will tell.
@@ -284,10 +277,10 @@ func (c *Conn) Lookup(s *Set, keys ...Key) (map[Key]Element, error) {
 			})
 		})
 		if err != nil {
-			return nil, s.error(err)
+			return nil, 0, s.error(err)
 		}
 	}
-	return found, nil
+	return found, generation, nil
 }
 
 // Dump calls f for every element of the set, in the kernel's order, while

@@ -352,9 +352,9 @@ func TestRenewalDeletesNothing(t *testing.T) {
 	if _, err := c.Extend(s, []Element{{Key: key(k), Timeout: time.Hour}}, 0); err != nil {
 		t.Fatal(err)
 	}
-	// The generation, a look-up, begin, add, end, and the look-up that tells
-	// whether it helped.
-	if n := c.seq - before; (n == 6) != capable {
+	// The generation and a look-up, begin, add, end, and again the first two,
+	// which tell whether it helped.
+	if n := c.seq - before; (n == 7) != capable {
 		t.Errorf("%d messages, and the kernel renews: %v", n, capable)
 	}
 }
@@ -543,6 +543,23 @@ func TestWriteErrors(t *testing.T) {
 	nstest.Nft(t, rules)
 	if _, err := c.Extend(s, e("192.0.2.7 . 1"), 0); err != nil {
 		t.Error(err)
+	}
+}
+
+// A deletion that misses its element is an error at once, also where further
+// messages follow it in the batch.
+func TestDeleteMissing(t *testing.T) {
+	c := dial(t, rules)
+	s := describe(t, c, "v4port")
+	c.SetDeadline(time.Now().Add(5 * time.Second))
+	batch := c.Batch()
+	batch.Delete(s, key("192.0.2.1 . 1"))
+	batch.Add(s, Element{Key: key("192.0.2.2 . 1")})
+	if err := batch.Commit(); !errors.Is(err, ErrNotFound) {
+		t.Error(err)
+	}
+	if left := time.Until(c.deadline); left < 2*time.Second {
+		t.Errorf("it waited until %v before the deadline", left)
 	}
 }
 

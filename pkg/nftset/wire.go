@@ -330,6 +330,18 @@ func decodeSet(table Table, b []byte) (*Set, error) {
 	return s, nil
 }
 
+// decodeGeneration reads the body of a NEWGEN message.
+func decodeGeneration(b []byte) (generation uint32) {
+	// A truncated one leaves it 0, which stands for any.
+	_ = attributes(b, func(typ uint16, data []byte) error {
+		if typ == unix.NFTA_GEN_ID {
+			generation = beUint32(data)
+		}
+		return nil
+	})
+	return generation
+}
+
 // decodeElements calls f for every element in the body of a NEWSETELEM
 // message.
 func decodeElements(s *Set, b []byte, f func(Element) error) error {
@@ -384,5 +396,8 @@ func decodeElement(s *Set, b []byte) (Element, error) {
 	if !expires {
 		e.Timeout = 0
 	}
+	// The kernel reads the two one after the other, and a renewal can come in
+	// between.
+	e.Expires = min(e.Expires, e.Timeout)
 	return e, err
 }
