@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"slices"
 	"strings"
 	"time"
 
@@ -119,10 +118,11 @@ func complain(text string) {
 // execute becomes the command, found as execvp(3) finds it. It returns only
 // where that fails, with the exit code that a shell would give.
 //
-// The limit of open files is what came in: syscall.Exec puts back what Go's
-// runtime raised.
+// The environment is what came in, but that Go drops a variable's second
+// definition, of which Dovecot's has none. The limit of open files is what
+// came in too: syscall.Exec puts back what Go's runtime raised.
 func execute(command []string) int {
-	name, env := command[0], environment()
+	name, env := command[0], os.Environ()
 	paths := []string{name}
 	if !strings.Contains(name, "/") {
 		path, ok := os.LookupEnv("PATH")
@@ -157,36 +157,6 @@ func execute(command []string) int {
 	}
 	complain(fmt.Sprintf("login: cannot execute %q: %s", name, why))
 	return exitNotExecutable
-}
-
-// environment returns the environment as it came. os.Environ leaves out empty
-// entries and second definitions; it is the second best, where the process may
-// not read its own (a binary with file capabilities).
-func environment() []string {
-	fd, err := unix.Open("/proc/self/environ", unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return os.Environ()
-	}
-	defer unix.Close(fd)
-	block := make([]byte, 0, 4096)
-	for {
-		block = slices.Grow(block, 4096)
-		n, err := unix.Read(fd, block[len(block):cap(block)])
-		if err == unix.EINTR {
-			continue
-		}
-		if err != nil {
-			return os.Environ()
-		}
-		if n == 0 {
-			break
-		}
-		block = block[:len(block)+n]
-	}
-	if len(block) == 0 || block[len(block)-1] != 0 {
-		return os.Environ()
-	}
-	return strings.Split(string(block[:len(block)-1]), "\x00")
 }
 
 // loginHelp is login for those who ask for help with it; main has taken the
