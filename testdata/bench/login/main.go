@@ -2,8 +2,8 @@
 // post-login program, next to what else it could be. make bench runs it in a
 // namespace with the binaries built.
 //
-// The programs run in turn, so that a machine whose speed drifts treats all
-// of them alike; the figures to quote are the ratios of the medians.
+// The programs take turns in random order, so that a machine whose speed drifts
+// treats all of them alike; the figures to quote are the ratios of the medians.
 package main
 
 import (
@@ -11,6 +11,7 @@ import (
 	"bytes"
 	"flag"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"runtime"
@@ -60,9 +61,12 @@ func measure(runs int, nftwl, empty, library, script, rules string) error {
 	}
 	times := make([][]time.Duration, len(candidates))
 	const warmUp = 10
+	order := rand.New(rand.NewPCG(1, 2))
 	for run := range warmUp + runs {
-		for i, c := range candidates {
-			took, err := c.run(run)
+		// In another order each time: a program that follows itself finds the
+		// caches warm, and one that follows the script finds them cold.
+		for _, i := range order.Perm(len(candidates)) {
+			took, err := candidates[i].run(run)
 			if err != nil {
 				return err
 			}
@@ -80,7 +84,7 @@ func measure(runs int, nftwl, empty, library, script, rules string) error {
 
 	w := bufio.NewWriter(os.Stdout)
 	defer w.Flush()
-	fmt.Fprintf(w, "Whole process, median of %d runs in turn, %s, %s.\n\n", runs, runtime.Version(), kernel())
+	fmt.Fprintf(w, "Whole process, median of %d runs that take turns, %s, %s.\n\n", runs, runtime.Version(), kernel())
 	fmt.Fprintln(w, "| post-login program | median | 10th to 90th percentile | ratio to the empty wrapper |")
 	fmt.Fprintln(w, "|---|--:|--:|--:|")
 	base := median(times[1])
