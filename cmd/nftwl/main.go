@@ -8,13 +8,15 @@ import (
 	"os"
 
 	"github.com/spf13/cobra"
+
+	"nftwl/pkg/config"
 )
 
 func main() {
 	// Before anything else sees the arguments: no argument of the command
 	// that login becomes may be taken for one of nftwl's.
-	if config, command, ok := loginArgs(os.Args[1:]); ok {
-		os.Exit(login(config, command))
+	if configPath, command, ok := loginArgs(os.Args[1:]); ok {
+		os.Exit(login(configPath, command))
 	}
 	os.Exit(run(os.Args[1:]))
 }
@@ -80,7 +82,7 @@ line was wrong.`,
 		Args:          cobra.NoArgs,
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	root.PersistentFlags().StringVar(&configPath, "config", "", "configuration `FILE` (default "+defaultConfig+", which need not exist)")
+	root.PersistentFlags().StringVar(&configPath, "config", "", "configuration `FILE` (default "+config.Path+", which need not exist)")
 	root.AddCommand(
 		loginHelp(),
 		newPut(&configPath, trusted), newDrop(&configPath, trusted),

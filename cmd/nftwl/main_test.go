@@ -29,7 +29,6 @@ func TestScripts(t *testing.T) {
 			nstest.New(t)
 			env.Setenv("PATH", bin+":/usr/sbin:/usr/bin:/sbin:/bin")
 			env.Setenv("CONTRIB", filepath.Join(root, "contrib"))
-			env.Setenv("TESTDATA", filepath.Join(root, "testdata"))
 			return nil
 		},
 	})

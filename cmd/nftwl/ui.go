@@ -15,8 +15,6 @@ import (
 	"nftwl/pkg/nftset"
 )
 
-const defaultConfig = config.Path
-
 // printError prints an error and, where there is one, its remedy.
 func printError(err error) {
 	fmt.Fprintln(os.Stderr, "nftwl: error:", printable(err.Error()))
@@ -40,7 +38,7 @@ func hintFor(err error) string {
 	}
 	switch e.Err {
 	case nftset.ErrNoTable, nftset.ErrNoSet:
-		return "load the set definitions (nft -f sets.nft), or name the right table and sets in " + defaultConfig
+		return "load the set definitions (nft -f sets.nft), or name the right table and sets in " + config.Path
 	case nftset.ErrKeyType, nftset.ErrInterval, nftset.ErrMap, nftset.ErrConstant, nftset.ErrNoTimeout:
 		return "define it as: type ipv4_addr . inet_service (or ipv6_addr); flags dynamic,timeout"
 	case nftset.ErrFull:

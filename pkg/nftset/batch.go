@@ -87,8 +87,7 @@ func (b *Batch) element(typ, flags uint16, s *Set, e *Element) {
 	if b.open != s || b.typ != typ || len(b.buf)-b.list > maxList {
 		b.message(typ, flags, s)
 		b.open, b.typ = s, typ
-		b.buf = appendString(b.buf, unix.NFTA_SET_ELEM_LIST_TABLE, s.Table.Name)
-		b.buf = appendString(b.buf, unix.NFTA_SET_ELEM_LIST_SET, s.Name)
+		b.buf = appendListOf(b.buf, s)
 		b.buf, b.list = beginAttr(b.buf, unix.NLA_F_NESTED|unix.NFTA_SET_ELEM_LIST_ELEMENTS)
 	}
 	b.buf = appendElement(b.buf, s, e, typ == msgDelSetElem)
@@ -106,8 +105,7 @@ func (b *Batch) Delete(s *Set, k Key) { b.element(msgDelSetElem, 0, s, &Element{
 // Flush deletes all elements of a set.
 func (b *Batch) Flush(s *Set) {
 	b.message(msgDelSetElem, 0, s)
-	b.buf = appendString(b.buf, unix.NFTA_SET_ELEM_LIST_TABLE, s.Table.Name)
-	b.buf = appendString(b.buf, unix.NFTA_SET_ELEM_LIST_SET, s.Name)
+	b.buf = appendListOf(b.buf, s)
 	endMessage(b.buf, b.last)
 }
 

@@ -74,7 +74,7 @@ func (c *Conn) send(b []byte) error {
 }
 
 // receive reads one buffer of replies and calls f for each message in it, in
-// order: with its body, or with the error that it carries, where ok is nil.
+// order. An error of f's ends it.
 func (c *Conn) receive(f func(m message) error) error {
 	n, err := c.read()
 	if err != nil {
@@ -85,14 +85,10 @@ func (c *Conn) receive(f func(m message) error) error {
 		if size < nlHeader || size > len(b) {
 			return errTruncated
 		}
-		m := message{
-			typ:   native.Uint16(b[4:]),
-			flags: native.Uint16(b[6:]),
-			seq:   native.Uint32(b[8:]),
-		}
-		body := b[nlHeader:size]
+		m := message{flags: native.Uint16(b[6:]), seq: native.Uint32(b[8:])}
+		typ, body := native.Uint16(b[4:]), b[nlHeader:size]
 		switch {
-		case m.typ == unix.NLMSG_ERROR, m.typ == unix.NLMSG_DONE:
+		case typ == unix.NLMSG_ERROR, typ == unix.NLMSG_DONE:
 			m.ack = true
 			if len(body) >= 4 {
 				if errno := int32(native.Uint32(body)); errno != 0 {
@@ -113,7 +109,7 @@ func (c *Conn) receive(f func(m message) error) error {
 
 // message is a reply of the kernel's.
 type message struct {
-	typ, flags uint16
+	flags      uint16
 	seq        uint32
 	ack        bool   // an acknowledgement, an error or the end of a dump
 	err        error  // an errno where ack and it failed
@@ -249,8 +245,7 @@ func (c *Conn) lookup(s *Set, keys []Key) (found map[Key]Element, generation uin
 		for _, k := range chunk {
 			start := len(req)
 			req = appendMessage(req, msgGetSetElem, unix.NLM_F_REQUEST, c.next(), s.Table.Family, 0)
-			req = appendString(req, unix.NFTA_SET_ELEM_LIST_TABLE, s.Table.Name)
-			req = appendString(req, unix.NFTA_SET_ELEM_LIST_SET, s.Name)
+			req = appendListOf(req, s)
 			var list int
 			req, list = beginAttr(req, unix.NLA_F_NESTED|unix.NFTA_SET_ELEM_LIST_ELEMENTS)
 			req = appendElement(req, s, &Element{Key: k}, true)
@@ -305,8 +300,7 @@ func (c *Conn) Dump(s *Set, f func(Element) error) error {
 	}
 	seq := c.next()
 	req := appendMessage(nil, msgGetSetElem, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, seq, s.Table.Family, 0)
-	req = appendString(req, unix.NFTA_SET_ELEM_LIST_TABLE, s.Table.Name)
-	req = appendString(req, unix.NFTA_SET_ELEM_LIST_SET, s.Name)
+	req = appendListOf(req, s)
 	endMessage(req, 0)
 	if err := c.send(req); err != nil {
 		return s.error(err)

@@ -125,6 +125,12 @@ func appendUint64(b []byte, typ uint16, v uint64) []byte {
 	return endAttr(binary.BigEndian.AppendUint64(b, v), start)
 }
 
+// appendListOf names the set whose elements a message is about.
+func appendListOf(b []byte, s *Set) []byte {
+	b = appendString(b, unix.NFTA_SET_ELEM_LIST_TABLE, s.Table.Name)
+	return appendString(b, unix.NFTA_SET_ELEM_LIST_SET, s.Name)
+}
+
 // appendElement encodes an element, or only its key where bare.
 func appendElement(b []byte, s *Set, e *Element, bare bool) []byte {
 	b, elem := beginAttr(b, unix.NLA_F_NESTED|unix.NFTA_LIST_ELEM)

@@ -42,7 +42,7 @@ func Parse(text string, wanted func(nftset.Table, string) bool) (*File, error) {
 	if f.Saved, err = parseHeader(line); err != nil {
 		return nil, fmt.Errorf("line 1: %w", err)
 	}
-	p := &parser{file: f, wanted: wanted, text: text, line: 1}
+	p := &parser{file: f, wanted: wanted, text: text, inWord: wordBytes(), line: 1}
 	if err := p.parse(); err != nil {
 		return nil, fmt.Errorf("line %d: %w", p.line, err)
 	}
@@ -64,6 +64,7 @@ func Parse(text string, wanted func(nftset.Table, string) bool) (*File, error) {
 type parser struct {
 	file   *File
 	wanted func(nftset.Table, string) bool
+	inWord [256]bool // the bytes of words
 	text   string
 	at     int
 	line   int // of the last token
@@ -118,7 +119,7 @@ func (p *parser) advance() error {
 			return nil
 		default:
 			rest, n := p.text[p.at:], 0
-			for n < len(rest) && inWord[rest[n]] {
+			for n < len(rest) && p.inWord[rest[n]] {
 				n++
 			}
 			if n == 0 {
@@ -133,13 +134,13 @@ func (p *parser) advance() error {
 	return nil
 }
 
-// inWord tells of the bytes of words: all that print and are no mark.
-var inWord = func() (in [256]bool) {
+// wordBytes tells of the bytes of words: all that print and are no mark.
+func wordBytes() (in [256]bool) {
 	for c := byte('!'); c <= '~'; c++ {
 		in[c] = !strings.ContainsRune(`{}=,;"#`, rune(c))
 	}
 	return in
-}()
+}
 
 // clip makes text fit for an error.
 func clip(text string) string {
@@ -642,10 +643,8 @@ func port(text string) (uint16, error) {
 	if n, err := strconv.ParseUint(text, 10, 16); err == nil && n > 0 {
 		return uint16(n), nil
 	}
-	for n, names := range mailPorts {
-		if slices.Contains(names, text) {
-			return n, nil
-		}
+	if n := mailPort(text); n > 0 {
+		return n, nil
 	}
 	if isName(text) {
 		if n, err := net.LookupPort("tcp", text); err == nil && n > 0 {
@@ -655,16 +654,26 @@ func port(text string) (uint16, error) {
 	return 0, fmt.Errorf("%s is not a port, nor the name of one in /etc/services", clip(text))
 }
 
-// mailPorts are the names that nft gives ours, of IANA and of Debian; a
-// machine need not have /etc/services.
-var mailPorts = map[uint16][]string{
-	25:  {"smtp"},
-	110: {"pop3", "pop-3"},
-	143: {"imap2", "imap"},
-	465: {"submissions", "urd", "smtps", "ssmtp"},
-	587: {"submission"},
-	993: {"imaps"},
-	995: {"pop3s"},
+// mailPort returns the port that nft calls by a name of IANA's or Debian's,
+// where it is a mail port; else 0. A machine need not have /etc/services.
+func mailPort(name string) uint16 {
+	switch name {
+	case "smtp":
+		return 25
+	case "pop3", "pop-3":
+		return 110
+	case "imap2", "imap":
+		return 143
+	case "submissions", "urd", "smtps", "ssmtp":
+		return 465
+	case "submission":
+		return 587
+	case "imaps":
+		return 993
+	case "pop3s":
+		return 995
+	}
+	return 0
 }
 
 func isName(s string) bool {
