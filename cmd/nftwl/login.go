@@ -92,20 +92,23 @@ func trustClient(configPath string) {
 	if err == nil {
 		defer conn.Close()
 		conn.SetDeadline(time.Now().Add(c.Deadline))
-		err = grant.Apply(conn, c)
+		_, err = trust.Apply(conn, c, grant)
 	}
 	if err != nil {
 		complain(fmt.Sprintf("login: %s is not trusted: %v", grant.Addr, err))
 	}
 }
 
-// complain writes one line to stderr, which is Dovecot's log: an error there,
-// whatever it says. It gives the line up rather than wait for a reader who is
-// not reading. It writes to the descriptor itself, since a write through
-// os.Stderr whose reader is gone ends the process.
-func complain(text string) {
+// complain writes an error to stderr, which is Dovecot's log: an error there,
+// whatever it says.
+func complain(text string) { logLine("nftwl: error: " + text) }
+
+// logLine writes one line to stderr. It gives the line up rather than wait for
+// a reader who is not reading. It writes to the descriptor itself, since a
+// write through os.Stderr whose reader is gone ends the process.
+func logLine(text string) {
 	const most = 1000 // less than PIPE_BUF, so that a pipe takes all or nothing
-	line := []byte("nftwl: error: " + printable(text))
+	line := []byte(printable(text))
 	if len(line) > most {
 		line = append(bytes.ToValidUTF8(line[:most], nil), "…"...)
 	}

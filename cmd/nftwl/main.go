@@ -84,7 +84,7 @@ line was wrong.`,
 	}
 	root.PersistentFlags().StringVar(&configPath, "config", "", "configuration `FILE` (default "+config.Path+", which need not exist)")
 	root.AddCommand(
-		loginHelp(),
+		loginHelp(), newServe(&configPath), newStatus(),
 		newPut(&configPath, trusted), newDrop(&configPath, trusted),
 		newPut(&configPath, banned), newDrop(&configPath, banned),
 		newList(&configPath), newCheck(&configPath), newFlush(&configPath),

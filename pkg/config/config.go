@@ -55,6 +55,7 @@ type Config struct {
 	Comment    bool           // note the user's name on the element
 	Deadline   time.Duration  // the longest wait for the kernel; more than 0
 	Snapshot   string         // path of the snapshot file
+	Metrics    string         // path of the resident server's counters for Prometheus; empty for none
 }
 
 // Default returns the configuration of an empty file.
@@ -257,12 +258,11 @@ func (c *Config) set(key string, v ast.Node) (err error) {
 			err = fmt.Errorf("it must be at most %s, since Dovecot gives up after a minute", nftset.FormatTimeout(maxDeadline))
 		}
 	case "snapshot":
-		c.Snapshot, err = scalar(v)
-		if err == nil && !strings.HasPrefix(c.Snapshot, "/") {
-			err = fmt.Errorf("%q is not an absolute path", c.Snapshot)
-		}
+		c.Snapshot, err = path(v)
+	case "metrics":
+		c.Metrics, err = path(v)
 	default:
-		return at(v, fmt.Errorf("unknown key %q; the keys are table, trusted, banned, ports, timeout, ban_timeout, ipv6_prefix, ignore, comment, deadline and snapshot", key))
+		return at(v, fmt.Errorf("unknown key %q; the keys are table, trusted, banned, ports, timeout, ban_timeout, ipv6_prefix, ignore, comment, deadline, snapshot and metrics", key))
 	}
 	return in(v, key, err)
 }
@@ -360,6 +360,14 @@ func scalar(v ast.Node) (string, error) {
 		return "", errors.New("the value is missing")
 	}
 	return "", fmt.Errorf("a single plain value is needed, not a YAML %s", strings.ToLower(v.Type().YAMLName()))
+}
+
+func path(v ast.Node) (string, error) {
+	s, err := scalar(v)
+	if err == nil && !strings.HasPrefix(s, "/") {
+		err = fmt.Errorf("%q is not an absolute path", s)
+	}
+	return s, err
 }
 
 func timeout(v ast.Node) (time.Duration, error) {

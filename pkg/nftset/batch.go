@@ -154,7 +154,7 @@ func (b *Batch) Commit() error {
 		err := c.receive(func(m message) error {
 			// An error of the transaction as a whole carries the number of
 			// its first message, and one of a message that message's.
-			if m.seq < b.first || m.seq > last || !m.ack {
+			if m.seq-b.first > last-b.first || !m.ack {
 				return nil
 			}
 			if m.err != nil && failed.err == nil {
@@ -187,7 +187,7 @@ func (b *Batch) Commit() error {
 func (b *Batch) error(seq uint32, err error) error {
 	s := b.about[0].set
 	for _, a := range b.about {
-		if a.seq <= seq {
+		if a.seq-b.first <= seq-b.first {
 			s = a.set
 		}
 	}

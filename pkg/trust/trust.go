@@ -6,6 +6,7 @@ package trust
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"nftwl/pkg/config"
@@ -69,17 +70,40 @@ func Decide(c *config.Config, l Login) (*Grant, error) {
 	return g, nil
 }
 
-// Apply has the kernel trust the address for every configured port.
-func (g *Grant) Apply(conn *nftset.Conn, c *config.Config) error {
-	set, err := conn.Set(c.Table, c.Trusted.For(g.Addr))
+// Apply has the kernel trust the addresses of grants, which are of one family,
+// for every configured port: in one transaction, or none where all are trusted
+// for long enough already. It returns what became of each grant: Added where
+// its address was not trusted on each port, else Extended where it was to be
+// trusted for longer.
+func Apply(conn *nftset.Conn, c *config.Config, grants ...*Grant) ([]nftset.Outcome, error) {
+	set, err := conn.Set(c.Table, c.Trusted.For(grants[0].Addr))
 	if err != nil {
-		return err
+		return nil, err
 	}
-	elems := Elements(set, g.Addr, c.Ports, nftset.Element{Timeout: g.Timeout, Comment: g.Comment})
 	// A mail client opens several connections in the same moment; the first
 	// of them renews.
-	_, err = conn.Extend(set, elems, min(g.Timeout/100, time.Second))
-	return err
+	slack := time.Second
+	var elems []nftset.Element
+	for _, g := range grants {
+		slack = min(slack, g.Timeout/100)
+		elems = append(elems, Elements(set, g.Addr, c.Ports, nftset.Element{Timeout: g.Timeout, Comment: g.Comment})...)
+	}
+	of, err := conn.Extend(set, elems, slack)
+	if err != nil {
+		return nil, err
+	}
+	outcomes := make([]nftset.Outcome, len(grants))
+	each := len(elems) / len(grants)
+	for i := range grants {
+		part := of[i*each : (i+1)*each]
+		switch {
+		case slices.Contains(part, nftset.Added):
+			outcomes[i] = nftset.Added
+		case slices.Contains(part, nftset.Extended):
+			outcomes[i] = nftset.Extended
+		}
+	}
+	return outcomes, nil
 }
 
 // Elements returns e for an address and every port, or once where the set's
