@@ -168,6 +168,7 @@ type with struct {
 	files   map[string]string     // executable files in dir
 	hide    []string              // files under /usr/lib/dovecot that are not to exist
 	wrap    []string              // a command to run Dovecot under
+	serve   bool                  // nftwl serve and its drop-in, in place of nftwl login
 }
 
 type server struct {
@@ -175,6 +176,8 @@ type server struct {
 	d    dovecot
 	cmd  *exec.Cmd
 	done chan struct{} // closed once Dovecot has exited
+
+	resident *exec.Cmd // nftwl serve; nil without
 }
 
 // start runs Dovecot in new network and mount namespaces, in which the nftwl
@@ -184,6 +187,9 @@ func (d dovecot) start(t *testing.T, w with) *server {
 	t.Helper()
 	nftwl := nstest.Build(t, "cmd/nftwl")
 	dropIn := filepath.Join(nstest.Root(t), "contrib/dovecot/90-nftwl.conf")
+	if w.serve {
+		dropIn = filepath.Join(nstest.Root(t), "contrib/dovecot/90-nftwl-serve.conf")
+	}
 
 	nstest.New(t)
 	for _, a := range []string{server4 + "/32", client4 + "/32", server6 + "/128", client6 + "/128"} {
@@ -248,6 +254,11 @@ func (d dovecot) start(t *testing.T, w with) *server {
 	s.write("dovecot.conf", header+configBoth+
 		"protocols = "+strings.Join(d.protocols, " ")+"\n"+w.dovecot, 0o644)
 
+	if w.serve {
+		must(t, os.Mkdir(filepath.Join(d.root, "run/nftwl"), 0o755))
+		s.startResident()
+	}
+
 	argv := slices.Concat(w.wrap, []string{"/usr/sbin/dovecot", "-F", "-c", dir + "/dovecot.conf"})
 	out, err := os.Create(s.path("out"))
 	must(t, err)
@@ -286,6 +297,57 @@ func (d dovecot) start(t *testing.T, w with) *server {
 		return true
 	})
 	return s
+}
+
+// socket is where nftwl serve listens, as Dovecot sees it.
+const socket = "/run/nftwl/post-login"
+
+// startResident runs nftwl serve, and waits until it listens. What it says is
+// in the file "resident".
+func (s *server) startResident() {
+	t := s.t
+	t.Helper()
+	log, err := os.OpenFile(s.path("resident"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	must(t, err)
+	defer log.Close()
+	cmd := exec.Command("/usr/bin/nftwl", "serve", "--listen", socket)
+	cmd.Dir = "/"
+	cmd.Env = []string{} // as little as under systemd
+	cmd.Stderr = log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: s.d.root, Pdeathsig: syscall.SIGKILL}
+	must(t, cmd.Start())
+	s.resident = cmd
+	t.Cleanup(func() {
+		if cmd.ProcessState == nil {
+			s.stopResident(syscall.SIGTERM)
+		}
+		if t.Failed() {
+			t.Logf("nftwl serve:\n%s", s.read("resident"))
+		}
+	})
+	poll(t, "nftwl serve to listen", func() bool {
+		c, err := net.Dial("unix", filepath.Join(s.d.root, socket))
+		if err != nil {
+			return false
+		}
+		c.Close()
+		return true
+	})
+}
+
+// stopResident sends nftwl serve a signal and waits for its end.
+func (s *server) stopResident(signal syscall.Signal) {
+	s.t.Helper()
+	cmd := s.resident
+	must(s.t, cmd.Process.Signal(signal))
+	late := time.AfterFunc(patience, func() {
+		s.t.Errorf("nftwl serve did not end on %v", signal)
+		_ = cmd.Process.Kill() // fails where it has just exited
+	})
+	defer late.Stop()
+	if err := cmd.Wait(); err != nil && signal == syscall.SIGTERM {
+		s.t.Errorf("nftwl serve: %v", err)
+	}
 }
 
 // stop ends Dovecot and waits until it is gone.
