@@ -90,21 +90,26 @@ func serve(configPath string, l *net.UnixListener, path string, verbose bool) er
 	}
 	if verbose {
 		server.Trusted = func(g *trust.Grant, o nftset.Outcome) {
-			what := map[nftset.Outcome]string{nftset.Added: "now", nftset.Extended: "again", nftset.Kept: "already"}[o]
-			logLine(fmt.Sprintf("nftwl: %s is trusted %s, for %s (%s)", g.Addr, what, nftset.FormatTimeout(g.Timeout), g.Comment))
+			what := map[nftset.Outcome]string{
+				nftset.Added:    "is trusted for " + nftset.FormatTimeout(g.Timeout),
+				nftset.Extended: "stays trusted for " + nftset.FormatTimeout(g.Timeout),
+				nftset.Kept:     "was trusted already",
+			}[o]
+			logLine(fmt.Sprintf("nftwl: %s %s (%s)", g.Addr, what, g.Comment))
 		}
 	}
 	var metrics string
-	load := func(otherwise string) {
+	load := func(otherwise string) bool {
 		c, err := config.Load(configPath)
 		if err != nil {
 			log.error(err, otherwise)
 			notify("STATUS=The configuration is refused: " + printable(err.Error()))
-			return
+			return false
 		}
 		server.SetConfig(c)
 		metrics = c.Metrics
 		notify("STATUS=")
+		return true
 	}
 	// A server that ended here would deny every login.
 	load("nobody is trusted until it is mended and read again")
@@ -130,7 +135,9 @@ func serve(configPath string, l *net.UnixListener, path string, verbose bool) er
 			switch s {
 			case unix.SIGHUP:
 				notify("RELOADING=1")
-				load("the old one stays in use")
+				if load("the old one stays in use") {
+					logLine("nftwl: the configuration was read again")
+				}
 				notify("READY=1")
 			case unix.SIGUSR1:
 				for _, line := range statusLines(server.Stats()) {

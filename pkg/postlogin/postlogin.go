@@ -66,15 +66,16 @@ func Parse(line []byte) (Request, error) {
 		return Request{}, errors.New("the line of the login has fewer than three fields")
 	}
 	user, _, _ := bytes.Cut(answer[:len(answer)-1], []byte("\t"))
-	if len(user) == 0 {
-		return Request{}, errors.New("the login has no user")
-	}
-	return Request{
+	r := Request{
 		LocalIP: unescape(local),
 		IP:      unescape(ip),
 		User:    unescape(user),
 		Answer:  answer,
-	}, nil
+	}
+	if r.User == "" {
+		return Request{}, errors.New("the login has no user")
+	}
+	return r, nil
 }
 
 // Field returns the value of one of the user's fields, or "". As in the

@@ -277,6 +277,9 @@ func (s *Server) trust(r postlogin.Request) {
 		Trust:   r.Field("nftwl_trust"),
 		Timeout: r.Field("nftwl_timeout"),
 	})
+	if err != nil {
+		err = fmt.Errorf("login of %.60q: %w", r.User, err)
+	}
 	switch {
 	case err != nil && grant == nil:
 		failed("login", err)
