@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -206,7 +205,7 @@ func TestLoginExitCodes(t *testing.T) {
 	}
 }
 
-// Whom a login trusts. Nothing is ever on stdout but the command's own, and
+// Whom a login trusts, by way of nftwl login and of nftwl serve. Nothing is ever on stdout but the command's own, and
 // what is not an error is not on stderr, where Dovecot would log it as one.
 func TestLoginDecides(t *testing.T) {
 	const port = " . 993"
@@ -257,115 +256,55 @@ func TestLoginDecides(t *testing.T) {
 			if out != "mail\n" || code != 0 {
 				t.Errorf("stdout %q, exit %d", out, code)
 			}
-			lines := strings.Count(errs, "\n")
-			if (test.words == "") != (errs == "") || !strings.Contains(errs, test.words) || lines > 1 || len(errs) > 1100 {
-				t.Errorf("stderr %q, want %q", errs, test.words)
-			}
-			if errs != "" && !strings.HasPrefix(errs, "nftwl: error: ") {
-				t.Errorf("stderr %q", errs)
-			}
-			now := trustedNow(t, "trusted_ipv4") + trustedNow(t, "trusted_ipv6")
-			switch {
-			case test.key == "" && strings.Contains(now, "elements"):
-				t.Errorf("trusts\n%s", now)
-			case !strings.Contains(now, test.key):
-				t.Errorf("want %q in\n%s", test.key, now)
-			case test.key != "":
-				for _, p := range []string{"143", "993", "995", "465", "587"} {
-					if !strings.Contains(now, " . "+p+" ") {
-						t.Errorf("port %s is missing in\n%s", p, now)
+			check := func(errs string) {
+				t.Helper()
+				lines := strings.Count(errs, "\n")
+				if (test.words == "") != (errs == "") || !strings.Contains(errs, test.words) || lines > 1 || len(errs) > 1100 {
+					t.Errorf("stderr %q, want %q", errs, test.words)
+				}
+				if errs != "" && !strings.HasPrefix(errs, "nftwl: error: ") {
+					t.Errorf("stderr %q", errs)
+				}
+				now := trustedNow(t, "trusted_ipv4") + trustedNow(t, "trusted_ipv6")
+				switch {
+				case test.key == "" && strings.Contains(now, "elements"):
+					t.Errorf("trusts\n%s", now)
+				case !strings.Contains(now, test.key):
+					t.Errorf("want %q in\n%s", test.key, now)
+				case test.key != "":
+					for _, p := range []string{"143", "993", "995", "465", "587"} {
+						if !strings.Contains(now, " . "+p+" ") {
+							t.Errorf("port %s is missing in\n%s", p, now)
+						}
+					}
+					if n := strings.Count(now, " expires "); n != 5 {
+						t.Errorf("%d elements in\n%s", n, now)
 					}
 				}
-				if n := strings.Count(now, " expires "); n != 5 {
-					t.Errorf("%d elements in\n%s", n, now)
+			}
+			check(errs)
+
+			nstest.Nft(t, "flush ruleset\n"+sets)
+			cmd := nftwl(t, nil, "serve", "--listen", "s.sock")
+			cmd.Dir = t.TempDir()
+			end := startServe(t, cmd)
+			var fields []string
+			is := map[string]string{"USER": "nobody"}
+			for _, v := range test.env {
+				name, value, _ := strings.Cut(v, "=")
+				switch name {
+				case "IP", "LOCAL_IP", "USER":
+					is[name] = value
+				default:
+					fields = append(fields, strings.ToLower(name)+"="+value)
 				}
 			}
-		})
-	}
-}
-
-// Whatever is wrong, the command runs.
-func TestLoginFaults(t *testing.T) {
-	dir := t.TempDir()
-	bad := filepath.Join(dir, "bad.yaml")
-	if err := os.WriteFile(bad, []byte("timeout: 1d\nbanana: 1\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	for _, test := range []struct {
-		name, ruleset string
-		args          []string
-		words         string
-	}{
-		{"no table", "", nil, "table inet filter does not exist"},
-		{"no set", "table inet filter {}", nil, "set trusted_ipv4 does not exist in table inet filter"},
-		{"wrong type", "table inet filter { set trusted_ipv4 { type ether_addr; }; }", nil, "has keys of type ether_addr"},
-		{"wrong family", "table inet filter { set trusted_ipv4 { type ipv6_addr; flags timeout; }; }", nil, "which 192.0.2.7"},
-		{"interval", "table inet filter { set trusted_ipv4 { type ipv4_addr; flags interval; }; }", nil, "interval set"},
-		{"no timeout", "table inet filter { set trusted_ipv4 { type ipv4_addr; }; }", nil, "no timeout flag"},
-		{"full", "table inet filter { set trusted_ipv4 { type ipv4_addr . inet_service; size 2; flags timeout; }; }", nil, "is full (2 elements)"},
-		{"bad config", sets, []string{"--config", bad}, `bad.yaml:2: unknown key "banana"`},
-		{"config missing", sets, []string{"--config=" + dir + "/none"}, "no such file"},
-		{"config a folder", sets, []string{"--config", dir}, "is a folder"},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			nstest.New(t)
-			if test.ruleset != "" {
-				nstest.Nft(t, test.ruleset)
+			answer := ask(t, filepath.Join(cmd.Dir, "s.sock"), is["LOCAL_IP"], is["IP"], is["USER"], fields...)
+			_, want, _ := strings.Cut(request("", "", is["USER"], fields...), "\t\t")
+			if answer != want {
+				t.Errorf("answer %q, want %q", answer, want)
 			}
-			out, errs, code := output(t, nftwl(t, []string{"IP=192.0.2.7"}, append(test.args, "login", "/bin/echo", "mail")...))
-			if out != "mail\n" || code != 0 || !strings.Contains(errs, test.words) || strings.Count(errs, "\n") != 1 {
-				t.Errorf("stdout %q, exit %d, stderr %q; want %q", out, code, errs, test.words)
-			}
+			check(end(unix.SIGTERM))
 		})
-	}
-}
-
-// A reader of stderr who does not read must not hold a login up.
-func TestLoginStderrFull(t *testing.T) {
-	nstest.New(t)
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.Close()
-	defer w.Close()
-	fd := int(w.Fd())
-	if err := unix.SetNonblock(fd, true); err != nil {
-		t.Fatal(err)
-	}
-	for err == nil {
-		_, err = unix.Write(fd, make([]byte, 4096))
-	}
-	if err := unix.SetNonblock(fd, false); err != nil {
-		t.Fatal(err)
-	}
-	cmd := nftwl(t, []string{"IP=192.0.2.7"}, "login", "/bin/echo", "mail")
-	cmd.Stderr = w
-	done := make(chan string)
-	go func() {
-		out, err := cmd.Output()
-		done <- fmt.Sprint(string(out), err)
-	}()
-	select {
-	case got := <-done:
-		if got != "mail\n<nil>" {
-			t.Errorf("got %q", got)
-		}
-	case <-time.After(20 * time.Second):
-		_ = cmd.Process.Kill()
-		t.Fatal("the login waits for the reader of stderr")
-	}
-
-	// And one who is gone must not end it.
-	r2, w2, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	r2.Close()
-	defer w2.Close()
-	cmd = nftwl(t, []string{"IP=192.0.2.7"}, "login", "/bin/echo", "mail")
-	cmd.Stderr = w2
-	if out, err := cmd.Output(); string(out) != "mail\n" || err != nil {
-		t.Errorf("stdout %q, %v", out, err)
 	}
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -15,7 +16,13 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-func TestMain(m *testing.M) { nstest.Main(m) }
+func TestMain(m *testing.M) {
+	if len(os.Args) > 3 && os.Args[1] == seccompRun {
+		fmt.Fprintln(os.Stderr, "seccomp-run:", runSeccomp(os.Args[2:]))
+		os.Exit(1)
+	}
+	nstest.Main(m)
+}
 
 // The scripts run the real binary, each in a network namespace of its own,
 // with nft to prepare the ruleset and to say what the kernel then holds.
@@ -28,7 +35,7 @@ func TestScripts(t *testing.T) {
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
 		UpdateScripts:       os.Getenv("UPDATE_SCRIPTS") != "",
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"post-login": postLogin},
+		Cmds:                map[string]func(*testscript.TestScript, bool, []string){"post-login": postLogin},
 		Setup: func(env *testscript.Env) error {
 			// testscript runs a script's commands on the goroutine that
 			// calls Setup.

@@ -183,6 +183,18 @@ var build struct {
 	dir string // made by the first Build, removed by Main
 }
 
+// NeedUsers skips a test that needs more users than the one who runs it.
+func NeedUsers(t testing.TB) {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/uid_map")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if fields := strings.Fields(string(b)); len(fields) == 3 && fields[2] == "1" {
+		Skip(t, "there is one user in the tests' namespace: run the tests as root")
+	}
+}
+
 // Build compiles a command of this module once per test binary, as a release
 // is compiled (static, trimmed), and returns its path. pkg is relative to the
 // module: "cmd/nftwl".

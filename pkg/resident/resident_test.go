@@ -252,9 +252,7 @@ func TestPieces(t *testing.T) {
 
 // Only root's processes may ask, and those of the socket's owner.
 func TestPeers(t *testing.T) {
-	if b, err := os.ReadFile("/proc/self/uid_map"); err != nil || strings.Fields(string(b))[2] == "1" {
-		nstest.Skip(t, "there is one user in the tests' namespace: run the tests as root")
-	}
+	nstest.NeedUsers(t)
 	loadSets(t)
 	const owner, stranger = 1000, 1001
 	r := start(t, config.Default(), func(r *running) { r.Owner = owner })

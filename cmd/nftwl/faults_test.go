@@ -1,0 +1,469 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/nftset"
+	"nftwl/pkg/nstest"
+)
+
+// A fault is something that is wrong when a user logs in. Whatever it is, the
+// login goes on: nftwl login executes the command, nftwl serve answers.
+type fault struct {
+	group, name string
+
+	ip      string   // the client's address; 192.0.2.7 if empty
+	noIP    bool     // there is none
+	rules   string   // the ruleset; the sets if empty
+	config  string   // of the file that --config names
+	wrap    []string // a command to run nftwl under
+	seccomp string   // a system call that fails: see seccompRun
+	close   string   // a shell's redirection
+	stderr  func(t *testing.T) *os.File
+	// variable is one that the user database adds to the environment.
+	variable string
+	during   func(t *testing.T) (end func())
+
+	says      string // the line on stderr has this in it; empty for no line
+	serveSays string // where it is another for nftwl serve
+	keys      int    // elements in the trusted sets afterwards
+	waits     string // what the login waits for; empty for nothing
+	noServe   string // why the fault cannot befall nftwl serve
+}
+
+// deadline is that of the default configuration.
+const deadline = 500 * time.Millisecond
+
+const theDeadline = "the deadline"
+
+const client = "192.0.2.7"
+
+// faults returns them all. The files that they name are those of prepare.
+func faults() []fault {
+	const notAddress = "is not an IP address"
+	unprivileged := []string{"setpriv", "--bounding-set=-net_admin"}
+	bounded := []string{"setpriv", "--bounding-set=-dac_override,-dac_read_search"}
+	set := func(s string) string { return "table inet filter { set trusted_ipv4 { " + s + " }; }" }
+	return []fault{
+		{group: "nothing is wrong", name: "a login", keys: 5},
+
+		{group: "configuration", name: "named and missing", config: "none", says: "no such file or directory"},
+		{name: "not readable", config: "mode 000", wrap: bounded, says: "permission denied"},
+		{name: "a folder", config: ".", says: "is a folder, not a file"},
+		{name: "10 MB long", config: "large", says: "is larger than 32 KiB"},
+		{name: "not UTF-8", config: "latin1", says: "latin1:2: not UTF-8"},
+		{name: "an unknown key", config: "unknown", says: `unknown:2: unknown key "tiemout"`},
+
+		{group: "`$IP`", name: "unset", noIP: true},
+		{name: "the unspecified address", ip: "0.0.0.0"},
+		{name: "loopback", ip: "::1"},
+		{name: "an IPv4-mapped address", ip: "::ffff:192.0.2.7", keys: 5},
+		{name: "with a zone", ip: "2001:db8::7%eth0", keys: 5},
+		{name: "10 kB long", ip: strings.Repeat("1", 10_000), says: notAddress},
+		{name: "with a line feed", ip: "192.0.2.7\nnftwl: error: forged", says: `"192.0.2.7\nnftwl: error: forged" ` + notAddress},
+		{name: "several addresses", ip: "192.0.2.7 192.0.2.8", says: notAddress},
+		{name: "a prefix", ip: "0.0.0.0/0", says: notAddress},
+
+		{group: "nftables", name: "no table", rules: "table inet other { }", says: "table inet filter does not exist"},
+		{name: "no set", rules: "table inet filter { }", says: "set trusted_ipv4 does not exist in table inet filter"},
+		{name: "a set of another type", rules: set("type inet_service; flags timeout;"), says: "has keys of type inet_service"},
+		{name: "a set of the other family", rules: set("type ipv6_addr; flags timeout;"), says: "which 192.0.2.7 is not"},
+		{name: "a set without timeouts", rules: set("type ipv4_addr;"), says: "has no timeout flag"},
+		{name: "an interval set", rules: set("type ipv4_addr; flags interval, timeout;"), says: "is an interval set"},
+		{name: "a constant set", rules: set("type ipv4_addr; flags constant; elements = { 203.0.113.1 };"), says: "is constant"},
+		{name: "a set that is full", rules: set("type ipv4_addr . inet_service; flags timeout; size 2;"), says: "is full (2 elements)"},
+		{name: "another's transaction of a million elements meanwhile", config: "short", during: hugeTransaction, keys: 5, serveSays: "went on after 20ms without the kernel's answer", waits: "that transaction, and `serve` at most the deadline"},
+
+		{group: "privileges", name: "no CAP_NET_ADMIN", wrap: unprivileged, says: "the capability CAP_NET_ADMIN is missing"},
+		{name: "another user", wrap: []string{"setpriv", "--reuid=1000", "--regid=1000", "--clear-groups"}, says: "the capability CAP_NET_ADMIN is missing"},
+
+		{group: "kernel", name: "netlink sockets are refused", seccomp: "socket EAFNOSUPPORT", says: "the kernel offers no nf_tables"},
+		{name: "netlink sockets are forbidden", seccomp: "socket EPERM", says: "CAP_NET_ADMIN is missing"},
+		{name: "no answer ever comes", seccomp: "sendto 0", says: "the kernel did not answer in time", serveSays: "went on after 500ms without the kernel's answer", waits: theDeadline},
+		{name: "the answer is lost (ENOBUFS)", seccomp: "recvfrom ENOBUFS", says: "no buffer space available"},
+		{name: "no memory (ENOMEM)", seccomp: "sendto ENOMEM", says: "cannot allocate memory"},
+
+		{group: "process", name: "no descriptor is left", wrap: []string{"prlimit", "--nofile=4:4"}, says: "too many open files", noServe: "requests wait in the socket (TestServeOutOfDescriptors)"},
+		{name: "a soft limit of memory that is passed", variable: "GOMEMLIMIT=1", keys: 5},
+		{name: "stderr is closed", rules: "table inet other { }", close: "2>&-"},
+		{name: "stderr is a pipe that nobody reads", rules: "table inet other { }", stderr: fullPipe},
+		{name: "stderr is a pipe whose reader is gone", rules: "table inet other { }", stderr: brokenPipe},
+		{name: "stdout is closed", close: ">&-", keys: 5},
+	}
+}
+
+// prepare makes the files that faults name.
+func prepare(t *testing.T, dir string) {
+	t.Helper()
+	for name, text := range map[string]string{
+		"mode 000": "timeout: 1d\n",
+		"large":    strings.Repeat("# ten million bytes\n", 500_000),
+		"latin1":   "timeout: 1d\ntable: inet f\xfclter\n",
+		"unknown":  "timeout: 1d\ntiemout: 2d\n",
+		"short":    "deadline: 20ms\n",
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Chmod(filepath.Join(dir, "mode 000"), 0); err != nil {
+		t.Fatal(err)
+	}
+	letIn(t, dir)
+}
+
+// What a fault made of a login.
+type result struct {
+	went   bool // the command was executed, or the answer came
+	took   time.Duration
+	stderr string
+	keys   int // in the trusted sets
+}
+
+// docs/faults.md says what this finds. UPDATE_DOCS=1 writes it anew.
+func TestFaults(t *testing.T) {
+	nstest.NeedUsers(t)
+	nstest.Need(t, "setpriv", "util-linux")
+	nstest.Need(t, "prlimit", "util-linux")
+	dir := t.TempDir()
+	prepare(t, dir)
+	all := faults()
+	rows := make([]string, len(all))
+	t.Run("all", func(t *testing.T) {
+		group := ""
+		for i, f := range all {
+			group = cmp.Or(f.group, group)
+			t.Run(group+"/"+f.name, func(t *testing.T) {
+				t.Parallel()
+				login := f.login(t, dir)
+				f.check(t, "login", login)
+				serve := f.noServe
+				if serve == "" {
+					f.check(t, "serve", f.serve(t, dir))
+					serve = "answers"
+				}
+				said := strings.TrimSpace(strings.ReplaceAll(login.stderr, filepath.Join(dir, f.config), "/etc/nftwl.yaml"))
+				if said != "" {
+					said = "`" + strings.ReplaceAll(said, "|", "\\|") + "`"
+				}
+				trusted := "no"
+				if login.keys > 0 {
+					trusted = "yes"
+				}
+				rows[i] = fmt.Sprintf("| %s | %s | executes | %s | %s | %s | %s |\n", f.group, f.name, serve, f.waits, trusted, said)
+			})
+		}
+	})
+	if t.Failed() {
+		return
+	}
+	want := faultsHead + strings.Join(rows, "")
+	path := filepath.Join(nstest.Root(t), "docs", "faults.md")
+	if os.Getenv("UPDATE_DOCS") != "" {
+		if err := os.WriteFile(path, []byte(want), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, err := os.ReadFile(path); err != nil || string(got) != want {
+		t.Errorf("docs/faults.md is not what was found: %v\nUPDATE_DOCS=1 go test -run TestFaults ./cmd/nftwl writes it", err)
+	}
+}
+
+const faultsHead = `# When something is wrong
+
+A login goes on whatever nftwl, the kernel or the administrator does. Each row
+is a run of the real binary on the kernel's nftables: "executes" and "answers"
+say that the user got to their mail. "trusted" is whether the client's address
+is in the sets afterwards, and the last column what Dovecot's log says of it
+("nftwl serve" says the same in its own log, but where the wait has a reason of
+its own).
+
+This table is what ` + "`UPDATE_DOCS=1 go test -run TestFaults ./cmd/nftwl`" + ` found.
+
+| | what is wrong | ` + "`nftwl login` | `nftwl serve`" + ` | waits for | trusted | in the log |
+|---|---|---|---|---|---|---|
+`
+
+func (f *fault) check(t *testing.T, way string, r result) {
+	t.Helper()
+	if !r.went {
+		t.Errorf("%s: the login failed", way)
+	}
+	says := f.says
+	if way == "serve" && f.serveSays != "" {
+		says = f.serveSays
+	}
+	line, more, _ := strings.Cut(r.stderr, "\n")
+	if way == "serve" {
+		more = regexp.MustCompile(`^nftwl: (hint: |error: nobody is trusted until the configuration ).*\n$`).ReplaceAllString(more, "")
+	}
+	if more != "" || (says == "") != (line == "") || !strings.Contains(line, says) {
+		t.Errorf("%s: stderr %q, want a line with %q", way, r.stderr, says)
+	}
+	if r.keys != f.keys {
+		t.Errorf("%s: %d elements in the sets, want %d", way, r.keys, f.keys)
+	}
+	if f.waits == theDeadline && r.took < deadline {
+		t.Errorf("%s: after %v, want the deadline of %v", way, r.took, deadline)
+	}
+	t.Logf("%s: %v, %q", way, r.took.Round(100*time.Microsecond), r.stderr)
+}
+
+// command returns what runs nftwl with arguments, the fault around it.
+func (f *fault) command(t *testing.T, dir string, args ...string) *exec.Cmd {
+	t.Helper()
+	argv := []string{nstest.Build(t, "cmd/nftwl")}
+	if f.config != "" {
+		argv = append(argv, "--config", filepath.Join(dir, f.config))
+	}
+	argv = append(argv, args...)
+	if f.seccomp != "" {
+		self, err := os.Executable()
+		if err != nil {
+			t.Fatal(err)
+		}
+		argv = append([]string{self, seccompRun, f.seccomp}, argv...)
+	}
+	if f.close != "" {
+		argv = append([]string{"/bin/sh", "-c", `exec "$@" ` + f.close, "sh"}, argv...)
+	}
+	argv = append(slices.Clone(f.wrap), argv...)
+	cmd := exec.Command(argv[0], argv[1:]...)
+	cmd.Dir = t.TempDir()
+	letIn(t, cmd.Dir)
+	cmd.Env = []string{}
+	return cmd
+}
+
+// around runs something in a namespace of its own with the ruleset, and
+// returns how many elements the trusted sets have then.
+func (f *fault) around(t *testing.T, run func()) (keys int) {
+	t.Helper()
+	nstest.New(t)
+	nstest.Nft(t, cmp.Or(f.rules, sets))
+	run()
+	out, err := exec.Command("nft", "list", "ruleset").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return strings.Count(string(out), " expires ")
+}
+
+func (f *fault) login(t *testing.T, dir string) (r result) {
+	t.Helper()
+	const executed = 42
+	r.keys = f.around(t, func() {
+		cmd := f.command(t, dir, "login", "/bin/sh", "-c", fmt.Sprint("exit ", executed))
+		cmd.Env = append(cmd.Env, f.environment()...)
+		if !f.noIP {
+			cmd.Env = append(cmd.Env, "IP="+cmp.Or(f.ip, client))
+		}
+		var stderr bytes.Buffer
+		cmd.Stderr = &stderr
+		if f.stderr != nil {
+			cmd.Stderr = f.stderr(t)
+		}
+		if f.during != nil {
+			defer f.during(t)()
+		}
+		start := time.Now()
+		err := cmd.Run()
+		r.took = time.Since(start)
+		var exit *exec.ExitError
+		r.went = errors.As(err, &exit) && exit.ExitCode() == executed
+		r.stderr = stderr.String()
+	})
+	return r
+}
+
+func (f *fault) serve(t *testing.T, dir string) (r result) {
+	t.Helper()
+	r.keys = f.around(t, func() {
+		cmd := f.command(t, dir, "serve", "--listen", "s.sock")
+		cmd.Env = append(cmd.Env, f.environment()...)
+		if f.stderr != nil {
+			cmd.Stderr = f.stderr(t)
+		}
+		end := startServe(t, cmd)
+		if f.during != nil {
+			defer f.during(t)()
+		}
+		ip := cmp.Or(f.ip, client)
+		if f.noIP {
+			ip = ""
+		}
+		start := time.Now()
+		answer := ask(t, filepath.Join(cmd.Dir, "s.sock"), "", ip, "alice", "k=v")
+		r.took = time.Since(start)
+		r.went = answer == "alice\tk=v\n"
+		signal := unix.SIGTERM
+		if f.waits == theDeadline {
+			signal = unix.SIGKILL // or it waits for what never comes, for a while
+		}
+		r.stderr = end(signal)
+	})
+	return r
+}
+
+// environment is what the user database adds to a login's.
+func (f *fault) environment() []string {
+	if f.variable == "" {
+		return nil
+	}
+	return []string{f.variable}
+}
+
+// limit bounds what must happen.
+const limit = 20 * time.Second
+
+// hugeTransaction has the kernel carry out one that takes it a second, during
+// which nobody else can write. The elements come first, in transactions as
+// large as any user may send; emptying the set is one.
+func hugeTransaction(t *testing.T) (end func()) {
+	t.Helper()
+	nstest.Nft(t, "table inet other { set s { type ipv4_addr; }; }")
+	conn, err := nftset.Dial()
+	var set *nftset.Set
+	if err == nil {
+		set, err = conn.Set(nftset.Table{Family: nftset.INet, Name: "other"}, "s")
+	}
+	addr := netip.MustParseAddr("10.0.0.0")
+	for range 200 {
+		if err != nil {
+			t.Fatal(err)
+		}
+		batch := conn.Batch()
+		for range 5000 {
+			batch.Add(set, nftset.Element{Key: nftset.Key{Addr: addr}})
+			addr = addr.Next()
+		}
+		err = batch.Commit()
+	}
+	batch := conn.Batch()
+	batch.Flush(set)
+	committed, thread := make(chan error, 1), make(chan int)
+	go func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		thread <- unix.Gettid()
+		committed <- batch.Commit()
+	}()
+	// It has begun once the kernel has worked for it.
+	schedstat := fmt.Sprintf("/proc/self/task/%d/schedstat", <-thread)
+	worked := func() (ns int64) {
+		b, err := os.ReadFile(schedstat)
+		if err == nil {
+			_, err = fmt.Sscan(string(b), &ns)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return ns
+	}
+	for begin, end := worked(), time.Now().Add(limit); worked() < begin+int64(10*time.Millisecond); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the transaction does not begin")
+		}
+	}
+	return func() {
+		if err := <-committed; err != nil {
+			t.Error(err)
+		}
+		conn.Close()
+	}
+}
+
+// fullPipe returns the end of a pipe into which nothing fits any more, and
+// whose reader does not read.
+func fullPipe(t *testing.T) *os.File {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close(); w.Close() })
+	fd := int(w.Fd())
+	for err = unix.SetNonblock(fd, true); err == nil; {
+		_, err = unix.Write(fd, make([]byte, 4096))
+	}
+	if err := unix.SetNonblock(fd, false); err != nil {
+		t.Fatal(err)
+	}
+	return w
+}
+
+// brokenPipe returns the end of a pipe without a reader.
+func brokenPipe(t *testing.T) *os.File {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
+	t.Cleanup(func() { w.Close() })
+	return w
+}
+
+// letIn lets every user into a folder.
+func letIn(t *testing.T, dir string) {
+	t.Helper()
+	for ; len(dir) > len(os.TempDir()); dir = filepath.Dir(dir) {
+		if err := os.Chmod(dir, 0o777); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// seccompRun, as the first argument of the test binary, has it execute the
+// command that follows, with a system call that fails: "sendto ENOMEM", or
+// "sendto 0" for one that does nothing and says that it did. Only nftwl's
+// netlink socket is affected.
+const seccompRun = "seccomp-run"
+
+func runSeccomp(args []string) error {
+	name, result, _ := strings.Cut(args[0], " ")
+	call := map[string]uint32{"socket": unix.SYS_SOCKET, "sendto": unix.SYS_SENDTO, "recvfrom": unix.SYS_RECVFROM}[name]
+	errno, ok := map[string]unix.Errno{"0": 0, "EPERM": unix.EPERM, "EAFNOSUPPORT": unix.EAFNOSUPPORT, "ENOBUFS": unix.ENOBUFS, "ENOMEM": unix.ENOMEM}[result]
+	if call == 0 || !ok {
+		return fmt.Errorf("%q is not known", args[0])
+	}
+	const load, equal, ret = unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, unix.BPF_RET | unix.BPF_K
+	family := []unix.SockFilter{ // of a socket, its first argument
+		{Code: load, K: 16},
+		{Code: equal, K: unix.AF_NETLINK, Jf: 1},
+	}
+	if name != "socket" {
+		family = nil
+	}
+	// struct seccomp_data begins with the number of the call.
+	filter := slices.Concat(
+		[]unix.SockFilter{{Code: load, K: 0}, {Code: equal, K: call, Jf: uint8(len(family)) + 1}},
+		family,
+		[]unix.SockFilter{{Code: ret, K: unix.SECCOMP_RET_ERRNO | uint32(errno)}, {Code: ret, K: unix.SECCOMP_RET_ALLOW}},
+	)
+	program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+	runtime.LockOSThread() // the filter is the thread's that calls exec
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return err
+	}
+	if err := unix.Prctl(unix.PR_SET_SECCOMP, unix.SECCOMP_MODE_FILTER, uintptr(unsafe.Pointer(&program)), 0, 0); err != nil {
+		return err
+	}
+	return unix.Exec(args[1], args[1:], os.Environ())
+}
