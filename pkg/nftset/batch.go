@@ -37,11 +37,11 @@ type about struct {
 
 // Batch begins one. The connection must not be used for anything else until
 // it is committed or dropped.
-func (c *Conn) Batch() *Batch { return c.batch(0) }
+func (c *Conn) Batch() *Batch { return c.BatchAt(0) }
 
-// batch begins one that fails with ERESTART unless the ruleset is of the
+// BatchAt begins one that fails with ErrGeneration unless the ruleset is of the
 // generation; 0 stands for any.
-func (c *Conn) batch(generation uint32) *Batch {
+func (c *Conn) BatchAt(generation uint32) *Batch {
 	b := &Batch{conn: c, first: c.next()}
 	b.buf = appendMessage(make([]byte, 0, 1024), unix.NFNL_MSG_BATCH_BEGIN, unix.NLM_F_REQUEST, b.first, 0, unix.NFNL_SUBSYS_NFTABLES)
 	if generation != 0 {

@@ -5,8 +5,6 @@ import (
 	"maps"
 	"slices"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // Outcome is what Extend did to an element.
@@ -85,7 +83,7 @@ func (c *Conn) extend(s *Set, elems []Element, slack time.Duration, renew bool) 
 			generation = 0
 		}
 		outcomes, renewed = make([]Outcome, len(elems)), nil
-		batch := c.batch(generation)
+		batch := c.BatchAt(generation)
 		var replace []Element
 		for i, e := range elems {
 			old, ok := there[e.Key]
@@ -109,7 +107,7 @@ func (c *Conn) extend(s *Set, elems []Element, slack time.Duration, renew bool) 
 			}
 		}
 		batch.Replace(s, replace)
-		if err := batch.Commit(); !errors.Is(err, unix.ERESTART) {
+		if err := batch.Commit(); !errors.Is(err, ErrGeneration) {
 			return outcomes, renewed, err
 		}
 	}

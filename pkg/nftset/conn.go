@@ -199,6 +199,24 @@ func (c *Conn) Set(table Table, name string) (*Set, error) {
 	return set, nil
 }
 
+// Generation returns the number of the ruleset's generation, which every
+// transaction increases. It is never 0.
+func (c *Conn) Generation() (generation uint32, err error) {
+	seq := c.next()
+	req := appendMessage(nil, msgGetGen, unix.NLM_F_REQUEST, seq, 0, 0)
+	endMessage(req, 0)
+	err = c.ask(req, seq, 1, func(_ int, m message) error {
+		if !m.ack {
+			generation = decodeGeneration(m.body)
+		}
+		return m.err
+	})
+	if why := reason(err); why != err {
+		return 0, &Error{Err: why}
+	}
+	return generation, err
+}
+
 // hasTable returns nil where the table exists.
 func (c *Conn) hasTable(table Table) error {
 	seq := c.next()
@@ -226,8 +244,7 @@ func (c *Conn) Lookup(s *Set, keys ...Key) (map[Key]Element, error) {
 	return found, err
 }
 
-// lookup is Lookup, and returns the number of the ruleset's generation before
-// it, which every transaction increases. It is never 0.
+// lookup is Lookup, and returns the Generation before it.
 func (c *Conn) lookup(s *Set, keys []Key) (found map[Key]Element, generation uint32, err error) {
 	for _, k := range keys {
 		if k.Addr.Is6() != s.Key.IPv6 || (k.Port != 0) != s.Key.Port {

@@ -22,6 +22,10 @@ var (
 	ErrDeadline   = errors.New("the kernel did not answer in time")
 	ErrSupport    = errors.New("the kernel has no nf_tables")
 
+	// ErrGeneration is a transaction that was to be made on another
+	// generation of the ruleset.
+	ErrGeneration = errors.New("the ruleset has changed")
+
 	// ErrInterrupted is a dump during which the set changed, so that elements
 	// can be missing from it.
 	ErrInterrupted = errors.New("the set changed while it was read")
@@ -93,6 +97,8 @@ func reason(err error) error {
 	switch errno {
 	case unix.EPERM, unix.EACCES:
 		return ErrPermission
+	case unix.ERESTART:
+		return ErrGeneration // nfnetlink_rcv_batch() in net/netfilter/nfnetlink.c
 	case unix.EPROTONOSUPPORT, unix.EAFNOSUPPORT:
 		return ErrSupport
 	}

@@ -122,7 +122,11 @@ func (s *Server) accept(ctx context.Context, l *net.UnixListener) error {
 			continue
 		case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOBUFS), errors.Is(err, unix.ENOMEM):
 			// The requests stay in the socket until there is room again.
-			s.Problem("accept", err)
+			var op *net.OpError
+			if errors.As(err, &op) {
+				err = op.Err // it names the socket as it was made
+			}
+			s.Problem("accept", fmt.Errorf("requests wait: %w", err))
 			select {
 			case <-ctx.Done():
 			case <-time.After(10 * time.Millisecond):

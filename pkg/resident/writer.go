@@ -101,6 +101,8 @@ func (w *writer) take() []*job {
 
 // run writes until stop is closed and nothing waits any more.
 func (w *writer) run(stop <-chan struct{}) {
+	// Before the descriptors can run out. An error is that of the first login.
+	w.conn, _ = nftset.Dial()
 	for stopping := false; !stopping; {
 		select {
 		case <-w.wake:

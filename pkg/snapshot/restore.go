@@ -39,7 +39,29 @@ type name struct {
 // elements with the life that is left to them. Those of a snapshot lost what
 // has passed since; a clock that went backwards counts as no time. What the
 // kernel holds already is never shortened.
-func Restore(conn *nftset.Conn, files []*File, now time.Time) (r Result, err error) {
+func Restore(conn *nftset.Conn, files []*File, now time.Time) (Result, error) {
+	// Between the look at what is there and the transaction a login can make a
+	// life longer, which the transaction would then shorten. So it names the
+	// generation that it is made for. Where the ruleset changes all the time
+	// it must do without.
+	const attempts = 10
+	for attempt := 1; ; attempt++ {
+		var generation uint32
+		if attempt < attempts {
+			var err error
+			if generation, err = conn.Generation(); err != nil {
+				return Result{}, err
+			}
+		}
+		r, err := restore(conn, files, now, generation)
+		if !errors.Is(err, nftset.ErrGeneration) {
+			return r, err
+		}
+	}
+}
+
+// restore is an attempt of Restore's, on a generation of the ruleset.
+func restore(conn *nftset.Conn, files []*File, now time.Time, generation uint32) (r Result, err error) {
 	targets := make(map[name]*target)
 	var order []*target // of the files, so that the kernel lists them so
 	missing := make(map[nftset.Table]bool)
@@ -61,7 +83,7 @@ func Restore(conn *nftset.Conn, files []*File, now time.Time) (r Result, err err
 		}
 	}
 
-	batch := conn.Batch()
+	batch := conn.BatchAt(generation)
 	for table := range missing {
 		batch.CreateTable(table)
 	}

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -437,6 +438,60 @@ func TestRemainingLife(t *testing.T) {
 				t.Errorf("got %s, want %s", show(got), show(*test.want))
 			}
 		})
+	}
+}
+
+// A login at the same time is not undone, whichever comes first.
+func TestRestoreBesideLogins(t *testing.T) {
+	const set, login, left = "trusted_ipv4", 24 * time.Hour, 2 * time.Hour
+	c := dial(t, empty)
+	other, err := nftset.Dial()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	s := describe(t, c, set)[0]
+	type job struct {
+		key   nftset.Key
+		ready *atomic.Int32
+	}
+	jobs, done := make(chan job), make(chan error)
+	defer close(jobs)
+	atOnce := func(ready *atomic.Int32) {
+		for ready.Add(1); ready.Load() < 2; {
+		}
+	}
+	go func() {
+		for j := range jobs {
+			atOnce(j.ready)
+			_, err := other.Extend(s, []nftset.Element{{Key: j.key, Timeout: login}}, 0)
+			done <- err
+		}
+	}()
+	for round := range 200 {
+		key := nftset.Key{Addr: ipv4(1), Port: uint16(round + 1)}
+		if round%2 == 0 {
+			b := c.Batch()
+			b.Add(s, nftset.Element{Key: key, Timeout: login, Expires: time.Hour})
+			if err := b.Commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		file := of(set, time.Now(), nftset.Element{Key: key, Timeout: login, Expires: left})
+		ready := new(atomic.Int32)
+		jobs <- job{key, ready}
+		atOnce(ready)
+		_, err := Restore(c, []*File{file}, time.Now())
+		if e := <-done; err != nil || e != nil {
+			t.Fatal(err, e)
+		}
+		now, err := c.Lookup(s, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e := now[key]; e.Expires < login-time.Minute {
+			t.Fatalf("round %d: the login's trust has become %s", round, show(e))
+		}
 	}
 }
 
