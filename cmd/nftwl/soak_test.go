@@ -1,0 +1,342 @@
+package main
+
+import (
+	"encoding/binary"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/nstest"
+)
+
+// entry is an element's place.
+type entry struct {
+	list string
+	addr netip.Addr
+	port uint16
+}
+
+func (e entry) String() string { return fmt.Sprintf("%s %s . %d", e.list, e.addr, e.port) }
+
+// span is what the model knows of an element. The kernel's clock is read some
+// time between the begin and the end of a command, so the model has the
+// earliest and the latest moment at which it can end. One whose earliest moment
+// has passed may or may not be there.
+type span struct {
+	early, late time.Time
+	comments    []string // which it can have
+	perhaps     bool     // whether it is there at all is not known
+}
+
+func (l span) union(other span) span {
+	u := span{l.early, l.late, slices.Clone(l.comments), l.perhaps && other.perhaps}
+	if other.early.Before(u.early) {
+		u.early = other.early
+	}
+	if other.late.After(u.late) {
+		u.late = other.late
+	}
+	for _, c := range other.comments {
+		if !slices.Contains(u.comments, c) {
+			u.comments = append(u.comments, c)
+		}
+	}
+	return u
+}
+
+// jiffy is how exact the kernel's times are, and more.
+const jiffy = 50 * time.Millisecond
+
+// model is what the sets must hold.
+type model map[entry]span
+
+// put gives an element a life that ends between two moments, unless it has one
+// that is not shorter by more than slack. Now is some time from start to end.
+func (m model) put(e entry, l span, slack time.Duration, start, end time.Time) {
+	old, ok := m[e]
+	if !ok || old.late.Before(start.Add(-jiffy)) {
+		m[e] = l
+		return
+	}
+	kept := !old.late.Before(l.early.Add(-slack - jiffy))
+	replaced := old.perhaps || old.early.Before(l.late.Add(-slack+jiffy)) || old.early.Before(end.Add(jiffy))
+	switch {
+	case kept && replaced:
+		m[e] = old.union(l)
+	case replaced:
+		m[e] = l
+	}
+}
+
+// compare returns in what the kernel's state differs.
+func (m model) compare(kernel map[entry]kernelLife, start, end time.Time) (diffs []string) {
+	for e, l := range m {
+		k, ok := kernel[e]
+		switch {
+		case !ok && !l.perhaps && l.early.After(end.Add(jiffy)):
+			diffs = append(diffs, fmt.Sprintf("%v is missing, and should live for %v", e, l.early.Sub(end)))
+		case ok && (k.expires < l.early.Sub(end)-jiffy || k.expires > l.late.Sub(start)+jiffy):
+			diffs = append(diffs, fmt.Sprintf("%v has %v left, and should have %v to %v", e, k.expires, l.early.Sub(end), l.late.Sub(start)))
+		case ok && !slices.Contains(l.comments, k.comment):
+			diffs = append(diffs, fmt.Sprintf("%v has the comment %q, and should have one of %q", e, k.comment, l.comments))
+		}
+	}
+	for e, k := range kernel {
+		if _, ok := m[e]; !ok {
+			diffs = append(diffs, fmt.Sprintf("%v is there, with %v left and the comment %q", e, k.expires, k.comment))
+		}
+	}
+	return diffs
+}
+
+type kernelLife struct {
+	expires time.Duration
+	comment string
+}
+
+// kernelState reads the sets, with another reader than nftwl's own.
+func kernelState(t *testing.T) map[entry]kernelLife {
+	t.Helper()
+	c, err := nftables.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	state := make(map[entry]kernelLife)
+	for _, list := range []string{"trusted", "banned"} {
+		for _, family := range []string{"ipv4", "ipv6"} {
+			set, err := c.GetSetByName(&nftables.Table{Name: "filter", Family: nftables.TableFamilyINet}, list+"_"+family)
+			if err != nil {
+				t.Fatal(err)
+			}
+			elems, err := c.GetSetElements(set)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, e := range elems {
+				n := len(e.Key) - 4 // the port is padded to 4 bytes
+				addr, _ := netip.AddrFromSlice(e.Key[:n])
+				state[entry{list, addr, binary.BigEndian.Uint16(e.Key[n:])}] = kernelLife{e.Expires, e.Comment}
+			}
+		}
+	}
+	return state
+}
+
+// Logins, bans, saves and restores at random, against a model of what the
+// sets then hold. SOAK=10m goes on for so long, and SEED=N repeats a run.
+func TestSoak(t *testing.T) {
+	length := 2 * time.Second
+	if s := os.Getenv("SOAK"); s != "" {
+		var err error
+		if length, err = time.ParseDuration(s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	seed := uint64(time.Now().UnixNano())
+	if s := os.Getenv("SEED"); s != "" {
+		var err error
+		if seed, err = strconv.ParseUint(s, 10, 64); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := &soak{T: t, random: rand.New(rand.NewPCG(seed, 0)), model: make(model), dir: t.TempDir(), did: make(map[string]int)}
+	t.Logf("SEED=%d", seed)
+	nstest.New(t)
+	rules, err := os.ReadFile(filepath.Join(nstest.Root(t), "contrib/nftables/sets.nft"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.rules = string(rules)
+	nstest.Nft(t, s.rules)
+	serve := nftwl(t, nil, "serve", "--listen", "s.sock")
+	serve.Dir = s.dir
+	end := startServe(t, serve)
+	checks := 0
+	for begin := time.Now(); time.Since(begin) < length && !t.Failed(); {
+		for range 1 + s.random.IntN(20) {
+			s.step()
+		}
+		start := time.Now()
+		kernel := kernelState(t)
+		for _, diff := range s.model.compare(kernel, start, time.Now()) {
+			t.Error(diff)
+		}
+		checks++
+	}
+	if said := end(unix.SIGTERM); said != "" {
+		t.Errorf("nftwl serve says %q", said)
+	}
+	t.Logf("%d checks, after %v", checks, s.did)
+	if t.Failed() {
+		t.Logf("the last commands:\n%s", strings.Join(s.history[max(0, len(s.history)-60):], "\n"))
+	}
+}
+
+type soak struct {
+	*testing.T
+	random  *rand.Rand
+	dir     string
+	rules   string
+	model   model
+	saved   model // what the snapshot has; nil before the first
+	did     map[string]int
+	history []string
+}
+
+var soakPorts = []uint16{143, 993, 995, 465, 587}
+
+func pick[E any](s *soak, of ...E) E { return of[s.random.IntN(len(of))] }
+
+func (s *soak) addr() netip.Addr {
+	return netip.MustParseAddr(fmt.Sprintf(pick(s, "192.0.2.%d", "2001:db8::%d"), 1+s.random.IntN(4)))
+}
+
+// span is the life of an element that is given a timeout between two moments.
+func (s *soak) span(timeout time.Duration, comment string, start, end time.Time) span {
+	return span{start.Add(timeout), end.Add(timeout), []string{comment}, false}
+}
+
+// run runs nftwl and returns when it began and ended.
+func (s *soak) run(env []string, args ...string) (start, end time.Time) {
+	s.Helper()
+	start = time.Now()
+	cmd := nftwl(s.T, env, args...)
+	out, err := cmd.CombinedOutput()
+	end = time.Now()
+	s.history = append(s.history, fmt.Sprintf("%s %q %q", start.Format("05.000"), env, args))
+	if err != nil {
+		s.Errorf("%q: %v: %s", args, err, out)
+	}
+	return start, end
+}
+
+// step does one thing.
+func (s *soak) step() {
+	s.Helper()
+	timeout := pick(s, time.Second, 3*time.Second, time.Minute, time.Hour, 24*time.Hour)
+	comment := pick(s, "alice", "bob", "carol")
+	addr, list := s.addr(), pick(s, "trusted", "banned")
+	ports := soakPorts
+	var only []string
+	if s.random.IntN(3) == 0 {
+		port := pick(s, ports...)
+		ports, only = []uint16{port}, []string{"--port", fmt.Sprint(port)}
+	}
+	what := pick(s, "login", "serve", "add")
+	if s.random.IntN(3) == 0 {
+		what = pick(s, "remove", "remove with comment", "flush", "save", "restore", "reload", "crash", "read")
+	}
+	s.did[what]++
+	switch what {
+	case "login", "serve":
+		var start, end time.Time
+		if what == "login" {
+			start, end = s.run([]string{"IP=" + addr.String(), "USER=" + comment, "NFTWL_TIMEOUT=" + timeout.String()}, "login", "/bin/true")
+		} else {
+			start = time.Now()
+			ask(s.T, filepath.Join(s.dir, "s.sock"), "", addr.String(), comment, "nftwl_timeout="+timeout.String())
+			end = time.Now()
+			s.history = append(s.history, fmt.Sprint(start.Format("05.000"), " serve ", addr, comment, timeout))
+		}
+		for _, port := range soakPorts {
+			s.model.put(entry{"trusted", addr, port}, s.span(timeout, comment, start, end), min(timeout/100, time.Second), start, end)
+		}
+	case "add":
+		command := map[string]string{"trusted": "add", "banned": "ban"}[list]
+		start, end := s.run(nil, append([]string{command, "--timeout", timeout.String(), "--comment", comment, addr.String()}, only...)...)
+		for _, port := range ports {
+			s.model.put(entry{list, addr, port}, s.span(timeout, comment, start, end), 0, start, end)
+		}
+	case "remove", "remove with comment":
+		command := map[string]string{"trusted": "remove", "banned": "unban"}[list]
+		args := append([]string{command, addr.String()}, only...)
+		if what != "remove" {
+			args = append(args, "--comment", comment)
+		}
+		s.run(nil, args...)
+		for _, port := range ports {
+			e := entry{list, addr, port}
+			l, ok := s.model[e]
+			switch {
+			case !ok || what != "remove" && !slices.Contains(l.comments, comment):
+			case what == "remove" || len(l.comments) == 1:
+				delete(s.model, e)
+			default:
+				l.perhaps = true
+				s.model[e] = l
+			}
+		}
+	case "flush":
+		s.run(nil, "flush", list)
+		for e := range s.model {
+			if e.list == list {
+				delete(s.model, e)
+			}
+		}
+	case "save":
+		s.save()
+	case "restore":
+		s.restore()
+	case "reload": // as nftables.service and the units do
+		s.save()
+		nstest.Nft(s.T, "flush ruleset\n"+s.rules)
+		clear(s.model)
+		s.restore()
+	case "crash":
+		nstest.Nft(s.T, "flush ruleset\n"+s.rules)
+		clear(s.model)
+		s.restore()
+	case "read":
+		s.run(nil, "list")
+		s.run(nil, "save", filepath.Join(s.dir, "other"))
+	}
+}
+
+func (s *soak) snapshot() string { return filepath.Join(s.dir, "snapshot") }
+
+func (s *soak) save() {
+	s.Helper()
+	s.run(nil, "save", s.snapshot())
+	s.saved = make(model, len(s.model))
+	for e, l := range s.model {
+		s.saved[e] = l
+	}
+}
+
+func (s *soak) restore() {
+	s.Helper()
+	if s.saved == nil {
+		return
+	}
+	start, end := s.run(nil, "restore", s.snapshot())
+	for e, l := range s.saved {
+		if l.late.Before(start) {
+			continue
+		}
+		// It takes a moment to save and to restore.
+		l.early, l.late = l.early.Add(-2*jiffy), l.late.Add(2*jiffy)
+		perhaps := l.perhaps || l.early.Before(end)
+		l.perhaps = false
+		before, ok := s.model[e]
+		s.model.put(e, l, time.Second, start, end)
+		if perhaps { // or it was not in the file, and all is as it was
+			if !ok {
+				before = s.model[e]
+				before.perhaps = true
+			}
+			after := s.model[e]
+			after.perhaps = before.perhaps
+			s.model[e] = after.union(before)
+		}
+	}
+}
