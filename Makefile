@@ -7,7 +7,7 @@ BENCH = build/bench
 # host's ruleset, and it needs no root.
 NAMESPACE = unshare --user --map-root-user --net --mount
 
-.PHONY: build demo test test-deps lint bench fuzz clean
+.PHONY: build demo test test-deps lint bench soak fuzz clean
 
 build:
 	go build -trimpath -o $(BIN) ./cmd/nftwl
@@ -39,6 +39,11 @@ bench: test-deps build
 	@test "$$(id -u)" = 0 || echo "bench: save and restore are measured by root alone: nft's socket is too small otherwise"
 	test "$$(id -u)" != 0 || PATH=$(CURDIR)/build:$$PATH unshare --net $(BENCH)/snapshot -most $(MOST)
 
+# Logins, bans, saves and restores at random, against a model.
+SOAK = 10m
+soak:
+	SOAK=$(SOAK) go test -count=1 -timeout 2h -run TestSoak -v ./cmd/nftwl
+
 # Each parser for FUZZTIME of wall time.
 FUZZTIME = 1m
 fuzz:
@@ -46,6 +51,7 @@ fuzz:
 	go test -run '^$$' -fuzz FuzzParse -fuzztime $(FUZZTIME) -fuzzminimizetime 1x ./pkg/snapshot
 	go test -run '^$$' -fuzz FuzzParseTimeout -fuzztime $(FUZZTIME) -fuzzminimizetime 1x ./pkg/nftset
 	go test -run '^$$' -fuzz FuzzDecide -fuzztime $(FUZZTIME) -fuzzminimizetime 1x ./pkg/trust
+	go test -run '^$$' -fuzz FuzzParse -fuzztime $(FUZZTIME) -fuzzminimizetime 1x ./pkg/postlogin
 
 clean:
 	rm -rf build
