@@ -3,10 +3,9 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
-	"strings"
+	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -40,7 +39,13 @@ before is kept as FILE.old. nft -f loads it as well as 'nftwl restore' does.`,
 			if path == "-" {
 				return failed(snapshot.Write(os.Stdout, s.conn, sets))
 			}
-			return failed(snapshot.Save(path, s.conn, sets))
+			err = snapshot.Save(path, s.conn, sets)
+			if errors.Is(err, fs.ErrNotExist) {
+				printError(err)
+				printHint("make the folder (install -d -m 700 " + filepath.Dir(path) + "), or name another file")
+				return &status{exitFailed, nil}
+			}
+			return failed(err)
 		},
 	}
 }
@@ -66,16 +71,20 @@ nothing where that does not exist yet. "-" is standard input.`,
 			paths := args
 			if len(paths) == 0 {
 				paths = []string{s.Snapshot}
+				err := snapshot.CheckOwner(s.Snapshot)
+				if errors.Is(err, fs.ErrNotExist) {
+					if verbose {
+						fmt.Printf("no snapshot yet: %s\n", s.Snapshot)
+					}
+					return nil
+				}
+				if err != nil {
+					return failed(fmt.Errorf("%w; 'nftwl restore %s' takes it as it is", err, s.Snapshot))
+				}
 			}
 			var files []*snapshot.File
 			for _, path := range paths {
 				f, err := s.parse(path)
-				if errors.Is(err, fs.ErrNotExist) && len(args) == 0 {
-					if verbose {
-						fmt.Printf("no snapshot yet: %s\n", path)
-					}
-					return nil
-				}
 				if err != nil {
 					return failed(err)
 				}
@@ -98,7 +107,7 @@ func (s *session) parse(path string) (*snapshot.File, error) {
 	if path == "-" {
 		name, path = "standard input", "/dev/stdin"
 	}
-	text, err := read(path)
+	text, err := snapshot.Read(path)
 	if err != nil {
 		return nil, err
 	}
@@ -119,19 +128,4 @@ func (s *session) parse(path string) (*snapshot.File, error) {
 		return nil, fmt.Errorf("%s: none of the sets in it is one of table %s that the configuration names", name, s.Table)
 	}
 	return f, nil
-}
-
-// read is os.ReadFile without a second copy for the string.
-func read(path string) (string, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	var text strings.Builder
-	if info, err := f.Stat(); err == nil {
-		text.Grow(int(info.Size()))
-	}
-	_, err = io.Copy(&text, f)
-	return text.String(), err
 }

@@ -18,14 +18,27 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"strconv"
 	"strings"
 )
 
-// MaxLine is the length of the longest line, with its LF, in bytes. The lines
-// with a user's fields that Dovecot's processes read have 8 KiB at most
+// MaxLine is the length of the longest line, with its LF, in bytes: many times
+// what Dovecot's processes take for the fields of a user, which is 8 KiB
 // (AUTH_MAX_INBUF_SIZE).
-const MaxLine = 16 << 10
+const MaxLine = 256 << 10
+
+// ScanLines is a split function for a bufio.Scanner, which has whole lines, each
+// with its LF.
+func ScanLines(data []byte, atEOF bool) (advance int, token []byte, err error) {
+	if n := bytes.IndexByte(data, '\n') + 1; n > 0 {
+		return n, data[:n], nil
+	}
+	if atEOF && len(data) > 0 {
+		return 0, nil, io.ErrUnexpectedEOF
+	}
+	return 0, nil, nil
+}
 
 // major is the version of the protocol. Another minor one is compatible
 // (version_string_verify in src/lib/version.c).

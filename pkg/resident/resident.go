@@ -168,34 +168,29 @@ func (s *Server) handle(ctx context.Context, conn *net.UnixConn) {
 		return
 	}
 	defer context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Now().Add(grace)) })()
-	r := bufio.NewReaderSize(conn, postlogin.MaxLine)
+	lines := bufio.NewScanner(conn)
+	lines.Buffer(make([]byte, 0, 2<<10), postlogin.MaxLine)
+	lines.Split(postlogin.ScanLines)
 
-	line, err := r.ReadSlice('\n')
-	switch {
-	case err == io.EOF && len(line) == 0:
-		return // somebody looked whether anyone is here
-	case err != nil:
-		s.refuse("request", incomplete(err))
+	if !lines.Scan() {
+		if err := lines.Err(); err != nil { // or somebody only looked whether anyone is here
+			s.refuse("request", incomplete(err))
+		}
 		return
-	case string(line) == statusRequest:
+	}
+	if string(lines.Bytes()) == statusRequest {
 		s.write(conn, s.counter.json())
 		return
 	}
-	if err := postlogin.CheckVersion(line); err != nil {
+	if err := postlogin.CheckVersion(lines.Bytes()); err != nil {
 		s.refuse("request", err)
 		return
 	}
-	for first := true; ; first = false {
-		line, err := r.ReadSlice('\n')
-		if err != nil && len(line) == 0 && !first {
-			return // it has its answers
-		}
-		if err != nil {
-			s.refuse("request", incomplete(err))
-			return
-		}
+	asked := false
+	for lines.Scan() {
+		asked = true
 		start := time.Now()
-		request, err := postlogin.Parse(line)
+		request, err := postlogin.Parse(lines.Bytes())
 		if err != nil {
 			s.refuse("request", err)
 			return
@@ -206,6 +201,14 @@ func (s *Server) handle(ctx context.Context, conn *net.UnixConn) {
 		}
 		s.counter.answered(time.Since(start))
 	}
+	err := lines.Err()
+	switch {
+	case err == nil && !asked:
+		err = io.ErrUnexpectedEOF
+	case err == nil, asked && errors.Is(err, os.ErrDeadlineExceeded), asked && errors.Is(err, unix.ECONNRESET):
+		return // it has its answers
+	}
+	s.refuse("request", incomplete(err))
 }
 
 // admit looks who asks.
@@ -231,7 +234,7 @@ func (s *Server) admit(conn *net.UnixConn) error {
 
 func incomplete(err error) error {
 	switch {
-	case errors.Is(err, bufio.ErrBufferFull):
+	case errors.Is(err, bufio.ErrTooLong):
 		return fmt.Errorf("a line of more than %d bytes", postlogin.MaxLine)
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return errors.New("the request did not come in")

@@ -173,22 +173,22 @@ func TestRequests(t *testing.T) {
 	loadSets(t)
 	r := start(t, config.Default())
 	long := strings.Repeat("x", postlogin.MaxLine)
-	fits := "198.51.100.1\t192.0.2.7\talice\tk=" + long[:8<<10] + "\n"
+	fits := "198.51.100.1\t192.0.2.7\talice\tk=" + long[:64<<10] + "\n"
 	for _, test := range []struct{ what, text, answer, problem string }{
 		{"a login", version + alice, "alice\n", ""},
 		{"fields", version + "::1\t2001:db8::7\tb\x01tob\tuid=1000\tx=\x01n\x011\xff\n", "b\x01tob\tuid=1000\tx=\x01n\x011\xff\n", ""},
-		{"the longest line that Dovecot sends", version + fits, strings.TrimPrefix(fits, "198.51.100.1\t192.0.2.7\t"), ""},
+		{"64 kB, which is more than Dovecot ever sends", version + fits, strings.TrimPrefix(fits, "198.51.100.1\t192.0.2.7\t"), ""},
 		{"several", version + alice + "\t\tbob\n" + alice, "alice\nbob\nalice\n", ""},
 		{"nothing", "", "", ""},
-		{"no login", version, "", "request: refused: an incomplete request: EOF"},
-		{"half a version", "VERS", "", "request: refused: an incomplete request: EOF"},
-		{"half a login", version + "198.51.100.1\t192.0.2.7\tal", "", "request: refused: an incomplete request: EOF"},
-		{"a login and a half", version + alice + "198.51", "alice\n", "request: refused: an incomplete request: EOF"},
+		{"no login", version, "", "request: refused: an incomplete request: unexpected EOF"},
+		{"half a version", "VERS", "", "request: refused: an incomplete request: unexpected EOF"},
+		{"half a login", version + "198.51.100.1\t192.0.2.7\tal", "", "request: refused: an incomplete request: unexpected EOF"},
+		{"a login and a half", version + alice + "198.51", "alice\n", "request: refused: an incomplete request: unexpected EOF"},
 		{"another version", strings.Replace(version, "1", "2", 1) + alice, "", `request: refused: a request in version "2"."0"`},
 		{"no version", alice, "", "request: refused: not a post-login request"},
 		{"no user", version + "\t\t\n", "", "request: refused: the login has no user"},
-		{"a line too long", version + "\t\t" + long + "\n", "", "request: refused: a line of more than 16384 bytes"},
-		{"no line at all", long, "", "request: refused: a line of more than 16384 bytes"},
+		{"a line too long", version + "\t\t" + long + "\n", "", "request: refused: a line of more than 262144 bytes"},
+		{"no line at all", long, "", "request: refused: a line of more than 262144 bytes"},
 		{"an address that is none", version + "\tmail\talice\n", "alice\n", `login: login of "alice": IP: "mail" is not an IP address`},
 		{"a setting that is none", version + "\t192.0.2.8\talice\tnftwl_timeout=x\n", "alice\tnftwl_timeout=x\n", `login: login of "alice": nftwl_timeout: "x" is not a time`},
 	} {

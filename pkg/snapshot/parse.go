@@ -512,7 +512,11 @@ func (p *parser) elementList(s *Section) error {
 	// Text that is no elements does not get more than its length allows.
 	list, _, _ := strings.Cut(p.text[p.at:], "}")
 	const shortest = len("0.0.0.0,")
-	s.Elements = slices.Grow(s.Elements, min(strings.Count(list, ",")+1, len(list)/shortest+1))
+	n := min(strings.Count(list, ",")+1, len(list)/shortest+1)
+	if p.elements+len(s.Elements)+n > maxElements {
+		return fmt.Errorf("more than %d elements", maxElements)
+	}
+	s.Elements = slices.Grow(s.Elements, n)
 	for {
 		if err := p.skipLines(); err != nil {
 			return err

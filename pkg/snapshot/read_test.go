@@ -1,0 +1,83 @@
+package snapshot
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"nftwl/pkg/nstest"
+)
+
+// A file without end, or of any size, does not fill the memory.
+func TestReadTooLarge(t *testing.T) {
+	sparse := filepath.Join(t.TempDir(), "sparse")
+	must(t, os.WriteFile(sparse, nil, 0o600))
+	must(t, os.Truncate(sparse, 1<<40))
+	if _, err := Read(sparse); err == nil || err.Error() != sparse+" is larger than 1024 MiB" {
+		t.Errorf("%v", err)
+	}
+	if _, err := Read(filepath.Join(t.TempDir(), "none")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("%v", err)
+	}
+	if _, err := Read(t.TempDir()); err == nil {
+		t.Error("a folder was read")
+	}
+}
+
+func TestParseTooMany(t *testing.T) {
+	const n = maxElements + 1
+	text := "table inet filter {\nset trusted_ipv4 {\ntype ipv4_addr\nelements = {" + strings.Repeat("1.1.1.1,", n) + "}\n}\n}\n"
+	_, err := Parse(text, ours)
+	if err == nil || err.Error() != "line 4: more than 16777216 elements" {
+		t.Errorf("%v", err)
+	}
+}
+
+// Who may have written a snapshot.
+func TestCheckOwner(t *testing.T) {
+	nstest.NeedUsers(t)
+	const service, mallory = 1000, 1001
+	for _, test := range []struct {
+		what         string
+		mode         fs.FileMode // of the folder
+		folder, file int         // their owners
+		fileMode     fs.FileMode
+		link         int // its owner, where there is one
+		err          string
+	}{
+		{"root's", 0o755, 0, 0, 0o600, 0, ""},
+		{"the service's", 0o700, service, service, 0o600, 0, ""},
+		{"root's in the service's folder", 0o700, service, 0, 0o600, 0, ""},
+		{"for its group", 0o770, service, service, 0o660, 0, ""},
+		{"a link of root's", 0o755, 0, 0, 0o600, 0, ""},
+		{"in a folder for all", 0o777, 0, 0, 0o600, 0, "is in a folder that everyone can write to"},
+		{"root's in /tmp", fs.ModeSticky | 0o777, 0, 0, 0o600, 0, ""},
+		{"another's in /tmp", fs.ModeSticky | 0o777, 0, mallory, 0o600, 0, "belongs to user 1001, and neither to root nor to the owner of its folder"},
+		{"another's link in /tmp", fs.ModeSticky | 0o777, 0, 0, 0o600, mallory, "belongs to user 1001"},
+		{"another's in the service's folder", 0o700, service, mallory, 0o600, 0, "belongs to user 1001"},
+		{"for all to write", 0o755, 0, 0, 0o666, 0, "is a file that everyone can write to"},
+	} {
+		dir := t.TempDir()
+		path := filepath.Join(dir, "sets.nft")
+		must(t, os.WriteFile(path, nil, 0o600))
+		must(t, os.Chown(path, test.file, test.file))
+		must(t, os.Chmod(path, test.fileMode))
+		if test.link != 0 || strings.Contains(test.what, "link") {
+			must(t, os.Rename(path, path+".real"))
+			must(t, os.Symlink(path+".real", path))
+			must(t, os.Lchown(path, test.link, test.link))
+		}
+		must(t, os.Chown(dir, test.folder, test.folder))
+		must(t, os.Chmod(dir, test.mode))
+		err := CheckOwner(path)
+		if (err == nil) != (test.err == "") || err != nil && !strings.Contains(err.Error(), test.err) {
+			t.Errorf("%s: %v", test.what, err)
+		}
+	}
+	if err := CheckOwner(filepath.Join(t.TempDir(), "none")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("%v", err)
+	}
+}
