@@ -332,6 +332,50 @@ func (f *fault) environment() []string {
 // limit bounds what must happen.
 const limit = 20 * time.Second
 
+// What nftwl cannot help, since the runtime gives up before main: the command is
+// not executed, and the README says by which words to know why. The drop-in's
+// limit is enough.
+func TestBeforeMain(t *testing.T) {
+	nstest.NeedUsers(t)
+	nstest.Need(t, "setpriv", "util-linux")
+	nstest.Need(t, "prlimit", "util-linux")
+	dropIn, err := os.ReadFile(filepath.Join(nstest.Root(t), "contrib/dovecot/90-nftwl.conf"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, limit, _ := strings.Cut(string(dropIn), "\n  vsz_limit = ")
+	var gigabytes int
+	if _, err := fmt.Sscanf(limit, "%dG\n", &gigabytes); err != nil {
+		t.Fatalf("the drop-in's vsz_limit: %v", err)
+	}
+	readme, err := os.ReadFile(filepath.Join(nstest.Root(t), "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	memory := func(bytes int) []string {
+		return []string{"prlimit", fmt.Sprintf("--as=%d", bytes), fmt.Sprintf("--data=%d", bytes)}
+	}
+	for _, test := range []struct {
+		what  string
+		wrap  []string
+		words string // empty where it runs
+	}{
+		{"the drop-in's vsz_limit", memory(gigabytes << 30), ""},
+		{"Dovecot's default of 256 MB", memory(256 << 20), "failed to reserve page summary memory"},
+		{"one task", []string{"setpriv", "--reuid=1000", "--clear-groups", "prlimit", "--nproc=1"}, "failed to create new OS thread"},
+	} {
+		f := fault{wrap: test.wrap}
+		switch r := f.login(t, t.TempDir()); {
+		case test.words == "" && (!r.went || r.keys != 5 || r.stderr != ""):
+			t.Errorf("%s: %+v", test.what, r)
+		case test.words != "" && (r.went || r.keys != 0 || !strings.Contains(r.stderr, test.words)):
+			t.Errorf("%s: %+v", test.what, r)
+		case !strings.Contains(string(readme), "`"+test.words+"`") && test.words != "":
+			t.Errorf("the README does not have %q", test.words)
+		}
+	}
+}
+
 // hugeTransaction has the kernel carry out one that takes it a second, during
 // which nobody else can write. The elements come first, in transactions as
 // large as any user may send; emptying the set is one.
