@@ -8,12 +8,13 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// What systemd and a service say to each other is a few lines: sd_listen_fds(3)
-// and sd_notify(3). The library for it, go-systemd, would bring TLS into a
+// What systemd and a service say to each other is a few lines: sd_listen_fds(3),
+// sd_notify(3) and sd_watchdog_enabled(3). The library for it, go-systemd, would bring TLS into a
 // binary that starts at every login.
 
 // inherited returns the socket that systemd has opened for this process, or
@@ -98,4 +99,17 @@ func notify(state string) {
 	if err != nil {
 		complain("serve: systemd is not told: " + err.Error())
 	}
+}
+
+// watchdog returns after how long without WATCHDOG=1 systemd takes this process
+// for dead; 0 where it does not.
+func watchdog() time.Duration {
+	if pid := os.Getenv("WATCHDOG_PID"); pid != "" && pid != strconv.Itoa(os.Getpid()) {
+		return 0
+	}
+	us, err := strconv.ParseInt(os.Getenv("WATCHDOG_USEC"), 10, 64)
+	if err != nil || us <= 0 {
+		return 0
+	}
+	return time.Duration(us) * time.Microsecond
 }

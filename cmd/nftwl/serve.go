@@ -47,6 +47,7 @@ was wrong.`,
 		Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			l, err := inherited()
+			own := l == nil
 			switch {
 			case err != nil:
 				return failed(err)
@@ -65,7 +66,7 @@ was wrong.`,
 			for _, name := range []string{"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"} {
 				os.Unsetenv(name)
 			}
-			return failed(serve(*configPath, l, path, verbose))
+			return failed(serve(*configPath, l, path, own, verbose))
 		},
 	}
 	cmd.Flags().StringVar(&path, "listen", "", "make the socket at `PATH`, in place of systemd's")
@@ -74,7 +75,8 @@ was wrong.`,
 }
 
 // serve answers the requests on a socket, which is at the path, until SIGTERM.
-func serve(configPath string, l *net.UnixListener, path string, verbose bool) error {
+// The socket is its own where systemd does not keep it.
+func serve(configPath string, l *net.UnixListener, path string, own, verbose bool) error {
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGUSR1)
 
@@ -83,10 +85,12 @@ func serve(configPath string, l *net.UnixListener, path string, verbose bool) er
 		return fmt.Errorf("serve: %s: %w", path, err)
 	}
 	log := &problemLog{seen: make(map[string]*problem)}
-	server := &resident.Server{
-		Owner:   socket.Uid,
-		Problem: log.problem,
-		Alive:   func() { notify("WATCHDOG=1") },
+	server := resident.New()
+	server.Owner = socket.Uid
+	server.OwnSocket = own
+	server.Problem = log.problem
+	if timeout := watchdog(); timeout > 0 {
+		server.Alive, server.Pulse = func() { notify("WATCHDOG=1") }, timeout/3
 	}
 	if verbose {
 		server.Trusted = func(g *trust.Grant, o nftset.Outcome) {
@@ -108,6 +112,7 @@ func serve(configPath string, l *net.UnixListener, path string, verbose bool) er
 		}
 		server.SetConfig(c)
 		metrics = c.Metrics
+		writeMetrics(metrics, server, log)
 		notify("STATUS=")
 		return true
 	}

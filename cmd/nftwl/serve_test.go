@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -97,6 +98,19 @@ func TestServeOutOfDescriptors(t *testing.T) {
 	cmd := exec.Command("prlimit", fmt.Sprintf("--nofile=%d:%[1]d", descriptors),
 		nstest.Build(t, "cmd/nftwl"), "serve", "--listen", "s.sock")
 	cmd.Dir, cmd.Env = t.TempDir(), []string{}
+	log, err := os.Create(filepath.Join(cmd.Dir, "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	cmd.Stderr = log
+	said := func() string {
+		b, err := os.ReadFile(log.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
 	end := startServe(t, cmd)
 	socket := filepath.Join(cmd.Dir, "s.sock")
 	var idle []net.Conn
@@ -110,6 +124,11 @@ func TestServeOutOfDescriptors(t *testing.T) {
 	}
 	answered := make(chan string)
 	go func() { answered <- ask(t, socket, "", client, "alice") }()
+	for end := time.Now().Add(limit); said() == ""; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("it says nothing")
+		}
+	}
 	for _, conn := range idle {
 		conn.Close()
 	}
@@ -117,15 +136,15 @@ func TestServeOutOfDescriptors(t *testing.T) {
 		t.Errorf("%q", got)
 	}
 	// It says so once, and once more at the end, however often accept failed.
-	said := end(unix.SIGTERM)
-	lines := strings.Split(strings.TrimSuffix(said, "\n"), "\n")
+	end(unix.SIGTERM)
+	lines := strings.Split(strings.TrimSuffix(said(), "\n"), "\n")
 	for _, line := range lines {
 		if !strings.HasPrefix(line, "nftwl: error: requests wait: accept4: too many open files") {
 			t.Errorf("stderr %q", line)
 		}
 	}
 	if len(lines) > 2 {
-		t.Errorf("stderr %q", said)
+		t.Errorf("stderr %q", lines)
 	}
 	if now := trustedNow(t, "trusted_ipv4"); strings.Count(now, " expires ") != 5 {
 		t.Errorf("trusts\n%s", now)

@@ -33,38 +33,49 @@ const (
 	requestTimeout = 10 * time.Second
 	// grace is what it takes when the server is to stop.
 	grace = time.Second
-	// pulse is how often Alive is called at least.
-	pulse = 5 * time.Second
 )
 
 // statusRequest asks for the counters, in a protocol of our own.
 const statusRequest = "VERSION\tnftwl-status\t1\t0\n"
 
-// Server answers the requests. Its fields are set before Serve is called.
+// Server answers the requests. New makes one, whose fields are set before Serve
+// is called.
 //
 // Until SetConfig is called it lets every user in, and trusts none.
 type Server struct {
 	// Owner is the user, besides root, whose processes may ask: the one that
 	// owns the socket.
 	Owner uint32
+	// OwnSocket says that no other server will answer what waits in the socket
+	// when this one ends.
+	OwnSocket bool
 	// Problem is told what goes wrong, and under which of a few words it is
 	// counted. It must not block for long.
 	Problem func(reason string, err error)
 	// Trusted is told what became of every grant; nil where nobody cares.
 	Trusted func(*trust.Grant, nftset.Outcome)
-	// Alive is called before the first request, and every few seconds while
-	// requests are taken; nil where nobody cares.
+	// Alive is called every so often while requests are taken, and before the
+	// first; nil where nobody cares.
 	Alive func()
+	Pulse time.Duration // of Alive; more than 0 where that is not nil
 
 	config  atomic.Pointer[config.Config]
 	counter counter
 	writer  *writer
 }
 
+// New returns a server that has counted nothing yet.
+func New() *Server {
+	s := &Server{}
+	s.counter.start()
+	s.writer = newWriter(s.finished)
+	return s
+}
+
 // SetConfig has the next logins follow another configuration.
 func (s *Server) SetConfig(c *config.Config) { s.config.Store(c) }
 
-// Stats returns what has been counted since Serve was called.
+// Stats returns what has been counted since New.
 func (s *Server) Stats() Stats { return s.counter.stats() }
 
 // defect is a panic.
@@ -76,8 +87,11 @@ func (d defect) Error() string { return fmt.Sprintf("a defect of nftwl's: %v", d
 // what it has begun, and returns nil. It does not close the socket, in which
 // requests can wait for another server. A Server serves once.
 func (s *Server) Serve(ctx context.Context, l *net.UnixListener) error {
-	s.counter.start()
-	s.writer = newWriter(s.finished)
+	if s.Alive == nil {
+		s.Alive, s.Pulse = func() {}, time.Hour
+	}
+	// Before the descriptors can run out. An error is that of the first login.
+	s.writer.conn, _ = nftset.Dial()
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	go func() {
 		s.writer.run(stop)
@@ -99,25 +113,56 @@ func (s *Server) Serve(ctx context.Context, l *net.UnixListener) error {
 
 // accept returns when the context is done and every request answered.
 func (s *Server) accept(ctx context.Context, l *net.UnixListener) error {
-	past := time.Unix(1, 0)
-	defer context.AfterFunc(ctx, func() { _ = l.SetDeadline(past) })() // an error is Accept's, too
+	woken := make(chan struct{})
+	defer context.AfterFunc(ctx, func() {
+		_ = l.SetDeadline(time.Unix(1, 0)) // an error is Accept's, too
+		close(woken)
+	})()
 	var handlers sync.WaitGroup
 	defer handlers.Wait()
 	places := make(chan struct{}, maxConns)
-	var alive time.Time
+	var next time.Time // when Alive is due
+	closed := false    // to further requests
 	for {
-		if s.Alive != nil && time.Since(alive) >= pulse {
+		if now := time.Now(); !now.Before(next) {
 			s.Alive()
-			alive = time.Now()
+			next = now.Add(s.Pulse)
 		}
-		if err := l.SetDeadline(time.Now().Add(pulse)); err != nil {
+		// A place first: what is not accepted waits in the socket.
+		select {
+		case places <- struct{}{}:
+		case <-time.After(time.Until(next)):
+			continue
+		}
+		if err := l.SetDeadline(next); err != nil {
 			return err
 		}
 		if ctx.Err() != nil {
-			return nil
+			if !s.OwnSocket {
+				return nil
+			}
+			// The end of the socket would deny the logins that wait in it. From
+			// here on connect fails with ECONNREFUSED, upon which Dovecot tries
+			// again (unix_stream_connect() in net/unix/af_unix.c), and who has
+			// connected is there to be accepted.
+			if !closed {
+				closed = true
+				<-woken
+				if err := shutdown(l); err != nil {
+					return err
+				}
+			}
+			if err := l.SetDeadline(time.Now().Add(10 * time.Millisecond)); err != nil {
+				return err
+			}
 		}
 		conn, err := l.AcceptUnix()
+		if err != nil {
+			<-places
+		}
 		switch {
+		case errors.Is(err, os.ErrDeadlineExceeded) && closed:
+			return nil
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			continue
 		case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOBUFS), errors.Is(err, unix.ENOMEM):
@@ -135,7 +180,6 @@ func (s *Server) accept(ctx context.Context, l *net.UnixListener) error {
 		case err != nil:
 			return err
 		}
-		places <- struct{}{}
 		handlers.Add(1)
 		go func() {
 			defer handlers.Done()
@@ -148,6 +192,18 @@ func (s *Server) accept(ctx context.Context, l *net.UnixListener) error {
 			s.handle(ctx, conn)
 		}()
 	}
+}
+
+// shutdown closes a socket to those who would connect.
+func shutdown(l *net.UnixListener) error {
+	raw, err := l.SyscallConn()
+	if err != nil {
+		return err
+	}
+	if e := raw.Control(func(fd uintptr) { err = unix.Shutdown(int(fd), unix.SHUT_RD) }); e != nil {
+		return e
+	}
+	return err
 }
 
 // handle answers the requests of one connection, of which Dovecot makes one a
@@ -195,7 +251,7 @@ func (s *Server) handle(ctx context.Context, conn *net.UnixConn) {
 			s.refuse("request", err)
 			return
 		}
-		s.trust(request)
+		s.trust(ctx, request)
 		if !s.write(conn, request.Answer) {
 			return
 		}
@@ -262,7 +318,7 @@ func (s *Server) refuse(reason string, err error) {
 // trust has the client of a login trusted, and returns when it is, or when the
 // login has waited for as long as it may. Whatever happens in it, the login
 // is answered.
-func (s *Server) trust(r postlogin.Request) {
+func (s *Server) trust(ctx context.Context, r postlogin.Request) {
 	failed := func(reason string, err error) {
 		s.counter.failed(reason, 1)
 		s.Problem(reason, err)
@@ -302,13 +358,16 @@ func (s *Server) trust(r postlogin.Request) {
 		failed("busy", fmt.Errorf("%s is not trusted: %w", grant.Addr, err))
 		return
 	}
+	start := time.Now()
 	wait := time.NewTimer(c.Deadline)
 	defer wait.Stop()
+	// Nor does the end of the server wait for longer than it must.
+	defer context.AfterFunc(ctx, func() { wait.Reset(min(c.Deadline-time.Since(start), grace)) })()
 	select {
 	case <-j.done:
 	case <-wait.C:
 		s.counter.late()
-		s.Problem("late", fmt.Errorf("%s: the login went on after %s without the kernel's answer; it is trusted as soon as the kernel has time", grant.Addr, nftset.FormatTimeout(c.Deadline)))
+		s.Problem("late", fmt.Errorf("%s: the login went on without the kernel's answer; it is trusted as soon as the kernel has time", grant.Addr))
 	}
 }
 

@@ -63,7 +63,8 @@ type running struct {
 // before.
 func start(t *testing.T, c *config.Config, change ...func(*running)) *running {
 	t.Helper()
-	r := &running{t: t, Server: &Server{Owner: uint32(os.Geteuid())}}
+	r := &running{t: t, Server: New()}
+	r.Owner = uint32(os.Geteuid())
 	r.Problem = func(reason string, err error) {
 		r.mu.Lock()
 		defer r.mu.Unlock()
@@ -554,7 +555,7 @@ func TestCommitLock(t *testing.T) {
 		t.Errorf("%+v", s)
 	}
 	for _, p := range r.problems {
-		if !strings.HasPrefix(p, "late: 192.0.2.") || !strings.Contains(p, "went on after 20ms without") {
+		if !strings.HasPrefix(p, "late: 192.0.2.") || !strings.Contains(p, "went on without") {
 			t.Error(p)
 		}
 	}

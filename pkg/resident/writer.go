@@ -46,7 +46,7 @@ type writer struct {
 	waiting map[netip.Addr]*job
 	wake    chan struct{} // has an item while jobs may be waiting
 
-	conn *nftset.Conn // the goroutine's in run; nil until dialled
+	conn *nftset.Conn // nil until dialled
 }
 
 func newWriter(finished func(*job)) *writer {
@@ -101,8 +101,6 @@ func (w *writer) take() []*job {
 
 // run writes until stop is closed and nothing waits any more.
 func (w *writer) run(stop <-chan struct{}) {
-	// Before the descriptors can run out. An error is that of the first login.
-	w.conn, _ = nftset.Dial()
 	for stopping := false; !stopping; {
 		select {
 		case <-w.wake:

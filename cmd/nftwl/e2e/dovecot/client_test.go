@@ -254,7 +254,7 @@ func relay(l net.Listener) {
 }
 
 // certificate makes a self-signed one, in PEM.
-func certificate(t *testing.T) (cert, key string) {
+func certificate(t testing.TB) (cert, key string) {
 	t.Helper()
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	must(t, err)

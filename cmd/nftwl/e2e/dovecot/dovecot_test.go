@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"net/textproto"
 	"os"
+	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -21,8 +23,8 @@ const command = "executable = script-login /usr/bin/nftwl login"
 
 func TestLoginIsTrusted(t *testing.T) {
 	t.Parallel()
-	eachDovecot(t, func(t *testing.T, d dovecot) {
-		s := d.start(t, with{})
+	eachWay(t, func(t *testing.T, d dovecot, w with) {
+		s := d.start(t, w)
 		check := func(what, client string, err error) {
 			t.Helper()
 			if err != nil {
@@ -41,14 +43,14 @@ func TestLoginIsTrusted(t *testing.T) {
 		}
 		check("imaps", client4, loginTLS(client4, "993", imap, "alice", password))
 		check("pop3s", client6, loginTLS(client6, "995", pop3, "alice", password))
-		s.wantLog()
+		s.wantComplaints()
 	})
 }
 
 func TestNotTrusted(t *testing.T) {
 	t.Parallel()
-	eachDovecot(t, func(t *testing.T, d dovecot) {
-		s := d.start(t, with{})
+	eachWay(t, func(t *testing.T, d dovecot, w with) {
+		s := d.start(t, w)
 		loadSets(t)
 		for _, name := range d.protocols {
 			p := protocols[name]
@@ -68,20 +70,20 @@ func TestNotTrusted(t *testing.T) {
 			}
 			wantNobody(t)
 		}
-		s.wantLog()
+		s.wantComplaints()
 	})
 }
 
 func TestTimeoutOfUser(t *testing.T) {
 	t.Parallel()
-	eachDovecot(t, func(t *testing.T, d dovecot) {
-		s := d.start(t, with{})
+	eachWay(t, func(t *testing.T, d dovecot, w with) {
+		s := d.start(t, w)
 		loadSets(t)
 		if err := login(client4, "143", imap, "bob", password); err != nil {
 			t.Error(err)
 		}
 		wantTrusted(t, client4, "bob", 7*day) // nftwl_timeout=7d
-		s.wantLog()
+		s.wantComplaints()
 	})
 }
 
@@ -92,8 +94,11 @@ func TestFailureDeniesNoLogin(t *testing.T) {
 	for _, c := range []struct {
 		name    string
 		ruleset string // loaded in place of the shipped sets
-		server  with
+		config  string
+		nobody  bool     // nftwl runs as user nobody
+		wrap    []string // a command that it runs under
 		says    string
+		atStart string // what nftwl serve says before the first login
 	}{{
 		name:    "no table",
 		ruleset: "table inet other { set trusted_ipv4 { type ipv4_addr . inet_service; timeout 1d; }; }",
@@ -111,23 +116,37 @@ func TestFailureDeniesNoLogin(t *testing.T) {
 		ruleset: "table inet filter { set trusted_ipv4 { type inet_service; timeout 1d; }; }",
 		says:    ".*trusted_ipv4.*",
 	}, {
-		name:   "unknown key in the config",
-		server: with{config: "timeout: 1d\ntiemout: 2d\n"},
-		says:   ".*/etc/nftwl.yaml.*2.*tiemout.*",
+		name:    "unknown key in the config",
+		config:  "timeout: 1d\ntiemout: 2d\n",
+		says:    ".*(/etc/nftwl.yaml.*2.*tiemout|nobody is trusted until the configuration is mended).*",
+		atStart: ".*/etc/nftwl.yaml.*2.*tiemout.*nobody is trusted.*",
 	}, {
 		name:   "service without root",
-		server: with{dovecot: "service nftwl {\n  user = nobody\n}\n"},
+		nobody: true,
 		says:   ".*CAP_NET_ADMIN.*",
 	}, {
 		// As under a systemd unit with a CapabilityBoundingSet.
-		name:   "root without CAP_NET_ADMIN",
-		server: with{wrap: []string{"/usr/bin/setpriv", "--bounding-set=-net_admin"}},
-		says:   ".*CAP_NET_ADMIN.*",
+		name: "root without CAP_NET_ADMIN",
+		wrap: withoutNetAdmin,
+		says: ".*CAP_NET_ADMIN.*",
 	}} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			eachDovecot(t, func(t *testing.T, d dovecot) {
-				s := d.start(t, c.server)
+			eachWay(t, func(t *testing.T, d dovecot, w with) {
+				w.config = c.config
+				switch {
+				case !w.serve:
+					w.wrap = c.wrap
+					if c.nobody {
+						w.dovecot = "service nftwl {\n  user = nobody\n}\n"
+					}
+				default:
+					w.residentWrap = c.wrap
+					if c.nobody {
+						w.residentUser = nobody
+					}
+				}
+				s := d.start(t, w)
 				if c.ruleset == "" {
 					loadSets(t)
 				} else {
@@ -135,14 +154,17 @@ func TestFailureDeniesNoLogin(t *testing.T) {
 				}
 				before := ruleset(t)
 				var log []string
+				if w.serve && c.atStart != "" {
+					log = append(log, c.atStart)
+				}
 				for _, name := range d.protocols {
 					p := protocols[name]
 					if err := login(client4, p.port, p.visit, "alice", password); err != nil {
 						t.Errorf("%s: %v", name, err)
 					}
-					log = append(log, "nftwl: Error: nftwl: error: "+c.says)
+					log = append(log, c.says)
 				}
-				s.wantLog(log...)
+				s.wantComplaints(log...)
 				if after := ruleset(t); after != before {
 					t.Errorf("the ruleset was\n%s\nand is\n%s", before, after)
 				}
@@ -150,6 +172,11 @@ func TestFailureDeniesNoLogin(t *testing.T) {
 		})
 	}
 }
+
+// nobody is the id of the user and the group of that name, in every Debian.
+const nobody = 65534
+
+var withoutNetAdmin = []string{"/usr/bin/setpriv", "--bounding-set=-net_admin"}
 
 // fullSet is full of permanent elements, so that a listing does not change.
 const fullSet = `table inet filter {
@@ -185,8 +212,8 @@ func TestRenewal(t *testing.T) {
 		{"permanent", "size 100", "", 0, 0, 0},
 		{"no default timeout", "size 100", "timeout 2h expires 1h", day, day - patience, day},
 	}
-	eachDovecot(t, func(t *testing.T, d dovecot) {
-		s := d.start(t, with{})
+	eachWay(t, func(t *testing.T, d dovecot, w with) {
+		s := d.start(t, w)
 		for _, c := range cases {
 			nstest.Nft(t, "flush ruleset\n"+fmt.Sprintf(set, c.settings))
 			for _, port := range []int{143, 465, 587, 993, 995} {
@@ -207,7 +234,7 @@ func TestRenewal(t *testing.T) {
 				}
 			}
 		}
-		s.wantLog()
+		s.wantComplaints()
 	})
 }
 
@@ -268,25 +295,25 @@ service submission {
 func TestManyLoginsAtOnce(t *testing.T) {
 	t.Parallel()
 	const count = 110 // more than default_process_limit
-	eachDovecot(t, func(t *testing.T, d dovecot) {
-		s := d.start(t, with{
-			// Holds each login until all are there.
-			files: map[string]string{"hold": `#!/bin/sh
->` + dir + `/held/$$
-: <` + dir + `/go
-exec "$@"
-`},
-			dropIn: func(s string) string {
-				return strings.Replace(s, command, command+" "+dir+"/hold", 1)
-			},
-			dovecot: `mail_max_userip_connections = 1000
+	eachWay(t, func(t *testing.T, d dovecot, w with) {
+		w.dovecot = `mail_max_userip_connections = 1000
 service imap-login {
   process_limit = 200
 }
-`})
+`
+		if !w.serve {
+			w.files = map[string]string{"hold": hold}
+			w.dropIn = func(s string) string {
+				return strings.Replace(s, command, command+" "+dir+"/hold", 1)
+			}
+		}
+		s := d.start(t, w)
 		loadSets(t)
 		must(t, os.Mkdir(s.path("held"), 0o755))
 		must(t, unix.Mkfifo(s.path("go"), 0o600))
+		if w.serve {
+			must(t, s.resident.Process.Signal(syscall.SIGSTOP))
+		}
 		results := make(chan error)
 		for range count {
 			c, err := dial(client4, "143") // here: another thread is in another namespace
@@ -296,23 +323,41 @@ service imap-login {
 				results <- imap(textproto.NewConn(c), "alice", password)
 			}()
 		}
-		poll(t, "all logins to be in nftwl's service at once", func() bool {
-			held, err := os.ReadDir(s.path("held"))
+		if w.serve {
+			poll(t, "all logins to ask nftwl at once", func() bool {
+				return len(loggedIn.FindAllString(s.log(), -1)) == count
+			})
+			must(t, s.resident.Process.Signal(syscall.SIGCONT))
+		} else {
+			poll(t, "all logins to be in nftwl's service at once", func() bool {
+				held, err := os.ReadDir(s.path("held"))
+				must(t, err)
+				return len(held) == count
+			})
+			release, err := os.OpenFile(s.path("go"), os.O_RDWR, 0)
 			must(t, err)
-			return len(held) == count
-		})
-		release, err := os.OpenFile(s.path("go"), os.O_RDWR, 0)
-		must(t, err)
-		defer release.Close()
+			defer release.Close()
+		}
 		for range count {
 			if err := <-results; err != nil {
 				t.Error(err)
 			}
 		}
 		wantTrusted(t, client4, "alice", day)
-		s.wantLog()
+		s.wantComplaints()
 	})
 }
+
+// loggedIn is how either Dovecot logs a login, before the post-login service
+// has its say.
+var loggedIn = regexp.MustCompile(`imap-login: Info: (Login|Logged in): user=<alice>`)
+
+// hold holds each login until all are there.
+const hold = `#!/bin/sh
+>` + dir + `/held/$$
+: <` + dir + `/go
+exec "$@"
+`
 
 // What the drop-in's comments warn of: it denies every login.
 func TestDropInChanged(t *testing.T) {

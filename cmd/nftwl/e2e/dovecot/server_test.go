@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -109,13 +110,9 @@ type dovecot struct {
 
 // eachDovecot runs a test on every Dovecot there is.
 func eachDovecot(t *testing.T, test func(*testing.T, dovecot)) {
-	if !mapped(t, 1000) {
-		nstest.Skip(t, "Dovecot needs its users: run the tests as root")
-	}
 	t.Run("host", func(t *testing.T) {
 		t.Parallel()
-		nstest.Need(t, "dovecot", "dovecot-core")
-		test(t, findDovecot(t, "/"))
+		test(t, hostDovecot(t))
 	})
 	t.Run("trixie", func(t *testing.T) {
 		t.Parallel()
@@ -123,8 +120,33 @@ func eachDovecot(t *testing.T, test func(*testing.T, dovecot)) {
 	})
 }
 
+// hostDovecot returns the one that is installed here.
+func hostDovecot(t testing.TB) dovecot {
+	t.Helper()
+	nstest.Need(t, "dovecot", "dovecot-core")
+	return findDovecot(t, "/")
+}
+
+// eachWay runs a test on every Dovecot there is, for each of the two ways in
+// which a login comes to nftwl.
+func eachWay(t *testing.T, test func(*testing.T, dovecot, with)) {
+	for _, serve := range []bool{false, true} {
+		name := "login"
+		if serve {
+			name = "serve"
+		}
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			eachDovecot(t, func(t *testing.T, d dovecot) { test(t, d, with{serve: serve}) })
+		})
+	}
+}
+
+// is23 says whether it wants Dovecot 2.3's settings, not 2.4's.
+func (d dovecot) is23() bool { return strings.HasPrefix(d.version, "2.3.") }
+
 // mapped says whether the tests' user namespace has an id.
-func mapped(t *testing.T, id int) bool {
+func mapped(t testing.TB, id int) bool {
 	t.Helper()
 	b, err := os.ReadFile("/proc/self/uid_map")
 	must(t, err)
@@ -134,7 +156,11 @@ func mapped(t *testing.T, id int) bool {
 	return id < inside+count
 }
 
-func findDovecot(t *testing.T, root string) dovecot {
+func findDovecot(t testing.TB, root string) dovecot {
+	t.Helper()
+	if !mapped(t, 1000) {
+		nstest.Skip(t, "Dovecot needs its users: run the tests as root")
+	}
 	d := dovecot{root: root}
 	cmd := exec.Command("/usr/sbin/dovecot", "--version")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root}
@@ -168,12 +194,17 @@ type with struct {
 	files   map[string]string     // executable files in dir
 	hide    []string              // files under /usr/lib/dovecot that are not to exist
 	wrap    []string              // a command to run Dovecot under
+	env     []string              // more of Dovecot's environment
 	serve   bool                  // nftwl serve and its drop-in, in place of nftwl login
+
+	residentUser int      // whom nftwl serve runs as; root if 0
+	residentWrap []string // a command to run nftwl serve under
 }
 
 type server struct {
-	t    *testing.T
+	t    testing.TB
 	d    dovecot
+	with with
 	cmd  *exec.Cmd
 	done chan struct{} // closed once Dovecot has exited
 
@@ -183,7 +214,7 @@ type server struct {
 // start runs Dovecot in new network and mount namespaces, in which the nftwl
 // just built is /usr/bin/nftwl. The calling goroutine stays in them: see
 // nstest.New.
-func (d dovecot) start(t *testing.T, w with) *server {
+func (d dovecot) start(t testing.TB, w with) *server {
 	t.Helper()
 	nftwl := nstest.Build(t, "cmd/nftwl")
 	dropIn := filepath.Join(nstest.Root(t), "contrib/dovecot/90-nftwl.conf")
@@ -203,7 +234,7 @@ func (d dovecot) start(t *testing.T, w with) *server {
 	must(t, unix.Unshare(unix.CLONE_NEWNS))
 	must(t, unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
 	must(t, unix.Mount("none", filepath.Join(d.root, "run"), "tmpfs", 0, "mode=755"))
-	s := &server{t: t, d: d, done: make(chan struct{})}
+	s := &server{t: t, d: d, with: w, done: make(chan struct{})}
 	for _, name := range []string{"state", "etc", "lib", "mail"} {
 		must(t, os.MkdirAll(s.path(name), 0o755))
 	}
@@ -212,6 +243,8 @@ func (d dovecot) start(t *testing.T, w with) *server {
 			must(t, unix.Mount("/"+name, filepath.Join(d.root, name), "", unix.MS_BIND|unix.MS_REC, ""))
 		}
 		must(t, unix.Mount("none", filepath.Join(d.root, "tmp"), "tmpfs", 0, "mode=1777"))
+		// So that a socket in it has the same path outside as inside.
+		must(t, unix.Mount(filepath.Join(d.root, "run"), "/run", "", unix.MS_BIND, ""))
 	}
 
 	// Read-only overlays: the host's own folders, and ours before them.
@@ -248,14 +281,20 @@ func (d dovecot) start(t *testing.T, w with) *server {
 	}
 	run(t, "chown", "-R", "1000:1000", s.path("mail"))
 	header := config24
-	if strings.HasPrefix(d.version, "2.3.") {
+	if d.is23() {
 		header = config23
 	}
 	s.write("dovecot.conf", header+configBoth+
 		"protocols = "+strings.Join(d.protocols, " ")+"\n"+w.dovecot, 0o644)
 
 	if w.serve {
-		must(t, os.Mkdir(filepath.Join(d.root, "run/nftwl"), 0o755))
+		must(t, os.Mkdir(filepath.Dir(socket), 0o755))
+		must(t, os.Chown(filepath.Dir(socket), w.residentUser, w.residentUser))
+		t.Cleanup(func() {
+			if t.Failed() {
+				t.Logf("nftwl serve:\n%s", s.read("resident"))
+			}
+		})
 		s.startResident()
 	}
 
@@ -270,7 +309,7 @@ func (d dovecot) start(t *testing.T, w with) *server {
 	s.cmd.Stdout = struct{ io.Writer }{out}
 	s.cmd.Stderr = s.cmd.Stdout
 	// As under systemd: a user's shell is not part of what a login gets.
-	s.cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+	s.cmd.Env = append([]string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}, w.env...)
 	must(t, s.cmd.Start())
 	go func() {
 		_ = s.cmd.Wait() // the log says why it ended
@@ -299,39 +338,50 @@ func (d dovecot) start(t *testing.T, w with) *server {
 	return s
 }
 
-// socket is where nftwl serve listens, as Dovecot sees it.
+// socket is where nftwl serve listens.
 const socket = "/run/nftwl/post-login"
 
 // startResident runs nftwl serve, and waits until it listens. What it says is
 // in the file "resident".
 func (s *server) startResident() {
+	s.t.Helper()
+	s.runResident(nil, "/usr/bin/nftwl", "serve", "--listen", socket)
+	poll(s.t, "nftwl serve to listen", func() bool {
+		c, err := net.Dial("unix", socket)
+		if err != nil {
+			return false
+		}
+		c.Close()
+		return true
+	})
+}
+
+// runResident starts nftwl serve by a command, which may get a file as its
+// descriptor 3.
+func (s *server) runResident(file *os.File, argv ...string) {
 	t := s.t
 	t.Helper()
 	log, err := os.OpenFile(s.path("resident"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	must(t, err)
 	defer log.Close()
-	cmd := exec.Command("/usr/bin/nftwl", "serve", "--listen", socket)
+	argv = slices.Concat(s.with.residentWrap, argv)
+	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Dir = "/"
 	cmd.Env = []string{} // as little as under systemd
 	cmd.Stderr = log
+	if file != nil {
+		cmd.ExtraFiles = []*os.File{file}
+	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: s.d.root, Pdeathsig: syscall.SIGKILL}
+	if id := uint32(s.with.residentUser); id != 0 {
+		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: id, Gid: id}
+	}
 	must(t, cmd.Start())
 	s.resident = cmd
 	t.Cleanup(func() {
 		if cmd.ProcessState == nil {
 			s.stopResident(syscall.SIGTERM)
 		}
-		if t.Failed() {
-			t.Logf("nftwl serve:\n%s", s.read("resident"))
-		}
-	})
-	poll(t, "nftwl serve to listen", func() bool {
-		c, err := net.Dial("unix", filepath.Join(s.d.root, socket))
-		if err != nil {
-			return false
-		}
-		c.Close()
-		return true
 	})
 }
 
@@ -452,7 +502,55 @@ func (s *server) wantLog(want ...string) {
 	}
 }
 
-func poll(t *testing.T, what string, done func() bool) {
+// moreLikeIt is how nftwl serve ends a line that stands for several.
+var moreLikeIt = regexp.MustCompile(`^(.*) \(and (\d+) more like it\)$`)
+
+// residentComplaints returns what nftwl serve complained of until now, each as
+// often as it happened.
+func (s *server) residentComplaints() []string {
+	s.t.Helper()
+	var all []string
+	for line := range strings.Lines(s.read("resident")) {
+		text, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "nftwl: error: ")
+		if !ok {
+			continue // a hint
+		}
+		count := 1
+		if m := moreLikeIt.FindStringSubmatch(text); m != nil {
+			more, err := strconv.Atoi(m[2])
+			must(s.t, err)
+			text, count = m[1], 1+more
+		}
+		all = append(all, slices.Repeat([]string{text}, count)...)
+	}
+	return all
+}
+
+// wantComplaints stops everything and compares what nftwl complained of, to
+// Dovecot's log or its own, with what it should have: one regular expression
+// a line. Nobody else may have complained.
+func (s *server) wantComplaints(want ...string) {
+	s.t.Helper()
+	if s.resident == nil {
+		var lines []string
+		for _, w := range want {
+			lines = append(lines, "nftwl: Error: nftwl: error: "+w)
+		}
+		s.wantLog(lines...)
+		return
+	}
+	s.wantLog()
+	s.stopResident(syscall.SIGTERM) // which has it write what it held back
+	got := s.residentComplaints()
+	if !slices.EqualFunc(got, want, func(line, re string) bool {
+		return regexp.MustCompile("^" + re + "$").MatchString(line)
+	}) {
+		s.t.Errorf("nftwl serve complains:\n\t%s\nwant:\n\t%s",
+			strings.Join(got, "\n\t"), strings.Join(want, "\n\t"))
+	}
+}
+
+func poll(t testing.TB, what string, done func() bool) {
 	t.Helper()
 	for end := time.Now().Add(patience); !done(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
@@ -461,7 +559,7 @@ func poll(t *testing.T, what string, done func() bool) {
 	}
 }
 
-func run(t *testing.T, name string, args ...string) string {
+func run(t testing.TB, name string, args ...string) string {
 	t.Helper()
 	out, err := exec.Command(name, args...).CombinedOutput()
 	if err != nil {
@@ -470,7 +568,7 @@ func run(t *testing.T, name string, args ...string) string {
 	return string(out)
 }
 
-func must(t *testing.T, err error) {
+func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)

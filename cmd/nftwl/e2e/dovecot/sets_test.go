@@ -21,7 +21,7 @@ type element struct {
 }
 
 // loadSets loads the shipped set definitions.
-func loadSets(t *testing.T) {
+func loadSets(t testing.TB) {
 	t.Helper()
 	b, err := os.ReadFile(filepath.Join(nstest.Root(t), "contrib/nftables/sets.nft"))
 	must(t, err)
@@ -29,7 +29,7 @@ func loadSets(t *testing.T) {
 }
 
 // elements returns what a set of table inet filter holds, by address and port.
-func elements(t *testing.T, set string) []element {
+func elements(t testing.TB, set string) []element {
 	t.Helper()
 	out, err := exec.Command(nstest.Need(t, "nft", "nftables"), "-j", "list", "set", "inet", "filter", set).Output()
 	if err != nil {

@@ -44,9 +44,11 @@ func newMachine(t *testing.T, b base) *machine {
 	m.write("etc/fstab", "")
 	m.write("etc/machine-id", strings.Repeat("6e667477", 4)+"\n")
 	m.write("etc/nftwl.yaml", "")
+	m.write(defaults, "")
 	m.write("etc/systemd/journald.conf.d/volatile.conf", "[Journal]\nStorage=volatile\n")
 	// Nothing that was installed or enabled by hand, and no state.
-	for _, dir := range []string{"etc/systemd/system", "etc/nftwl", "var"} {
+	// No consoles and sessions either.
+	for _, dir := range []string{"etc/systemd/system", "etc/nftwl", "usr/lib/systemd/system/multi-user.target.wants", "var"} {
 		dir := m.disk(dir)
 		m.must(os.MkdirAll(dir, 0o755))
 		m.must(unix.Setxattr(dir, "trusted.overlay.opaque", []byte("y"), 0))
@@ -268,7 +270,7 @@ func boot(args []string) error {
 	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
 		return err
 	}
-	return unix.Exec("/lib/systemd/systemd", []string{"/lib/systemd/systemd", "--system", "--unit=basic.target"},
+	return unix.Exec("/lib/systemd/systemd", []string{"/lib/systemd/systemd", "--system", "--unit=multi-user.target"},
 		[]string{"container=nftwl-test", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"})
 }
 

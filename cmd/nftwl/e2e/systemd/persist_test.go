@@ -28,6 +28,9 @@ type elements map[element]life
 // between a save and the kernel's flush, and gains none.
 const slack = 2 * time.Second
 
+// defaults is a configuration for the tests, whatever the machine's own is.
+const defaults = "etc/nftwl-defaults.yaml"
+
 func (m *machine) elements() elements {
 	m.Helper()
 	var listed []struct {
@@ -36,7 +39,7 @@ func (m *machine) elements() elements {
 		Comment          string
 	}
 	now := time.Now()
-	m.must(json.Unmarshal([]byte(m.run("nftwl", "list", "--json")), &listed))
+	m.must(json.Unmarshal([]byte(m.run("nftwl", "--config", "/"+defaults, "list", "--json")), &listed))
 	found := make(elements)
 	for _, l := range listed {
 		f := life{comment: l.Comment}

@@ -1,0 +1,228 @@
+package systemd
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"net/textproto"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/nstest"
+)
+
+// The mail server's address and its clients', on the machine's loopback. None
+// is in 127.0.0.0/8, which nftwl ignores.
+const (
+	mailServer  = "198.51.100.1"
+	mailClients = "198.18.0.0/15"
+)
+
+// client is the address of a mail client: none has the number 0.
+func client(n int) string {
+	a := netip.MustParsePrefix(mailClients).Addr().As4()
+	a[2], a[3] = byte(n>>8), byte(n)
+	return netip.AddrFrom4(a).String()
+}
+
+const dovecot23 = `
+disable_plaintext_auth = no
+mail_location = maildir:~/Maildir
+passdb {
+  driver = passwd-file
+  args = /etc/dovecot/users
+}
+userdb {
+  driver = passwd-file
+  args = /etc/dovecot/users
+}
+`
+
+const dovecot24 = `
+dovecot_config_version = 2.4.0
+dovecot_storage_version = 2.4.0
+auth_allow_cleartext = yes
+mail_driver = maildir
+mail_path = ~/Maildir
+passdb passwd-file {
+  passwd_file_path = /etc/dovecot/users
+}
+userdb passwd-file {
+  passwd_file_path = /etc/dovecot/users
+}
+`
+
+const dovecotBoth = `
+ssl = no
+protocols = imap
+first_valid_uid = 1000
+!include conf.d/90-nftwl-serve.conf
+`
+
+// mail configures Dovecot, which nftwl serve is to tell about its users, and
+// starts neither.
+func (m *machine) mail() {
+	m.Helper()
+	if _, err := os.Stat(m.file("usr/lib/dovecot/imap")); err != nil {
+		nstest.Skip(m, "Dovecot is not installed: apt-get install dovecot-imapd")
+	}
+	conf := dovecot24
+	if strings.HasPrefix(m.run("dovecot", "--version"), "2.3.") {
+		conf = dovecot23
+	}
+	m.write("etc/dovecot/dovecot.conf", conf+dovecotBoth)
+	m.write("etc/dovecot/users", "alice:{PLAIN}secret:1000:1000::/srv/alice::\n")
+	m.must(os.MkdirAll(m.file("srv/alice"), 0o755))
+	m.must(os.Chown(m.file("srv/alice"), 1000, 1000))
+	m.copy(filepath.Join(nstest.Root(m), "contrib/dovecot"), "etc/dovecot/conf.d")
+	m.addresses()
+}
+
+// addresses gives a machine that has just booted its network.
+func (m *machine) addresses() {
+	m.Helper()
+	m.run("ip", "address", "add", mailServer+"/32", "dev", "lo")
+	m.run("ip", "route", "add", "local", mailClients, "dev", "lo")
+}
+
+// serve is what 90-nftwl-serve.conf says, and Dovecot's start.
+func (m *machine) serve() {
+	m.Helper()
+	m.install()
+	m.mail()
+	m.run("systemctl", "enable", "--now", "nftwl")
+	m.run("systemctl", "start", "dovecot")
+}
+
+// imap logs in from an address, and out.
+func (m *machine) imap(from string) error {
+	var err error
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		// The thread, which goes to the machine's network, is thrown away with
+		// the goroutine.
+		runtime.LockOSThread()
+		if err = m.joinNetwork(); err == nil {
+			err = imap(from)
+		}
+	}()
+	<-done
+	if err != nil {
+		err = fmt.Errorf("login from %s: %w", from, err)
+	}
+	return err
+}
+
+func (m *machine) joinNetwork() error {
+	ns, err := os.Open(filepath.Join("/proc", strconv.Itoa(m.pid), "ns/net"))
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	return unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET)
+}
+
+func imap(from string) error {
+	// No names, so that the socket is made on this thread.
+	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}, Timeout: patience}
+	conn, err := dialer.Dial("tcp", net.JoinHostPort(mailServer, "143"))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
+		return err
+	}
+	c := textproto.NewConn(conn)
+	if _, err := c.ReadLine(); err != nil {
+		return fmt.Errorf("greeting: %w", err)
+	}
+	// Dovecot says yes to LOGIN when it has the answer of post-login.
+	for _, command := range []string{"LOGIN alice secret", "NOOP", "LOGOUT"} {
+		if err := c.PrintfLine("a %s", command); err != nil {
+			return err
+		}
+		for {
+			line, err := c.ReadLine()
+			if err != nil {
+				return fmt.Errorf("%s: %w", command, err)
+			}
+			if strings.HasPrefix(line, "a OK ") {
+				break
+			}
+			if strings.HasPrefix(line, "a ") {
+				return fmt.Errorf("%s: %s", command, line)
+			}
+		}
+	}
+	return nil
+}
+
+// atOnce is how many log in at the same time.
+const atOnce = 10
+
+// crowd has clients with the numbers from 1 log in, each once. It stops when
+// so many have, and what happens meanwhile is done, which can wait for a
+// client's turn. It returns how many have and which were denied.
+func (m *machine) crowd(least int, meanwhile func(turn func(n int))) (n int, denied []error) {
+	m.Helper()
+	var last atomic.Int64
+	var done atomic.Bool
+	var mu sync.Mutex
+	var clients sync.WaitGroup
+	for range atOnce {
+		clients.Go(func() {
+			for !done.Load() || last.Load() < int64(least) {
+				if err := m.imap(client(int(last.Add(1)))); err != nil {
+					mu.Lock()
+					denied = append(denied, err)
+					mu.Unlock()
+				}
+			}
+		})
+	}
+	func() {
+		// Even where the test ends in it.
+		defer clients.Wait()
+		defer done.Store(true)
+		meanwhile(func(n int) {
+			m.until("the clients' turns", func() error {
+				if at := last.Load(); at < int64(n) {
+					return fmt.Errorf("at number %d, not %d", at, n)
+				}
+				return nil
+			})
+		})
+	}()
+	return int(last.Load()), denied
+}
+
+// trusts checks that the clients with these numbers are trusted on each port.
+func (m *machine) trusts(numbers ...int) {
+	m.Helper()
+	m.until("all are trusted", func() error {
+		got := m.elements()
+		var missing []string
+		for _, n := range numbers {
+			for _, port := range []int{143, 465, 587, 993, 995} {
+				if l, ok := got[element{"trusted", client(n), port}]; !ok || l.comment != "alice" {
+					missing = append(missing, fmt.Sprintf("%s . %d", client(n), port))
+				}
+			}
+		}
+		if len(missing) > 0 {
+			return errors.New(strings.Join(missing, ", "))
+		}
+		return nil
+	})
+}
