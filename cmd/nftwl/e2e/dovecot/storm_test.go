@@ -1,0 +1,131 @@
+package dovecot
+
+import (
+	"fmt"
+	"net"
+	"net/textproto"
+	"os"
+	"os/exec"
+	"slices"
+	"strconv"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Many users log in at once, each from another address, while the sets are
+// saved and listed and the ruleset is loaded anew beside them: all get in, and
+// all are trusted. STORM=500 makes so many.
+func TestStorm(t *testing.T) {
+	count := 100
+	if s := os.Getenv("STORM"); s != "" {
+		var err error
+		count, err = strconv.Atoi(s)
+		must(t, err)
+	}
+	const settings = `
+service imap-login {
+  service_count = 0
+  client_limit = 1000
+  process_limit = 2
+}
+`
+	for _, way := range []struct {
+		name   string
+		with   with
+		trusts bool
+	}{
+		{"without", with{dropIn: func(string) string { return "" }}, false},
+		{"login", with{}, true},
+		{"serve", with{serve: true}, true},
+	} {
+		way.with.dovecot = settings
+		t.Run(way.name, func(t *testing.T) {
+			s := hostDovecot(t).start(t, way.with)
+			loadSets(t)
+			run(t, "ip", "route", "add", "local", "198.18.0.0/15", "dev", "lo")
+			s.write("other.nft", "table inet other\ndelete table inet other\ntable inet other { chain c { tcp dport 25 accept; }; }\n", 0o644)
+
+			// All connections first, on this thread, which is in the namespace.
+			address := func(i int) string { return fmt.Sprintf("198.18.%d.%d", i/250, 1+i%250) }
+			conns := make([]*textproto.Conn, count)
+			for i := range conns {
+				d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(address(i))}, Timeout: patience}
+				c, err := d.Dial("tcp", net.JoinHostPort(server4, "143"))
+				must(t, err)
+				defer c.Close()
+				must(t, c.SetDeadline(time.Now().Add(time.Minute)))
+				conns[i] = textproto.NewConn(c)
+				_, err = conns[i].ReadLine()
+				must(t, err)
+			}
+			begin, done := make(chan struct{}), make(chan time.Duration)
+			for _, c := range conns {
+				go func() {
+					<-begin
+					start := time.Now()
+					err := imapCommand(c, "", "LOGIN alice %s", password)
+					took := time.Since(start)
+					if err == nil {
+						err = imapCommand(c, "1 EXISTS", "SELECT INBOX")
+					}
+					if err == nil {
+						err = imapCommand(c, body, "FETCH 1 BODY[]")
+					}
+					if err == nil {
+						err = imapCommand(c, "BYE", "LOGOUT")
+					}
+					c.Close()
+					if err != nil {
+						t.Error(err)
+					}
+					done <- took
+				}()
+			}
+			close(begin)
+			var times []time.Duration
+			for n := 0; len(times) < count; n++ {
+				beside := [][]string{
+					{"/usr/bin/nftwl", "save", s.path("sets.nft")},
+					{"/usr/bin/nftwl", "list"},
+					{"nft", "-f", s.path("other.nft")},
+				}[n%3]
+				if out, err := exec.Command(beside[0], beside[1:]...).CombinedOutput(); err != nil {
+					t.Errorf("%q: %v: %s", beside, err, out)
+				}
+				for more := true; more; {
+					select {
+					case took := <-done:
+						times = append(times, took)
+					default:
+						more = false
+					}
+				}
+			}
+			trusted := make(map[string]int)
+			for _, e := range elements(t, "trusted_ipv4") {
+				trusted[e.address]++
+			}
+			for i := range count {
+				if n := trusted[address(i)]; way.trusts && n != 5 {
+					t.Errorf("%s is trusted on %d ports", address(i), n)
+				}
+			}
+			if s.resident != nil {
+				fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", s.resident.Process.Pid))
+				must(t, err)
+				if len(fds) > 20 {
+					t.Errorf("nftwl serve has %d descriptors open after the storm", len(fds))
+				}
+				s.stopResident(unix.SIGTERM)
+				if said := s.read("resident"); said != "" {
+					t.Errorf("nftwl serve says %q", said)
+				}
+			}
+			s.wantLog()
+			slices.Sort(times)
+			t.Logf("%d logins at once: median %v, 99th percentile %v", count, times[count/2].Round(time.Millisecond), times[count*99/100].Round(time.Millisecond))
+		})
+	}
+}
