@@ -1,0 +1,297 @@
+package fail2ban
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+)
+
+var addr = netip.MustParseAddr
+
+// The ports of the jails.
+var (
+	sasl = []int{25, 110, 143, 465, 587, 993, 995}
+	all  = []int{25, 110, 143, 465, 587, 993, 995, 4190}
+	imap = []int{110, 143, 465, 587, 993, 995, 4190}
+)
+
+// A set-up is one that people describe: a line, for an address, after so many
+// of which it is to be banned.
+type setUp struct {
+	name     string
+	line     string
+	own      string // the address in the description; "" where it gives none
+	jail     string
+	maxretry int
+	bantime  time.Duration
+	ports    []int
+}
+
+var setUps = []setUp{
+	{"Postfix and Dovecot, CentOS 8: SASL",
+		"postfix/smtpd[175371]: warning: unknown[%s]: SASL LOGIN authentication failed: UGFzc3dvcmQ6",
+		"46.38.145.252", "postfix-sasl", 3, time.Hour, sasl},
+	{"Postfix and Dovecot, CentOS 8: auth_verbose",
+		"auth-worker(175697): Info: sql(mcm@example.com,%s): unknown user",
+		"87.246.7.66", "dovecot-auth", 5, 10 * time.Minute, imap},
+	{"lost connections: AUTH",
+		"postfix/smtpd[5912]: lost connection after AUTH from static-68-236-203-102.nwrk.east.example.net[%s]",
+		"68.236.203.102", "postfix-lost", 5, 10 * time.Minute, all},
+	{"lost connections: UNKNOWN",
+		"postfix/smtpd[5908]: lost connection after UNKNOWN from unknown[%s]",
+		"", "postfix-lost", 5, 10 * time.Minute, all},
+	{"lost connections: EHLO",
+		"postfix/submission/smtpd[5908]: lost connection after EHLO from unknown[%s]",
+		"", "postfix-lost", 5, 10 * time.Minute, all},
+	{"Dovecot with PAM",
+		"dovecot-auth: pam_unix(dovecot:auth): authentication failure; logname= uid=0 euid=0 tty=dovecot ruser=tester rhost=%s",
+		"60.161.14.153", "dovecot-auth", 5, 10 * time.Minute, imap},
+	{"Dovecot 2.3 with PAM, auth_verbose",
+		"dovecot: auth-worker(2711): pam(tester,%s,<ybIwVMJgYc3AAAIH>): pam_authenticate() failed: Authentication failure (password mismatch?)",
+		"", "dovecot-auth", 5, 10 * time.Minute, imap},
+	{"Dovecot 2.0",
+		"dovecot: pop3-login: Aborted login (auth failed, 1 attempts): user=<tester>, method=PLAIN, rip=%s, lip=192.0.2.1",
+		"", "dovecot", 3, time.Hour, imap},
+	{"Dovecot 2.3",
+		"dovecot: imap-login: Disconnected: Connection closed (auth failed, 1 attempts in 2 secs): user=<tester>, method=PLAIN, rip=%s, lip=192.0.2.1, TLS, session=<ybIwVMJgYc3AAAIH>",
+		"", "dovecot", 3, time.Hour, imap},
+	{"Dovecot 2.4",
+		"dovecot: imap-login: Login aborted: Logged out (auth failed, 2 attempts in 0 secs) (auth_failed): user=<tester>, method=PLAIN, rip=%s, lip=192.0.2.1, session=<VrAPVMJgU+3AAAIH>",
+		"", "dovecot", 3, time.Hour, imap},
+	{"Postfix, Cyrus and SASL: SASL",
+		"postfix/smtpd[3325]: warning: host.example.net[%s]: SASL CRAM-MD5 authentication failed: authentication failure",
+		"", "postfix-sasl", 3, time.Hour, sasl},
+	{"Postfix, Cyrus and SASL: IMAP",
+		"cyrus/imap[18541]: badlogin: host.example.net[%s] plaintext tester SASL(-13): authentication failure: checkpass failed",
+		"", "cyrus-imap", 3, 10 * time.Minute, imap},
+	{"Postfix, Cyrus and SASL: POP3",
+		"cyrus/pop3[18542]: badlogin: [%s] DIGEST-MD5 [SASL(-13): authentication failure: client response doesn't match what we generated]",
+		"", "cyrus-imap", 3, 10 * time.Minute, imap},
+}
+
+// attackers are the addresses of the set-up with an index: its own one, and
+// one of each family that is for documentation.
+func (s setUp) attackers(i int) []netip.Addr {
+	list := []netip.Addr{addr(fmt.Sprintf("198.51.100.%d", 10+i)), addr(fmt.Sprintf("2001:db8:a:%d::66", i))}
+	if s.own != "" {
+		list = append(list, addr(s.own))
+	}
+	return list
+}
+
+func (s setUp) ban(who netip.Addr) ban { return ban{setOf(who), who.String(), s.jail, s.bantime} }
+
+func setOf(who netip.Addr) string {
+	if who.Is4() {
+		return "banned_ipv4"
+	}
+	return "banned_ipv6"
+}
+
+// Every line of every set-up bans, after its number, on its ports, for its
+// time, and none does before.
+func TestSetUps(t *testing.T) {
+	each(t, func(t *testing.T, root string) {
+		m := boot(t, root, with{})
+		want := make(bans)
+		var lines, last []string
+		for i, s := range setUps {
+			for _, who := range s.attackers(i) {
+				line := fmt.Sprintf(s.line, who)
+				for range s.maxretry - 1 {
+					lines = append(lines, line)
+				}
+				last = append(last, line)
+				want[s.ban(who)] = s.ports
+			}
+		}
+		m.log(lines...)
+		for i, s := range setUps {
+			for _, who := range s.attackers(i) {
+				m.poll(fmt.Sprintf("%s: %d failures of %s", s.name, s.maxretry-1, who), func() bool {
+					return m.found(s.jail, who) == s.maxretry-1
+				})
+			}
+		}
+		m.banned(bans{})
+		m.log(last...)
+		m.banned(want)
+
+		table := m.run("nftwl", "list", "banned")
+		for i, s := range setUps {
+			port := s.ports[i%len(s.ports)]
+			for _, who := range s.attackers(i)[:2] {
+				m.drop(who, port)
+				m.pass(who, 22)
+				m.pass(neighbour(who), port)
+				if n := m.found(s.jail, who); n != s.maxretry {
+					t.Errorf("%s: %d failures of %s, after %d lines", s.name, n, who, s.maxretry)
+				}
+			}
+			for _, who := range s.attackers(i) {
+				if row := rowOf(table, who); !strings.HasSuffix(row, s.jail) {
+					t.Errorf("%s: `nftwl list` shows %q", s.name, row)
+				}
+			}
+		}
+	})
+}
+
+// neighbour is an address in another network than any attacker's.
+func neighbour(who netip.Addr) netip.Addr {
+	if who.Is4() {
+		return addr("203.0.113.5")
+	}
+	return addr("2001:db8:a:ffff::5")
+}
+
+func rowOf(table string, who netip.Addr) string {
+	for row := range strings.Lines(table) {
+		if f := strings.Fields(row); len(f) > 1 && f[1] == who.String() {
+			return strings.TrimSpace(row)
+		}
+	}
+	return ""
+}
+
+// All that Postfix and Dovecot log of one attempt counts once in a jail, and
+// is not added up over jails.
+func TestOneAttemptCountsOnce(t *testing.T) {
+	postfix, dovecot23, pam, dovecot24 := addr("198.51.100.1"), addr("198.51.100.2"), addr("198.51.100.3"), addr("2001:db8:a::4")
+	attempts := map[netip.Addr][]string{
+		postfix: {
+			"postfix/smtpd[371]: connect from unknown[%s]",
+			"postfix/smtpd[371]: warning: unknown[%s]: SASL LOGIN authentication failed: UGFzc3dvcmQ6",
+			"postfix/smtpd[371]: lost connection after AUTH from unknown[%s]",
+			"postfix/smtpd[371]: disconnect from unknown[%s] ehlo=1 auth=0/1 commands=1/2",
+		},
+		dovecot23: {
+			"dovecot: auth: passwd-file(alice,%s,<potQVcJgqZrAAAIH>): Password mismatch",
+			"dovecot: imap-login: Disconnected: Connection closed (auth failed, 1 attempts in 1 secs): user=<alice>, method=PLAIN, rip=%s, lip=192.0.2.1, session=<potQVcJgqZrAAAIH>",
+		},
+		pam: {
+			"auth: pam_unix(dovecot:auth): authentication failure; logname= uid=0 euid=0 tty=dovecot ruser=alice rhost=%s  user=alice",
+			"dovecot: imap-login: Disconnected: Connection closed (auth failed, 1 attempts in 1 secs): user=<alice>, method=PLAIN, rip=%s, lip=192.0.2.1, session=<potQVcJgqZrAAAIH>",
+		},
+		dovecot24: {
+			"dovecot: auth(alice,%s,sasl:plain)<r28vVcJg/b3AAAIH>: passwd-file: Password mismatch",
+			"dovecot: imap-login: Login aborted: Connection closed (auth failed, 1 attempts in 0 secs) (auth_failed): user=<alice>, method=PLAIN, rip=%s, lip=2001:db8::1, session=<r28vVcJg/b3AAAIH>",
+		},
+	}
+	counts := map[netip.Addr]map[string]int{
+		postfix:   {"postfix-sasl": 1, "postfix-lost": 1},
+		dovecot23: {"dovecot": 1, "dovecot-auth": 1},
+		pam:       {"dovecot": 1, "dovecot-auth": 1},
+		dovecot24: {"dovecot": 1},
+	}
+	each(t, func(t *testing.T, root string) {
+		m := boot(t, root, with{})
+		const tries = 2
+		for who, lines := range attempts {
+			for range tries {
+				for _, line := range lines {
+					m.log(fmt.Sprintf(line, who))
+				}
+			}
+		}
+		// Who comes last in the log shows that every jail has read it all.
+		end := m.endOfLog()
+		for who, jails := range counts {
+			for _, jail := range []string{"postfix-sasl", "postfix-lost", "dovecot", "dovecot-auth", "cyrus-imap"} {
+				if got, want := m.found(jail, who), tries*jails[jail]; got != want {
+					t.Errorf("%s has counted %d failures of %s, want %d", jail, got, who, want)
+				}
+			}
+		}
+		m.banned(end)
+
+		// The third attempt is one too many, and one jail says so.
+		for who, lines := range attempts {
+			for _, line := range lines {
+				m.log(fmt.Sprintf(line, who))
+			}
+		}
+		end[ban{"banned_ipv4", postfix.String(), "postfix-sasl", time.Hour}] = sasl
+		end[ban{"banned_ipv4", dovecot23.String(), "dovecot", time.Hour}] = imap
+		end[ban{"banned_ipv4", pam.String(), "dovecot", time.Hour}] = imap
+		end[ban{"banned_ipv6", dovecot24.String(), "dovecot", time.Hour}] = imap
+		m.banned(end)
+	})
+}
+
+// endOfLog makes an attacker of one's own for each jail, and waits until he is
+// banned: every line before his has then been read. It returns his bans.
+func (m *machine) endOfLog() bans {
+	m.Helper()
+	want := make(bans)
+	last := make(map[string]bool)
+	for i, s := range setUps {
+		if last[s.jail] {
+			continue
+		}
+		last[s.jail] = true
+		who := addr(fmt.Sprintf("203.0.113.%d", 100+i))
+		for range s.maxretry {
+			m.log(fmt.Sprintf(s.line, who))
+		}
+		want[s.ban(who)] = s.ports
+	}
+	m.poll("the last line of the log to be acted on", func() bool {
+		got := m.bans()
+		for b := range want {
+			if got[b] == nil {
+				return false
+			}
+		}
+		return true
+	})
+	return want
+}
+
+// What a client chooses, such as the name of a user, neither bans another nor
+// runs.
+func TestHostileNames(t *testing.T) {
+	attacker, victim := "198.51.100.66", "203.0.113.5"
+	names := []string{
+		"$(touch /run/ran)", "`touch /run/ran`", "';touch /run/ran;'", `";touch /run/ran;"`, "<ip>", "%(port)s",
+		"x>, method=PLAIN, rip=" + victim + ", lip=192.0.2.1, session=<a",
+		"x>, method=PLAIN, rip=" + victim + ", lip=192.0.2.1",
+		"x> rip=" + victim + ", session=<a>",
+		"x," + victim + ",",
+		"x) rhost=" + victim + " ",
+		"x[" + victim + "]: SASL LOGIN authentication failed: x",
+	}
+	each(t, func(t *testing.T, root string) {
+		m := boot(t, root, with{})
+		for _, name := range names {
+			for range 5 {
+				m.log(
+					"postfix/smtpd[371]: warning: unknown["+attacker+"]: SASL LOGIN authentication failed: authentication failure, sasl_username="+name,
+					"dovecot: imap-login: Disconnected: Connection closed (auth failed, 1 attempts in 1 secs): user=<"+name+">, method=PLAIN, rip="+attacker+", lip=192.0.2.1, session=<S>",
+					"dovecot: imap-login: Login aborted: Connection closed (auth failed, 1 attempts in 0 secs) (auth_failed): user=<"+name+">, method=PLAIN, rip="+attacker+", lip=192.0.2.1, session=<S>",
+					"dovecot: auth: passwd-file("+name+","+attacker+",<S>): Password mismatch",
+					"auth: pam_unix(dovecot:auth): authentication failure; logname= uid=0 euid=0 tty=dovecot ruser="+name+" rhost="+attacker+"  user=root",
+					"cyrus/imap[18541]: badlogin: host.example.net["+attacker+"] plaintext "+name+" SASL(-13): authentication failure: checkpass failed",
+				)
+			}
+		}
+		m.endOfLog()
+		caught := make(map[string]bool)
+		for b := range m.bans() {
+			switch b.address {
+			case victim:
+				t.Errorf("a name has banned %s from %s", victim, b.comment)
+			case attacker:
+				caught[b.comment] = true
+			}
+		}
+		if len(caught) == 0 {
+			t.Error("the attacker is not banned")
+		}
+		if m.status("test", "-e", "/run/ran") == 0 {
+			t.Error("a name was run")
+		}
+	})
+}

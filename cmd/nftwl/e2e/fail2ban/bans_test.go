@@ -1,0 +1,370 @@
+package fail2ban
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// The lines of two jails.
+const (
+	wrongPassword = "dovecot: imap-login: Disconnected: Connection closed (auth failed, 1 attempts in 2 secs): user=<alice>, method=PLAIN, rip=%s, lip=192.0.2.1, session=<S>"
+	wrongSASL     = "postfix/smtpd[371]: warning: unknown[%s]: SASL LOGIN authentication failed: UGFzc3dvcmQ6"
+)
+
+// fail logs failures of an address.
+func (m *machine) fail(line string, who netip.Addr, times int) {
+	m.Helper()
+	for range times {
+		m.log(fmt.Sprintf(line, who))
+	}
+}
+
+// login has Dovecot's user log in.
+func (m *machine) login(who netip.Addr) {
+	m.Helper()
+	m.run("env", "IP="+who.String(), "USER=alice", "nftwl", "login", "/bin/true")
+}
+
+// Who has logged in is never banned, however often a password is wrong there;
+// and who logs in after two wrong ones has not yet been banned for the third.
+func TestTrusted(t *testing.T) {
+	each(t, func(t *testing.T, root string) {
+		m := boot(t, root, with{})
+		users := []netip.Addr{addr("203.0.113.7"), addr("2001:db8:a:7::7")}
+		late := []netip.Addr{addr("203.0.113.8"), addr("2001:db8:a:8::8")}
+		for _, who := range users {
+			m.login(who)
+			m.fail(wrongPassword, who, 6)
+			m.fail(wrongSASL, who, 6)
+		}
+		for _, who := range late {
+			m.fail(wrongPassword, who, 2)
+			m.poll("two failures", func() bool { return m.found("dovecot", who) == 2 })
+			m.login(who)
+			m.fail(wrongPassword, who, 4)
+		}
+		m.banned(m.endOfLog())
+		for _, who := range slices.Concat(users, late) {
+			ignored := m.count(fmt.Sprintf("[dovecot] Ignore %s by command", who))
+			if n := m.found("dovecot", who); n+ignored != 6 || ignored < 4 {
+				t.Errorf("of 6 failures of %s %d are counted, and %d are not", who, n, ignored)
+			}
+			m.pass(who, 993)
+		}
+
+		// Trust that has ended protects no more.
+		for _, who := range late {
+			m.run("nftwl", "remove", who.String())
+			m.fail(wrongPassword, who, 1)
+			m.poll("a ban", func() bool { return m.status("nftwl", "check", "-q", "--banned", who.String()) == 0 })
+			m.drop(who, 993)
+		}
+	})
+}
+
+// With ipv6_prefix: 64, login, failure, ban and unban mean the same network.
+func TestIPv6Network(t *testing.T) {
+	user, colleague := addr("2001:db8:a:7::7"), addr("2001:db8:a:7:ffff::8")
+	attacker, beside := addr("2001:db8:a:66::1"), addr("2001:db8:a:66:ffff::2")
+	network := addr("2001:db8:a:66::")
+	each(t, func(t *testing.T, root string) {
+		m := boot(t, root, with{
+			config: "ipv6_prefix: 64\n",
+			firewall: func(file string) string {
+				return strings.ReplaceAll(file, `#include "nftwl/trusted-prefix64.nft"`, `include "nftwl/trusted-prefix64.nft"`)
+			},
+		})
+		m.login(user)
+		m.fail(wrongPassword, colleague, 6)
+		m.fail(wrongPassword, attacker, 3)
+		want := m.endOfLog()
+		want[ban{"banned_ipv6", network.String(), "dovecot", time.Hour}] = imap
+		m.banned(want)
+		m.pass(colleague, 993)
+		for _, who := range []netip.Addr{attacker, beside} {
+			m.drop(who, 993)
+			if m.status("nftwl", "check", "-q", "--banned", who.String()) != 0 {
+				t.Errorf("`nftwl check --banned` says that %s is not banned", who)
+			}
+		}
+		m.run("fail2ban-client", "set", "dovecot", "unbanip", attacker.String())
+		delete(want, ban{"banned_ipv6", network.String(), "dovecot", time.Hour})
+		m.banned(want)
+		m.pass(attacker, 993)
+		m.pass(beside, 993)
+	})
+}
+
+// An unban takes what its own jail has banned, and nothing else.
+func TestUnban(t *testing.T) {
+	each(t, func(t *testing.T, root string) {
+		m := boot(t, root, with{})
+		one, both, byHand := addr("198.51.100.66"), addr("198.51.100.67"), addr("2001:db8:a:66::1")
+		m.run("nftwl", "ban", "--timeout", "7d", "--port", "143,993", "--comment", "by hand", byHand.String())
+		m.fail(wrongPassword, one, 3)
+		m.fail(wrongPassword, both, 3)
+		m.fail(wrongPassword, byHand, 3)
+		want := bans{
+			{"banned_ipv4", one.String(), "dovecot", time.Hour}:             imap,
+			{"banned_ipv4", both.String(), "dovecot", time.Hour}:            imap,
+			{"banned_ipv6", byHand.String(), "by hand", 7 * 24 * time.Hour}: {143, 993},
+			{"banned_ipv6", byHand.String(), "dovecot", time.Hour}:          {110, 465, 587, 995, 4190},
+		}
+		m.banned(want)
+
+		// The second jail's shorter ban adds port 25 and what is not there, and
+		// leaves the rest to the first.
+		m.run("fail2ban-client", "set", "postfix-lost", "banip", both.String())
+		want[ban{"banned_ipv4", both.String(), "postfix-lost", 10 * time.Minute}] = []int{25}
+		m.banned(want)
+		m.run("fail2ban-client", "set", "postfix-lost", "unbanip", both.String())
+		delete(want, ban{"banned_ipv4", both.String(), "postfix-lost", 10 * time.Minute})
+		m.banned(want)
+		m.drop(both, 143)
+
+		// A longer one takes over.
+		m.run("fail2ban-client", "set", "postfix-lost", "bantime", "5h")
+		m.run("fail2ban-client", "set", "postfix-lost", "banip", both.String())
+		delete(want, ban{"banned_ipv4", both.String(), "dovecot", time.Hour})
+		want[ban{"banned_ipv4", both.String(), "postfix-lost", 5 * time.Hour}] = all
+		m.banned(want)
+		m.run("fail2ban-client", "set", "dovecot", "unbanip", both.String())
+		m.banned(want)
+		m.drop(both, 143)
+
+		// All jails unban him; what the administrator did stays.
+		m.run("fail2ban-client", "unban", byHand.String())
+		delete(want, ban{"banned_ipv6", byHand.String(), "dovecot", time.Hour})
+		m.banned(want)
+		m.drop(byHand, 993)
+		m.pass(byHand, 995)
+
+		// By hand, too, and fail2ban does not mind when its own unban finds
+		// nothing.
+		m.run("nftwl", "unban", "--comment", "dovecot", one.String())
+		m.pass(one, 993)
+		m.run("fail2ban-client", "set", "dovecot", "unbanip", one.String())
+		delete(want, ban{"banned_ipv4", one.String(), "dovecot", time.Hour})
+		m.banned(want)
+	})
+}
+
+// A ban ends when its time is over, in the kernel and in fail2ban; the next one
+// can be longer, and one without end is a very long one.
+func TestBantimes(t *testing.T) {
+	each(t, func(t *testing.T, root string) {
+		m := boot(t, root, with{jails: `[dovecot]
+bantime = 8
+bantime.increment = true
+bantime.multipliers = 1 2
+[postfix-sasl]
+bantime = -1
+[cyrus-imap]
+action = nftwl
+`})
+		repeated, forGood := addr("198.51.100.66"), addr("2001:db8:a::66")
+		m.fail(wrongSASL, forGood, 3)
+		permanent := bans{{"banned_ipv6", forGood.String(), "postfix-sasl", 3650 * 24 * time.Hour}: sasl}
+		m.banned(permanent)
+
+		m.fail(wrongPassword, repeated, 3)
+		first := ban{"banned_ipv4", repeated.String(), "dovecot", 8 * time.Second}
+		m.poll("the ban", func() bool { return m.bans()[first] != nil })
+		m.banned(permanent)
+		m.poll("fail2ban to unban, too", func() bool { return m.count("[dovecot] Unban "+repeated.String()) == 1 })
+
+		m.fail(wrongPassword, repeated, 3)
+		second := ban{"banned_ipv4", repeated.String(), "dovecot", 16 * time.Second}
+		m.poll("the longer ban", func() bool { return m.bans()[second] != nil })
+		m.run("fail2ban-client", "set", "dovecot", "unbanip", repeated.String())
+		m.banned(permanent)
+
+		m.run("fail2ban-client", "set", "postfix-sasl", "unbanip", forGood.String())
+		m.banned(bans{})
+
+		// An action that names no ports has those of nftwl.yaml.
+		m.run("fail2ban-client", "set", "cyrus-imap", "banip", repeated.String())
+		m.banned(bans{{"banned_ipv4", repeated.String(), "cyrus-imap", 10 * time.Minute}: {143, 465, 587, 993, 995}})
+		m.run("fail2ban-client", "set", "cyrus-imap", "unbanip", repeated.String())
+		m.banned(bans{})
+	})
+}
+
+// Neither a restart of fail2ban, nor a reload of the firewall, nor a reboot
+// ends or prolongs a ban.
+func TestRestarts(t *testing.T) {
+	const slack = 3 * time.Second
+	each(t, func(t *testing.T, root string) {
+		m := boot(t, root, with{})
+		v4, v6 := addr("198.51.100.66"), addr("2001:db8:a:66::1")
+		m.fail(wrongPassword, v4, 3)
+		m.fail(wrongSASL, v6, 3)
+		m.run("nftwl", "ban", "--timeout", "2h", "--comment", "by hand", "198.51.100.67")
+		want := bans{
+			{"banned_ipv4", v4.String(), "dovecot", time.Hour}:         imap,
+			{"banned_ipv6", v6.String(), "postfix-sasl", time.Hour}:    sasl,
+			{"banned_ipv4", "198.51.100.67", "by hand", 2 * time.Hour}: {143, 465, 587, 993, 995},
+		}
+		m.banned(want)
+		before := m.left()
+		same := func(what string) {
+			t.Helper()
+			now := m.left()
+			if !slices.Equal(slices.Sorted(maps.Keys(now)), slices.Sorted(maps.Keys(before))) {
+				t.Fatalf("%s: banned are\n%v\nand should be\n%v", what, m.bans(), want)
+			}
+			for key, end := range now {
+				if d := end.Sub(before[key]); d.Abs() > slack {
+					t.Errorf("%s: the ban of %s ends %v later", what, key, d)
+				}
+			}
+			m.drop(v4, 993)
+			m.drop(v6, 587)
+		}
+		reload := func() { m.run("nft", "-f", "/etc/nftables.conf") }
+		restored := func(n int) {
+			t.Helper()
+			m.poll("fail2ban to restore its bans", func() bool { return strings.Count(m.said(), "] Restore Ban ") == n })
+			// A jail that answers has done what was before: fail2ban runs one
+			// command of an action at a time.
+			m.run("fail2ban-client", "set", "cyrus-imap", "banip", "203.0.113.200")
+			m.poll("a ban after that", func() bool {
+				return m.status("nftwl", "check", "-q", "--banned", "--port", "143", "203.0.113.200") == 0
+			})
+			m.run("fail2ban-client", "set", "cyrus-imap", "unbanip", "203.0.113.200")
+		}
+
+		m.stop()
+		same("fail2ban is stopped")
+		m.start()
+		restored(2)
+		same("fail2ban is restarted")
+		if s := m.run("fail2ban-client", "status", "dovecot"); !strings.Contains(s, v4.String()) {
+			t.Errorf("fail2ban-client does not show %s:\n%s", v4, s)
+		}
+		m.run("fail2ban-client", "reload")
+		same("fail2ban is reloaded")
+
+		// What nftwl-persist.service does around a reload of nftables.service.
+		m.run("nftwl", "save")
+		reload()
+		m.run("nftwl", "restore")
+		same("the firewall is reloaded")
+
+		m.stop()
+		m.run("nftwl", "save")
+		reload()
+		m.banned(bans{})
+		m.run("nftwl", "restore")
+		same("after a reboot")
+		m.start()
+		restored(4)
+		same("after a reboot, with fail2ban")
+
+		// Nothing was saved. What fail2ban has banned, it bans again, for the
+		// time that is left: its bans are half an hour old by now.
+		m.stop()
+		reload()
+		m.age(30 * time.Minute)
+		m.start()
+		restored(6)
+		for key, end := range before {
+			before[key] = end.Add(-30 * time.Minute)
+			if strings.HasSuffix(key, " by hand") {
+				delete(before, key)
+			}
+		}
+		same("the kernel has lost all")
+
+		// fail2ban can unban what it has restored.
+		m.run("fail2ban-client", "set", "dovecot", "unbanip", v4.String())
+		m.pass(v4, 993)
+	})
+}
+
+// age makes the bans in the database of a fail2ban that is stopped older.
+func (m *machine) age(by time.Duration) {
+	m.Helper()
+	m.run("python3", "-c", fmt.Sprintf(`
+import sqlite3
+with sqlite3.connect("/var/lib/fail2ban/fail2ban.sqlite3") as db:
+    for table in "bans", "bips":
+        db.execute("UPDATE %%s SET timeofban = timeofban - %d" %% table)
+`, int(by.Seconds())))
+}
+
+// fail2ban's "unban --all" forgets its bans, and the firewall keeps them.
+func TestUnbanAll(t *testing.T) {
+	each(t, func(t *testing.T, root string) {
+		m := boot(t, root, with{})
+		who := addr("198.51.100.66")
+		m.fail(wrongPassword, who, 3)
+		want := bans{{"banned_ipv4", who.String(), "dovecot", time.Hour}: imap}
+		m.banned(want)
+		m.run("fail2ban-client", "unban", "--all")
+		m.banned(want)
+		m.run("nftwl", "flush", "banned")
+		m.banned(bans{})
+		m.fail(wrongPassword, who, 3)
+		m.banned(want)
+	})
+}
+
+// With norestored=1, a start of fail2ban runs no command for the bans that it
+// restores, and as the price of it neither does their unban.
+func TestNoRestored(t *testing.T) {
+	each(t, func(t *testing.T, root string) {
+		m := boot(t, root, with{jails: "[dovecot]\naction = nftwl[norestored=1, port=\"%(port)s\"]\n"})
+		who, lost := addr("198.51.100.66"), addr("198.51.100.67")
+		m.fail(wrongPassword, who, 3)
+		m.fail(wrongPassword, lost, 3)
+		banned := func(who netip.Addr) ban { return ban{"banned_ipv4", who.String(), "dovecot", time.Hour} }
+		m.banned(bans{banned(who): imap, banned(lost): imap})
+		m.stop()
+		m.run("nftwl", "unban", "--port", "110,143,465,587,993,995,4190", lost.String())
+		m.start()
+		m.poll("fail2ban to restore its bans", func() bool { return strings.Count(m.said(), "[dovecot] Restore Ban ") == 2 })
+		m.run("fail2ban-client", "set", "dovecot", "unbanip", who.String())
+		// By the ban of another it has done with those before him.
+		last := addr("2001:db8:a::66")
+		m.fail(wrongPassword, last, 3)
+		m.banned(bans{banned(who): imap, {"banned_ipv6", last.String(), "dovecot", time.Hour}: imap})
+	})
+}
+
+// Who is banned by fail2ban's own action is banned by nftwl after the restart
+// with the files of contrib/fail2ban.
+func TestFromPlainFail2ban(t *testing.T) {
+	each(t, func(t *testing.T, root string) {
+		m := boot(t, root, with{jails: "[dovecot]\naction = nftables[port=\"imap,imaps\"]\n"})
+		who := addr("198.51.100.66")
+		m.fail(wrongPassword, who, 3)
+		m.poll("fail2ban's own ban", func() bool { return strings.Contains(m.run("nft", "list", "ruleset"), "elements = { "+who.String()) })
+		m.banned(bans{})
+		m.stop()
+		m.write("run/jails/jail.d/test.local", "")
+		m.start()
+		b := ban{set: "banned_ipv4", address: who.String(), comment: "dovecot"}
+		m.poll("nftwl's own", func() bool {
+			for got, ports := range m.bans() {
+				b.bantime = got.bantime
+				if got == b && slices.Equal(ports, imap) {
+					return true
+				}
+			}
+			return false
+		})
+		if b.bantime > time.Hour || b.bantime < time.Hour-patience {
+			t.Errorf("banned for %v", b.bantime)
+		}
+		m.drop(who, 993)
+		if tables := m.run("nft", "list", "tables"); strings.Contains(tables, "f2b") {
+			t.Errorf("fail2ban's own table is there still:\n%s", tables)
+		}
+	})
+}

@@ -1,0 +1,58 @@
+package fail2ban
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+)
+
+// BenchmarkRestart measures, in seconds, what a restart of fail2ban costs with a
+// thousand bans: to stop; to start, until it has done with its bans, of which
+// the kernel has kept the elements; and the same with all of them lost.
+func BenchmarkRestart(b *testing.B) {
+	const count = 1000
+	for _, s := range systems {
+		for _, jail := range []struct{ name, text string }{
+			{"shipped", ""},
+			{"norestored", "action = nftwl[norestored=1, port=\"%(port)s\"]\n"},
+			{"no-ignorecommand", "ignorecommand =\n"},
+		} {
+			b.Run(s.name+"/"+jail.name, func(b *testing.B) {
+				m := boot(b, s.root(b), with{jails: "[dovecot]\n" + jail.text})
+				args := []string{"set", "dovecot", "banip"}
+				for i := range count {
+					args = append(args, fmt.Sprintf("198.51.%d.%d", i/250, i%250+1))
+				}
+				m.run("fail2ban-client", args...)
+				all := func() bool { return len(m.bans()) == count }
+				m.poll("the bans", all)
+
+				measure := func(name string, f func()) {
+					start := time.Now()
+					f()
+					b.ReportMetric(time.Since(start).Seconds(), name)
+				}
+				restored := func(n int) {
+					m.poll("fail2ban to restore its bans", func() bool { return strings.Count(m.said(), "] Restore Ban ") == n })
+				}
+				b.ReportMetric(0, "ns/op")
+				measure("stop", m.stop)
+				measure("kept", func() {
+					m.start()
+					restored(count)
+				})
+				if jail.name == "norestored" {
+					return
+				}
+				m.stop()
+				m.run("nftwl", "flush", "banned")
+				measure("lost", func() {
+					m.start()
+					restored(2 * count)
+					m.poll("the bans", all)
+				})
+			})
+		}
+	}
+}

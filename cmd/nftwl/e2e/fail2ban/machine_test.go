@@ -1,0 +1,440 @@
+package fail2ban
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/nstest"
+)
+
+// patience bounds each wait for something that must happen. It is no guess of
+// how long that takes: every wait ends as soon as it has happened.
+const patience = 30 * time.Second
+
+// firewall is the file that nftables.service would load, at boot and at each
+// reload.
+const firewall = `flush ruleset
+include "nftwl/nftwl.nft"
+table inet filter {
+	chain input {
+		type filter hook input priority filter; policy accept;
+		ct state established,related accept
+		jump nftwl
+	}
+}
+`
+
+// allJails enables what contrib/fail2ban has, and not what Debian does. The
+// logs are files; Debian 13's own choice is the journal.
+const allJails = `[DEFAULT]
+postfix_backend = auto
+dovecot_backend = auto
+syslog_backend = auto
+[sshd]
+enabled = false
+[postfix-sasl]
+enabled = true
+[postfix-lost]
+enabled = true
+[dovecot]
+enabled = true
+[dovecot-auth]
+enabled = true
+[cyrus-imap]
+enabled = true
+`
+
+// with is what differs between the machines of the tests.
+type with struct {
+	config   string              // /etc/nftwl.yaml; none if empty
+	firewall func(string) string // edits a file of /etc/nftwl
+	jails    string              // more than is in /etc/fail2ban/jail.local
+}
+
+// A machine is a mail server with a firewall, nftwl and fail2ban, all of them
+// in the places where they are installed; and the internet, a cable away.
+type machine struct {
+	testing.TB
+	root     string // of an installed Debian
+	internet *nstest.Peer
+	fail2ban *exec.Cmd // nil while it is stopped
+	out      strings.Builder
+}
+
+// systems are the roots of those whose fail2ban must do: 1.0 and 1.1.
+var systems = []struct {
+	name string
+	root func(testing.TB) string
+}{
+	{"host", func(t testing.TB) string {
+		nstest.Need(t, "fail2ban-server", "fail2ban")
+		return "/"
+	}},
+	{"trixie", nstest.Trixie},
+}
+
+// each runs a test on every system.
+func each(t *testing.T, test func(t *testing.T, root string)) {
+	t.Parallel()
+	for _, s := range systems {
+		t.Run(s.name, func(t *testing.T) {
+			t.Parallel()
+			test(t, s.root(t))
+		})
+	}
+}
+
+// boot makes a machine in new network and mount namespaces, loads its firewall
+// and starts fail2ban. The calling goroutine stays in them: see nstest.New.
+func boot(t testing.TB, root string, w with) *machine {
+	t.Helper()
+	m := &machine{TB: t, root: root}
+	nftwl := nstest.Build(t, "cmd/nftwl")
+	contrib := filepath.Join(nstest.Root(t), "contrib")
+
+	nstest.New(t)
+	m.internet = nstest.NewPeer(t, "198.51.100.0/24", "203.0.113.0/24", "2001:db8:a::/48",
+		"46.38.145.0/24", "60.161.14.0/24", "68.236.203.0/24", "87.246.7.0/24")
+
+	m.must(unix.Unshare(unix.CLONE_NEWNS))
+	m.must(unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
+	for _, name := range []string{"run", "var/log", "var/lib"} {
+		m.must(unix.Mount("none", m.path(name), "tmpfs", 0, "mode=755"))
+	}
+	if root != "/" {
+		for _, name := range []string{"dev", "proc"} {
+			m.must(unix.Mount("/"+name, m.path(name), "", unix.MS_BIND|unix.MS_REC, ""))
+		}
+	}
+	for _, name := range []string{"run/fail2ban", "var/lib/fail2ban", "var/lib/nftwl", "run/etc/nftwl", "run/jails/jail.d"} {
+		m.must(os.MkdirAll(m.path(name), 0o755))
+	}
+	m.write("var/log/mail.log", "")
+	m.write("var/log/auth.log", "")
+
+	// Read-only overlays: the machine's own folders, and ours before them.
+	m.overlay("usr/bin", filepath.Dir(nftwl))
+	m.write("run/etc/nftables.conf", firewall)
+	rules, err := filepath.Glob(filepath.Join(contrib, "nftables/*.nft"))
+	m.must(err)
+	for _, name := range rules {
+		text, err := os.ReadFile(name)
+		m.must(err)
+		if w.firewall != nil {
+			text = []byte(w.firewall(string(text)))
+		}
+		m.write("run/etc/nftwl/"+filepath.Base(name), string(text))
+	}
+	if w.config != "" {
+		m.write("run/etc/nftwl.yaml", w.config)
+	} else {
+		// What overlayfs takes for "no such file here".
+		m.must(unix.Mknod(m.path("run/etc/nftwl.yaml"), unix.S_IFCHR, 0))
+	}
+	// fail2ban looks up its own name, which a test's name server does not know.
+	host, err := os.Hostname()
+	m.must(err)
+	m.write("run/etc/hosts", "127.0.0.1 localhost "+host+"\n::1 localhost "+host+"\n")
+	m.overlay("etc", m.path("run/etc"))
+	m.write("run/jails/jail.local", allJails)
+	m.write("run/jails/jail.d/test.local", w.jails)
+	m.overlay("etc/fail2ban", m.path("run/jails"), filepath.Join(contrib, "fail2ban"))
+
+	for _, port := range []int{22, 25, 110, 143, 465, 587, 993, 995, 4190} {
+		m.listen(port)
+	}
+	m.run("nft", "-f", "/etc/nftables.conf")
+	m.Cleanup(func() {
+		if m.fail2ban != nil {
+			m.stop()
+		}
+		if m.Failed() {
+			m.Logf("fail2ban: %s\n%s", &m.out, m.said())
+		}
+	})
+	m.start()
+	return m
+}
+
+// path is where the test finds a file of the machine's.
+func (m *machine) path(name string) string { return filepath.Join(m.root, name) }
+
+func (m *machine) write(name, text string) {
+	m.Helper()
+	m.must(os.WriteFile(m.path(name), []byte(text), 0o644))
+	m.must(os.Chmod(m.path(name), 0o644)) // whatever the umask
+}
+
+func (m *machine) overlay(folder string, above ...string) {
+	m.Helper()
+	folder = m.path(folder)
+	lower := strings.Join(append(above, folder), ":")
+	m.must(unix.Mount("overlay", folder, "overlay", unix.MS_RDONLY, "lowerdir="+lower))
+}
+
+func (m *machine) listen(port int) {
+	m.Helper()
+	l, err := net.Listen("tcp", fmt.Sprint(":", port))
+	m.must(err)
+	m.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			conn.Close()
+		}
+	}()
+}
+
+// command is a command on the machine, with the environment of a unit of
+// systemd's.
+func (m *machine) command(name string, args ...string) *exec.Cmd {
+	cmd := exec.Command("/usr/bin/env", append([]string{name}, args...)...)
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: m.root}
+	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", "LANG=C.UTF-8", "TZ=UTC"}
+	return cmd
+}
+
+func (m *machine) run(name string, args ...string) string {
+	m.Helper()
+	out, err := m.command(name, args...).CombinedOutput()
+	if err != nil {
+		m.Fatalf("%s %q: %v\n%s", name, args, err, out)
+	}
+	return string(out)
+}
+
+// status runs a command and returns its exit status.
+func (m *machine) status(name string, args ...string) int {
+	m.Helper()
+	err := m.command(name, args...).Run()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return exit.ExitCode()
+	}
+	m.must(err)
+	return 0
+}
+
+func (m *machine) must(err error) {
+	m.Helper()
+	if err != nil {
+		m.Fatal(err)
+	}
+}
+
+func (m *machine) poll(what string, done func() bool) {
+	m.Helper()
+	for end := time.Now().Add(patience); !done(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			m.Fatalf("waited %v for %s", patience, what)
+		}
+	}
+}
+
+const journal = "var/log/fail2ban.log"
+
+// said is what fail2ban has logged.
+func (m *machine) said() string {
+	text, err := os.ReadFile(m.path(journal))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		m.Fatal(err)
+	}
+	return string(text)
+}
+
+// count returns how many lines of fail2ban's log end in text.
+func (m *machine) count(text string) int { return strings.Count(m.said(), text+"\n") }
+
+// found returns how many failures of an address a jail has counted.
+func (m *machine) found(jail string, who netip.Addr) int {
+	return strings.Count(m.said(), fmt.Sprintf("[%s] Found %s - ", jail, who))
+}
+
+// complaint is any line of fail2ban's log that an administrator would have to
+// look into.
+var complaint = regexp.MustCompile(`(?m)^.*(?:WARNING|ERROR|CRITICAL) .*$`)
+
+// start starts fail2ban, and waits until it watches the logs.
+func (m *machine) start() {
+	m.Helper()
+	started := regexp.MustCompile(`Jail '[\w-]+' started`)
+	before, jails := len(started.FindAllString(m.said(), -1)), 0
+	cmd := m.command("fail2ban-server", "-xf", "start")
+	cmd.Stdout, cmd.Stderr = &m.out, &m.out
+	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+	m.must(cmd.Start())
+	done := make(chan struct{})
+	go func() {
+		_ = cmd.Wait() // its log says why it ended
+		close(done)
+	}()
+	m.fail2ban = cmd
+	jails = strings.Count(m.run("fail2ban-client", "--dump"), "['start', ")
+	m.poll("fail2ban to start its jails", func() bool {
+		select {
+		case <-done:
+			m.Fatal("fail2ban does not start")
+		default:
+		}
+		return len(started.FindAllString(m.said(), -1)) == before+jails
+	})
+}
+
+// stop stops fail2ban, and sees that it had nothing to complain of.
+func (m *machine) stop() {
+	m.Helper()
+	m.run("fail2ban-client", "stop")
+	m.poll("fail2ban to end", func() bool {
+		return m.fail2ban.Process.Signal(syscall.Signal(0)) != nil
+	})
+	m.fail2ban = nil
+	for _, line := range complaint.FindAllString(m.said(), -1) {
+		if !strings.Contains(line, "New database created") {
+			m.Errorf("fail2ban complains: %s", line)
+		}
+	}
+}
+
+// log writes a line, without its time, to the log of the mail server.
+func (m *machine) log(lines ...string) { m.logAt(time.Now(), lines...) }
+
+func (m *machine) logAt(when time.Time, lines ...string) {
+	m.Helper()
+	f, err := os.OpenFile(m.path("var/log/mail.log"), os.O_APPEND|os.O_WRONLY, 0)
+	m.must(err)
+	defer f.Close()
+	var text strings.Builder
+	for _, line := range lines {
+		fmt.Fprintf(&text, "%s mail %s\n", when.UTC().Format(time.Stamp), line)
+	}
+	_, err = io.WriteString(f, text.String())
+	m.must(err)
+}
+
+// A ban is what the elements of an address have in common.
+type ban struct {
+	set, address, comment string
+	bantime               time.Duration
+}
+
+// bans maps bans to their ports.
+type bans map[ban][]int
+
+func (m *machine) bans() bans {
+	m.Helper()
+	all := make(bans)
+	for _, e := range m.list() {
+		b := ban{e.Set, e.Address, e.Comment, seconds(e.Timeout)}
+		all[b] = append(all[b], e.Port)
+	}
+	for _, ports := range all {
+		slices.Sort(ports)
+	}
+	return all
+}
+
+// left maps address, port and comment to the end of the ban.
+func (m *machine) left() map[string]time.Time {
+	m.Helper()
+	all := make(map[string]time.Time)
+	now := time.Now()
+	for _, e := range m.list() {
+		all[fmt.Sprintf("%s . %d %s", e.Address, e.Port, e.Comment)] = now.Add(seconds(e.Expires))
+	}
+	return all
+}
+
+type element struct {
+	Set, Address, Comment string
+	Port                  int
+	Timeout, Expires      float64
+}
+
+func (m *machine) list() (elements []element) {
+	m.Helper()
+	m.must(json.Unmarshal([]byte(m.run("nftwl", "list", "--json", "banned")), &elements))
+	return elements
+}
+
+func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
+
+// banned waits until exactly these bans are in force.
+func (m *machine) banned(want bans) {
+	m.Helper()
+	var got bans
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		if got = m.bans(); reflect.DeepEqual(got, want) {
+			return
+		}
+	}
+	m.Fatalf("banned are\n%v\nand should be\n%v", got, want)
+}
+
+func (b bans) String() string {
+	var lines []string
+	for ban, ports := range b {
+		lines = append(lines, fmt.Sprintf("\t%s %s %q %v on %v", ban.set, ban.address, ban.comment, ban.bantime, ports))
+	}
+	slices.Sort(lines)
+	return strings.Join(lines, "\n")
+}
+
+// A dropped SYN comes again after one second: a connection that is opened
+// within less was let in by its first packet.
+const (
+	soon  = 900 * time.Millisecond // for what must be let in, on a busy machine
+	never = 300 * time.Millisecond // for what must not
+)
+
+// reaches tells whether the firewall lets an address in.
+func (m *machine) reaches(from netip.Addr, port int, timeout time.Duration) bool {
+	m.Helper()
+	server := nstest.ServerIPv4
+	if from.Is6() {
+		server = nstest.ServerIPv6
+	}
+	conn, err := m.internet.Dial(from, netip.AddrPortFrom(server, uint16(port)), timeout)
+	var timed net.Error
+	if err != nil && !(errors.As(err, &timed) && timed.Timeout()) {
+		m.Fatalf("from %s to port %d: %v", from, port, err)
+	}
+	if err != nil {
+		return false
+	}
+	conn.Close()
+	return true
+}
+
+func (m *machine) pass(from netip.Addr, port int) {
+	m.Helper()
+	if !m.reaches(from, port, soon) {
+		m.Errorf("%s is kept from port %d", from, port)
+	}
+}
+
+func (m *machine) drop(from netip.Addr, port int) {
+	m.Helper()
+	if m.reaches(from, port, never) {
+		m.Errorf("%s gets to port %d", from, port)
+	}
+}
