@@ -7,7 +7,7 @@ BENCH = build/bench
 # host's ruleset, and it needs no root.
 NAMESPACE = unshare --user --map-root-user --net --mount
 
-.PHONY: build demo test test-deps lint bench soak fuzz clean
+.PHONY: build demo test test-deps lint bench soak storm fuzz clean
 
 build:
 	go build -trimpath -o $(BIN) ./cmd/nftwl
@@ -36,13 +36,19 @@ bench: test-deps build
 	go build -trimpath -o $(BENCH)/ ./testdata/bench/...
 	$(NAMESPACE) $(BENCH)/login -nftwl $(BIN) -empty $(BENCH)/empty -library $(BENCH)/library \
 		-script testdata/bench/login/trust.sh -rules contrib/nftables/sets.nft
-	@test "$$(id -u)" = 0 || echo "bench: save and restore are measured by root alone: nft's socket is too small otherwise"
+	@test "$$(id -u)" = 0 || echo "bench: whole logins, saving and restoring are measured by root alone: Dovecot needs its users, and nft a large socket"
+	go test -run '^$$' -bench . -benchtime 1x ./cmd/nftwl/e2e/dovecot
 	test "$$(id -u)" != 0 || PATH=$(CURDIR)/build:$$PATH unshare --net $(BENCH)/snapshot -most $(MOST)
 
 # Logins, bans, saves and restores at random, against a model.
 SOAK = 10m
 soak:
 	SOAK=$(SOAK) go test -count=1 -timeout 2h -run TestSoak -v ./cmd/nftwl
+
+# Thousands of logins at once, and hundreds through a real Dovecot.
+storm: test-deps
+	STORM=5000 go test -count=1 -run TestStorm -v ./cmd/nftwl
+	STORM=500 go test -count=1 -run TestStorm -v ./cmd/nftwl/e2e/dovecot
 
 # Each parser for FUZZTIME of wall time.
 FUZZTIME = 1m

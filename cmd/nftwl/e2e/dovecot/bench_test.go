@@ -1,0 +1,364 @@
+package dovecot
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"net/textproto"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/nstest"
+	"nftwl/pkg/resident"
+)
+
+// BenchmarkLogin measures whole logins over IMAP (connect, LOGIN, LOGOUT) and
+// prints a table of what each way to trust the clients adds to them. make bench
+// runs it.
+//
+// The servers are alike but for the hook. All are up at the same time and take
+// turns in random order, so that a machine whose speed drifts treats them
+// alike; and all are started anew a few times, as one that lies badly in memory
+// or in the caches stays a few hundredths slower until its end. The figures to
+// quote are the ratios of the medians. Each login comes from an address of its
+// own, so that each has something to write.
+func BenchmarkLogin(b *testing.B) {
+	const (
+		starts = 5   // of each server
+		rounds = 40  // of one login for each server, after each start
+		passes = 2   // of logins at once for each server, after each start
+		logins = 300 // in a pass
+		atOnce = 50
+		warmUp = 10 // more rounds, and logins at once
+	)
+	if !mapped(b, 1000) {
+		nstest.Skip(b, "Dovecot needs its users: run the bench as root")
+	}
+	host := hostDovecot(b)
+	nstest.Need(b, "ipcalc-ng", "ipcalc-ng")
+	script, err := os.ReadFile(filepath.Join(nstest.Root(b), "testdata/bench/login/trust.sh"))
+	must(b, err)
+	candidates := []*candidate{
+		{name: "no hook", with: with{dropIn: func(string) string { return "" }}},
+		{name: "`nftwl serve`", with: with{serve: true}, trusts: true},
+		{name: "`nftwl login`", trusts: true},
+		{name: "the shell script", trusts: true, with: with{
+			files: map[string]string{"trust.sh": string(script)},
+			dropIn: func(s string) string {
+				return strings.Replace(s, command, "executable = script-login "+dir+"/trust.sh", 1)
+			},
+		}},
+	}
+	order := rand.New(rand.NewPCG(1, 2))
+	// In another order each time, as it matters who follows whom.
+	shuffled := func() []*candidate {
+		order.Shuffle(len(candidates), func(i, j int) {
+			candidates[i], candidates[j] = candidates[j], candidates[i]
+		})
+		return candidates
+	}
+	none, table := candidates[0], slices.Clone(candidates)
+	for range starts {
+		for _, c := range shuffled() {
+			c.start(b, host)
+		}
+		for round := range warmUp + rounds {
+			for _, c := range shuffled() {
+				took := c.login()
+				if round >= warmUp {
+					c.inTurn = append(c.inTurn, took)
+				}
+			}
+		}
+		for pass := range 1 + passes {
+			for _, c := range shuffled() {
+				if pass == 0 {
+					c.pass(warmUp, warmUp)
+					continue
+				}
+				before := c.cpu()
+				c.atOnce = append(c.atOnce, c.pass(logins, atOnce))
+				c.used += c.cpu() - before
+			}
+		}
+		for _, c := range candidates {
+			c.stop()
+		}
+	}
+
+	// Not through b.Log, which indents.
+	w := os.Stdout
+	fmt.Fprintf(w, "\nWhole IMAP logins over loopback, each from a new address: median of %d in turn, and of %d passes of %d with %d at once, Dovecot %s, %s, %s, %d processors.\n\n",
+		starts*rounds, starts*passes, logins, atOnce, strings.Fields(host.version)[0], runtime.Version(), kernel(b), runtime.NumCPU())
+	fmt.Fprintf(w, "| hook | in turn | ratio to no hook | %d, %d at once | ratio to no hook | processor time of a login |\n", logins, atOnce)
+	fmt.Fprintln(w, "|---|--:|--:|--:|--:|--:|")
+	for _, c := range table {
+		fmt.Fprintf(w, "| %s | %.2f ms | %.2f | %.2f s | %.2f | %.2f ms |\n", c.name,
+			ms(median(c.inTurn)), ratio(c.inTurn, none.inTurn),
+			median(c.atOnce).Seconds(), ratio(c.atOnce, none.atOnce),
+			ms(c.used)/(starts*passes*logins))
+	}
+	for _, c := range table {
+		if c.with.serve {
+			n := float64(starts * (warmUp + rounds + warmUp + passes*logins))
+			fmt.Fprintf(w, "\n%s answered a request in %.2f ms on average, and took %.2f ms of processor time for it.\n",
+				c.name, 1000*c.answers/n, ms(c.resident)/n)
+		}
+	}
+	fmt.Fprintln(w)
+	b.ReportMetric(0, "ns/op") // which would be that of all together
+}
+
+// candidate is a server to measure, and what was measured over all its starts.
+type candidate struct {
+	name   string
+	with   with
+	trusts bool
+
+	inTurn, atOnce []time.Duration
+	used           time.Duration // in the passes, by all of the server's processes
+	answers        float64       // seconds for all answers of the resident server
+	resident       time.Duration // used by it
+
+	// Since the last start.
+	testing.TB
+	server *server
+	count  int         // of logins
+	work   chan func() // for the goroutine that is in the server's namespaces
+	clean  []func()
+	end    func() // of the goroutine
+}
+
+// start runs the server, from a goroutine of its own: see nstest.New. All that
+// is done with it is done there, until it stops or the bench fails.
+func (c *candidate) start(b *testing.B, host dovecot) {
+	c.TB, c.count, c.clean = b, 0, nil
+	work, ended := make(chan func()), make(chan struct{})
+	c.work = work
+	c.end = sync.OnceFunc(func() {
+		close(work)
+		<-ended
+	})
+	b.Cleanup(c.end)
+	go func() {
+		defer close(ended)
+		defer func() {
+			for _, f := range slices.Backward(c.clean) {
+				f()
+			}
+		}()
+		for f := range work {
+			f()
+		}
+	}()
+	c.do(func() {
+		c.server = host.start(c, c.with)
+		loadSets(c)
+		run(c, nstest.Need(c, "ip", "iproute2"), "route", "add", "local", clients.String(), "dev", "lo")
+	})
+}
+
+// stop sees to it that all logins did all their work, and stops the server.
+func (c *candidate) stop() {
+	c.do(func() {
+		want := 0
+		if c.trusts {
+			want = 5 * c.count
+		}
+		if got := len(elements(c, "trusted_ipv4")); got != want {
+			c.Errorf("%s: after %d logins set trusted_ipv4 has %d elements, want %d", c.name, c.count, got, want)
+		}
+		if c.server.resident != nil {
+			stats, err := resident.Ask(socket)
+			must(c, err)
+			c.answers += stats.Seconds
+			c.resident += c.process(c.server.resident.Process.Pid).cpu
+		}
+		c.server.wantLog()
+	})
+	c.end()
+}
+
+// Cleanup is for the helpers: what they clean up is in the namespaces.
+func (c *candidate) Cleanup(f func()) { c.clean = append(c.clean, f) }
+
+// do calls f in the server's namespaces.
+func (c *candidate) do(f func()) {
+	c.Helper()
+	done := make(chan struct{})
+	c.work <- func() {
+		defer close(done)
+		f()
+	}
+	<-done
+	if c.Failed() {
+		c.FailNow() // the goroutine may have ended
+	}
+}
+
+// clients is where the logins come from: a network that is set aside for
+// benchmarks (RFC 2544).
+var clients = netip.MustParsePrefix("198.18.0.0/15")
+
+// dial connects from an address that was not there before.
+func (c *candidate) dial() net.Conn {
+	c.count++
+	from := clients.Addr().As4()
+	from[1] += byte(c.count >> 16)
+	from[2], from[3] = byte(c.count>>8), byte(c.count)
+	d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.AddrFrom4(from), 0)), Timeout: patience}
+	conn, err := d.Dial("tcp", net.JoinHostPort(server4, "143"))
+	must(c, err)
+	must(c, conn.SetDeadline(time.Now().Add(patience)))
+	return conn
+}
+
+// login logs in once, waits until the server is at rest, and returns how long
+// the login took.
+func (c *candidate) login() (took time.Duration) {
+	c.do(func() {
+		start := time.Now()
+		conn := c.dial()
+		defer conn.Close()
+		err := inAndOut(conn)
+		took = time.Since(start)
+		must(c, err)
+		c.rest()
+	})
+	return took
+}
+
+// pass logs in count times, so many at once, waits until the server is at
+// rest, and returns how long the logins took together.
+func (c *candidate) pass(count, atOnce int) (took time.Duration) {
+	c.do(func() {
+		places := make(chan struct{}, atOnce)
+		var all sync.WaitGroup
+		start := time.Now()
+		for range count {
+			places <- struct{}{}
+			conn := c.dial() // here: another thread is in another namespace
+			all.Go(func() {
+				defer func() { <-places }()
+				defer conn.Close()
+				if err := inAndOut(conn); err != nil {
+					c.Error(err)
+				}
+			})
+		}
+		all.Wait()
+		took = time.Since(start)
+		c.rest()
+	})
+	return took
+}
+
+// inAndOut logs in and out, and returns when the server has closed the
+// connection.
+func inAndOut(conn net.Conn) error {
+	c := textproto.NewConn(conn)
+	if _, err := c.ReadLine(); err != nil {
+		return err
+	}
+	if err := imapCommand(c, "", "LOGIN alice %s", password); err != nil {
+		return err
+	}
+	if err := imapCommand(c, "BYE", "LOGOUT"); err != nil {
+		return err
+	}
+	if line, err := c.ReadLine(); !errors.Is(err, io.EOF) {
+		return fmt.Errorf("after the logout: %q, %v", line, err)
+	}
+	return nil
+}
+
+// rest waits until the processes of the logins are gone, so that one login's
+// end does not slow the next one down.
+func (c *candidate) rest() {
+	lasting := []string{"anvil", "auth", "config", "log", "stats"}
+	poll(c, "Dovecot to be at rest", func() bool {
+		for _, pid := range c.children() {
+			p := c.process(pid)
+			if p.name != "" && !slices.Contains(lasting, p.name) {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// cpu is what all processes of a server at rest have used until now, with
+// those that have ended: each was waited for by its parent.
+func (c *candidate) cpu() (sum time.Duration) {
+	pids := append(c.children(), c.server.cmd.Process.Pid)
+	if c.server.resident != nil {
+		pids = append(pids, c.server.resident.Process.Pid)
+	}
+	for _, pid := range pids {
+		sum += c.process(pid).cpu
+	}
+	return sum
+}
+
+// children returns the process ids of those that Dovecot's master has started.
+func (c *candidate) children() (pids []int) {
+	children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", c.server.cmd.Process.Pid))
+	must(c, err)
+	for _, field := range strings.Fields(string(children)) {
+		pid, err := strconv.Atoi(field)
+		must(c, err)
+		pids = append(pids, pid)
+	}
+	return pids
+}
+
+// process is one as proc_pid_stat(5) shows it; the zero value where it is gone.
+type process struct {
+	name string
+	cpu  time.Duration // its own and its children's
+}
+
+func (c *candidate) process(pid int) (p process) {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) {
+		return p
+	}
+	must(c, err)
+	front, back, _ := strings.Cut(string(stat), ") ")
+	_, p.name, _ = strings.Cut(front, " (")
+	for _, field := range strings.Fields(back)[11:15] { // utime, stime, cutime, cstime
+		ticks, err := strconv.Atoi(field)
+		must(c, err)
+		p.cpu += time.Duration(ticks) * time.Second / 100 // USER_HZ
+	}
+	return p
+}
+
+func median(times []time.Duration) time.Duration {
+	sorted := slices.Sorted(slices.Values(times))
+	return sorted[len(sorted)/2]
+}
+
+func ratio(times, to []time.Duration) float64 { return float64(median(times)) / float64(median(to)) }
+
+func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
+
+func kernel(t testing.TB) string {
+	t.Helper()
+	release, err := os.ReadFile("/proc/sys/kernel/osrelease")
+	must(t, err)
+	return "Linux " + string(bytes.TrimSpace(release))
+}
