@@ -44,9 +44,7 @@ func BenchmarkLogin(b *testing.B) {
 		atOnce = 50
 		warmUp = 10 // more rounds, and logins at once
 	)
-	if !mapped(b, 1000) {
-		nstest.Skip(b, "Dovecot needs its users: run the bench as root")
-	}
+	nstest.NeedUsers(b)
 	host := hostDovecot(b)
 	nstest.Need(b, "ipcalc-ng", "ipcalc-ng")
 	script, err := os.ReadFile(filepath.Join(nstest.Root(b), "testdata/bench/login/trust.sh"))
