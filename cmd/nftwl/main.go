@@ -89,6 +89,7 @@ line was wrong.`,
 		newPut(&configPath, banned), newDrop(&configPath, banned),
 		newList(&configPath), newCheck(&configPath), newFlush(&configPath),
 		newSave(&configPath), newRestore(&configPath),
+		newDoctor(&configPath),
 		newVersion(),
 	)
 	return root

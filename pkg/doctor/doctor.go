@@ -1,0 +1,150 @@
+// Package doctor checks a whole installation: nftwl's own configuration, the
+// kernel's sets and rules, Dovecot, the units, fail2ban. It changes nothing
+// but in a network namespace of its own.
+package doctor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"nftwl/pkg/config"
+	"nftwl/pkg/nftset"
+)
+
+// Status is what became of a check.
+type Status string
+
+// The outcomes. A check that is skipped has no say: what it looks at is not in
+// use, or cannot be looked at for the reason given.
+const (
+	OK   Status = "ok"
+	Warn Status = "warn"
+	Fail Status = "fail"
+	Skip Status = "skip"
+)
+
+// Result is the outcome of one check.
+type Result struct {
+	Check   string `json:"check"` // its name, which does not change: "sets.trusted_ipv4"
+	Status  Status `json:"status"`
+	Text    string `json:"text"`              // what was found; one line, but not escaped
+	Remedy  string `json:"remedy,omitempty"`  // what to do about it, in words
+	Command string `json:"command,omitempty"` // the same for a shell, where one command does it
+}
+
+// Doctor says where to look.
+type Doctor struct {
+	Executable string // path of this very program
+	ConfigPath string // as config.Load takes it: "" for the default
+	Socket     string // of the resident server
+
+	report func(Result)
+
+	// What one check has found and others need.
+	config *config.Config // never nil: the default where the file is wrong
+	valid  bool           // config is what the administrator wrote
+	conn   *nftset.Conn   // nil where the kernel's nftables cannot be read
+	asked  []string       // the sockets that Dovecot's mail processes ask after a login
+}
+
+// Run makes every check, in the order in which a login and a reboot meet what
+// they look at, and reports each result as soon as it is known.
+func (d *Doctor) Run(ctx context.Context, report func(Result)) {
+	d.report = report
+	for _, check := range []func(context.Context){
+		d.checkConfig,
+		d.checkKernel,
+		d.checkSets,
+		d.checkRules,
+		d.checkDovecot,
+		d.checkServe,
+		d.checkPersistence,
+		d.checkFail2ban,
+		d.checkLogin,
+	} {
+		if ctx.Err() != nil {
+			break
+		}
+		check(ctx)
+	}
+	if d.conn != nil {
+		d.conn.Close()
+	}
+}
+
+// remedy is what to do: in words, and as a command where there is one.
+type remedy struct{ words, command string }
+
+func (d *Doctor) ok(check, format string, args ...any) {
+	d.report(Result{Check: check, Status: OK, Text: fmt.Sprintf(format, args...)})
+}
+
+func (d *Doctor) skip(check, format string, args ...any) {
+	d.report(Result{Check: check, Status: Skip, Text: fmt.Sprintf(format, args...)})
+}
+
+func (d *Doctor) warn(check string, r remedy, format string, args ...any) {
+	d.report(Result{check, Warn, fmt.Sprintf(format, args...), r.words, r.command})
+}
+
+func (d *Doctor) fail(check string, r remedy, format string, args ...any) {
+	d.report(Result{check, Fail, fmt.Sprintf(format, args...), r.words, r.command})
+}
+
+// patience is how long a program of the system may take to say something.
+const patience = 10 * time.Second
+
+// find returns the path of a program of the system, or "". It looks where root
+// finds programs too, since a user's PATH often lacks that.
+func find(program string) string {
+	if path, err := exec.LookPath(program); err == nil {
+		return path
+	}
+	for _, dir := range []string{"/usr/local/sbin", "/usr/sbin", "/sbin"} {
+		if path, err := exec.LookPath(filepath.Join(dir, program)); err == nil {
+			return path
+		}
+	}
+	return ""
+}
+
+// output runs a program, and returns what it wrote to stdout; where it fails,
+// the error has what it wrote to stderr.
+func output(ctx context.Context, program string, args ...string) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, program, args...)
+	cmd.Env = append(cmd.Environ(), "LC_ALL=C")
+	cmd.WaitDelay = time.Second // or a child of its that holds the pipe is waited for
+	out, err := cmd.Output()
+	if err == nil {
+		return out, nil
+	}
+	return out, fmt.Errorf("%s: %w", filepath.Base(program), said(err))
+}
+
+// said replaces the exit status of a program by the last line that it wrote to
+// stderr, where it wrote one.
+func said(err error) error {
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		lines := strings.Split(strings.TrimSpace(string(exit.Stderr)), "\n")
+		if last := lines[len(lines)-1]; last != "" {
+			return errors.New(last)
+		}
+	}
+	return err
+}
+
+// quote makes a word for a shell of a path.
+func quote(s string) string {
+	if s != "" && strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._-+@%:,") == "" {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+}

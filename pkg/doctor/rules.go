@@ -1,0 +1,5 @@
+package doctor
+
+import "context"
+
+func (d *Doctor) checkRules(context.Context) {}
