@@ -1,0 +1,102 @@
+package nftables_test
+
+import (
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"testing"
+
+	"nftwl/pkg/nstest"
+)
+
+// A mail server in a container, whose ports the host publishes: a packet for
+// it is forwarded, and has the container's address and port by then. The peer
+// is the container as well as the internet, so that it needs the host's
+// address as the source of what comes back to it.
+func TestContainer(t *testing.T) {
+	elsewhere := map[string]netip.AddrPort{
+		"ipv4": netip.MustParseAddrPort("10.9.9.9:587"),
+		"ipv6": netip.MustParseAddrPort("[2001:db8:c::9]:587"),
+	}
+	for _, v := range nftVersions {
+		t.Run(v.name, func(t *testing.T) {
+			t.Parallel()
+			s := &mailserver{firewall: install(t, layouts[1], v.root(t),
+				edit{"\t\ttype filter hook input priority filter - 10; policy accept;\n", ""},
+				uncomment("type filter hook prerouting priority dstnat - 10; policy accept;"),
+				uncomment("fib daddr type != local accept"))}
+			s.up()
+			s.internet = nstest.NewPeer(t, "198.51.100.0/24", "203.0.113.0/24", "2001:db8:a::/48", "2001:db8:b::/48")
+			for _, name := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding"} {
+				if err := os.WriteFile("/proc/sys/net/"+name, []byte("1"), 0); err != nil {
+					t.Fatal(err)
+				}
+			}
+			nstest.Nft(t, `table inet container {
+				chain prerouting {
+					type nat hook prerouting priority dstnat; policy accept;
+					ip daddr 192.0.2.1 tcp dport 587 dnat ip to 192.0.2.2:1587
+					ip6 daddr 2001:db8::1 tcp dport 587 dnat ip6 to [2001:db8::2]:1587
+				}
+				chain postrouting {
+					type nat hook postrouting priority srcnat; policy accept;
+					ct status dnat masquerade
+				}
+			}`)
+			ip := nstest.Need(t, "ip", "iproute2")
+			var l net.Listener
+			var err error
+			s.internet.Do(func() {
+				for _, via := range [][]string{{"10.9.9.9", "192.0.2.1"}, {"2001:db8:c::9", "2001:db8::1"}} {
+					if err == nil {
+						err = exec.Command(ip, "route", "add", via[0], "via", via[1]).Run()
+					}
+				}
+				if err == nil {
+					l, err = net.Listen("tcp", ":1587")
+				}
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { l.Close() })
+			go func() {
+				for {
+					conn, err := l.Accept()
+					if err != nil {
+						return
+					}
+					go func() {
+						defer conn.Close()
+						io.Copy(conn, conn)
+					}()
+				}
+			}()
+
+			for _, who := range families {
+				s.trust(who.user, 128, "1h")
+				s.pass(who.user, 587, 2*burst5)
+
+				// What a container sends to another server's submission port is
+				// not for this host, and not limited.
+				for range burst5 + 1 {
+					if conn, err := s.internet.Dial(who.stranger, elsewhere[who.name], never); err == nil {
+						conn.Close()
+						t.Fatalf("there is a server at %s", elsewhere[who.name])
+					}
+				}
+				if s.has("banned", who.source, 587) {
+					t.Errorf("%s is banned for what is not for this host", who.stranger)
+				}
+
+				s.pass(who.stranger, 587, burst5)
+				s.drop(who.stranger, 587)
+				if !s.has("banned", who.source, 587) {
+					t.Errorf("%s is not banned on the port that it sees", who.stranger)
+				}
+			}
+		})
+	}
+}
