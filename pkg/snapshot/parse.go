@@ -393,7 +393,7 @@ func (p *parser) set(table nftset.Table, name string) error {
 			if words, err = p.statement(); err == nil {
 				var n uint64
 				if n, err = strconv.ParseUint(words, 10, 32); err != nil {
-					err = fmt.Errorf("%q is not the size of a set", words)
+					err = fmt.Errorf("%s is not the size of a set", clip(words))
 				}
 				s.Size = uint32(n)
 			}

@@ -346,6 +346,11 @@ func FuzzParse(f *testing.F) {
 	for _, name := range files {
 		f.Add([]byte(read(f, filepath.Base(name))))
 	}
+	// An error has no room for all of it.
+	for _, key := range []string{"type", "size", "flags", "timeout", "policy", "comment", strings.Repeat("k", 2000)} {
+		f.Add([]byte("table inet filter {\n\tset s {\n\t\t" + key + " " + strings.Repeat("v", 2000) + "\n\t}\n}\n"))
+		f.Add([]byte("table " + key + " " + strings.Repeat("v", 2000) + " {\n"))
+	}
 	lined := regexp.MustCompile(`^line [1-9][0-9]*: [^\n]+$`)
 	f.Fuzz(func(t *testing.T, data []byte) {
 		got, err := Parse(string(data), func(nftset.Table, string) bool { return true })
