@@ -13,17 +13,10 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// blocks returns the code blocks of a language in the README.
-func blocks(t *testing.T, language string) []string {
+// readme returns the README's code blocks of a language.
+func readme(t *testing.T, language string) []string {
 	t.Helper()
-	readme, err := os.ReadFile(filepath.Join(nstest.Root(t), "README.md"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var found []string
-	for _, m := range regexp.MustCompile("(?s)\n```"+language+"\n(.*?\n)```\n").FindAllStringSubmatch(string(readme), -1) {
-		found = append(found, m[1])
-	}
+	found := blocks(documents(t)["README.md"], language)
 	if len(found) == 0 {
 		t.Fatalf("the README has no block of %s", language)
 	}
@@ -31,7 +24,7 @@ func blocks(t *testing.T, language string) []string {
 }
 
 func TestReadmeConfigIsTheDefault(t *testing.T) {
-	for _, block := range blocks(t, "yaml") {
+	for _, block := range readme(t, "yaml") {
 		c, err := config.Parse([]byte(block))
 		if err != nil || !reflect.DeepEqual(c, config.Default()) {
 			t.Errorf("%+v, %v", c, err)
@@ -52,31 +45,9 @@ func TestReadmeDovecotIsTheDropIn(t *testing.T) {
 			bare.WriteString(line)
 		}
 	}
-	for _, block := range blocks(t, "dovecot") {
+	for _, block := range readme(t, "dovecot") {
 		if block != bare.String() {
 			t.Errorf("the README has\n%sand the drop-in\n%s", block, &bare)
-		}
-	}
-}
-
-func TestReadmeRulesLoad(t *testing.T) {
-	for _, block := range blocks(t, "nft") {
-		nstest.New(t)
-		dir := t.TempDir()
-		if err := os.Symlink(filepath.Join(nstest.Root(t), "contrib", "nftables"), filepath.Join(dir, "nftwl")); err != nil {
-			t.Fatal(err)
-		}
-		cmd := exec.Command(nstest.Need(t, "nft", "nftables"), "-I", dir, "-f", "-")
-		cmd.Stdin = strings.NewReader(block)
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("%v: %s", err, out)
-		}
-		// With them, a login is trusted.
-		if _, errs, code := output(t, nftwl(t, []string{"IP=192.0.2.7"}, "login", "/bin/true")); code != 0 || errs != "" {
-			t.Errorf("exit %d: %s", code, errs)
-		}
-		if _, errs, code := output(t, nftwl(t, nil, "check", "-q", "192.0.2.7")); code != 0 {
-			t.Errorf("check: exit %d: %s", code, errs)
 		}
 	}
 }
@@ -84,7 +55,7 @@ func TestReadmeRulesLoad(t *testing.T) {
 // The transcripts are what the commands print, but for the time that is left.
 func TestReadmeTranscripts(t *testing.T) {
 	timeLeft := regexp.MustCompile(` (1d|23h59m) +`)
-	for _, block := range blocks(t, "console") {
+	for _, block := range readme(t, "console") {
 		nstest.New(t)
 		nstest.Nft(t, "include \""+filepath.Join(nstest.Root(t), "contrib", "nftables", "sets.nft")+"\"\n")
 		var script, want strings.Builder
