@@ -633,7 +633,7 @@ func processors(t *testing.T) (others []int, first int) {
 		}
 	}
 	if len(others) < 2 {
-		t.Skip("needs two processors")
+		nstest.Skip(t, "the test needs two processors")
 	}
 	return others[1:], others[0]
 }

@@ -1,0 +1,116 @@
+package dovecot
+
+import (
+	"net/textproto"
+	"os"
+	"os/exec"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/nstest"
+)
+
+// Those of the faults in docs/faults.md that Dovecot has a part in, beside
+// TestFailureDeniesNoLogin.
+
+// An error has nowhere to go, and Dovecot's script-login comes after it.
+func TestStderrClosed(t *testing.T) {
+	t.Parallel()
+	eachDovecot(t, func(t *testing.T, d dovecot) {
+		s := d.start(t, with{
+			files: map[string]string{"mute": "#!/bin/sh\nexec \"$@\" 2>&-\n"},
+			dropIn: func(s string) string {
+				return strings.Replace(s, command, "executable = script-login "+dir+"/mute /usr/bin/nftwl login", 1)
+			},
+		})
+		for _, name := range d.protocols {
+			p := protocols[name]
+			if err := login(client4, p.port, p.visit, "alice", password); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+		s.wantLog()
+	})
+}
+
+// The kernel makes one transaction at a time. Who logs in meanwhile waits for
+// its end, and is trusted then. It runs alone, as TestKernelBusy does.
+func TestLoginWhileKernelIsBusy(t *testing.T) {
+	s := hostDovecot(t).start(t, with{config: "deadline: 10s\n"})
+	loadSets(t)
+	s.write("busy.nft", busy(), 0o644)
+	nft := exec.Command(nstest.Need(t, "nft", "nftables"), "-f", s.path("busy.nft"))
+	must(t, nft.Start())
+	done := make(chan error, 1)
+	go func() { done <- nft.Wait() }()
+	start := time.Now()
+	var logins int
+	var slowest time.Duration
+	for ended := false; !ended; logins++ {
+		start := time.Now()
+		if err := login(client4, "143", imap, "alice", password); err != nil {
+			t.Error(err)
+		}
+		slowest = max(slowest, time.Since(start))
+		select {
+		case err := <-done:
+			must(t, err)
+			ended = true
+		default:
+		}
+	}
+	t.Logf("%d logins during %v of another's transaction, the slowest in %v", logins, time.Since(start), slowest)
+	wantTrusted(t, client4, "alice", day)
+	s.wantLog()
+}
+
+// At the service's process_limit Dovecot has further logins wait.
+func TestProcessLimitReached(t *testing.T) {
+	t.Parallel()
+	const count = 4
+	eachDovecot(t, func(t *testing.T, d dovecot) {
+		s := d.start(t, with{
+			files: map[string]string{"hold": hold},
+			dropIn: func(s string) string {
+				s = strings.Replace(s, command, command+" "+dir+"/hold", 1)
+				return strings.Replace(s, "process_limit = 1024", "process_limit = 1", 1)
+			},
+		})
+		loadSets(t)
+		must(t, os.Mkdir(s.path("held"), 0o755))
+		must(t, unix.Mkfifo(s.path("go"), 0o600))
+		results := make(chan error)
+		for range count {
+			c, err := dial(client4, "143") // here: another thread is in another namespace
+			must(t, err)
+			go func() {
+				defer c.Close()
+				results <- imap(textproto.NewConn(c), "alice", password)
+			}()
+		}
+		// For a limit of one process Dovecot speaks of the limit of its clients.
+		reached := regexp.MustCompile(`service\(nftwl\): (client|process)_limit \(\d+\) reached`)
+		poll(t, "Dovecot to say that the limit is reached", func() bool { return reached.MatchString(s.log()) })
+		poll(t, "one to be in nftwl's service", func() bool {
+			held, err := os.ReadDir(s.path("held"))
+			must(t, err)
+			if len(held) > 1 {
+				t.Fatalf("%d are in nftwl's service", len(held))
+			}
+			return len(held) == 1
+		})
+		release, err := os.OpenFile(s.path("go"), os.O_RDWR, 0)
+		must(t, err)
+		defer release.Close()
+		for range count {
+			if err := <-results; err != nil {
+				t.Error(err)
+			}
+		}
+		wantTrusted(t, client4, "alice", day)
+	})
+}
