@@ -2,18 +2,11 @@ package main
 
 import (
 	"bufio"
-	"bytes"
-	"cmp"
-	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
-	"math"
 	"net/netip"
 	"os"
 	"slices"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -203,7 +196,15 @@ func joinPorts(ports []uint16) string {
 
 const addressesHelp = `
 
-An ADDRESS is IPv4 or IPv6; "-" reads them from standard input, one a line.`
+An ADDRESS is IPv4 or IPv6; "-" reads them from standard input, one a line, and
+passes over empty lines and those that begin with #.`
+
+const changeExit = `
+
+Exit status: 0 when all went well, 1 when something failed (the other addresses
+are done all the same), 2 when the command line was wrong.`
+
+const portHelp = "only these `PORTS`, such as 465,587"
 
 // newPut is add and ban.
 func newPut(configPath *string, l list) *cobra.Command {
@@ -212,8 +213,17 @@ func newPut(configPath *string, l list) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "add ADDRESS…",
 		Short: "Trust addresses",
-		Long: `Trusts addresses for the configured ports and time. An address that is trusted
-for longer already stays so.` + addressesHelp,
+		Long: `Trusts addresses, as a login does: adds them to the trusted sets for the
+configured ports and timeout. An address that is trusted for longer already
+stays so, which is said. Loopback, and what else the configuration ignores, is
+refused.
+
+--timeout takes nft's notation: 1d12h, 90m, 30s. --timeout never makes permanent
+elements, which no later login and no add makes expire, and which stay until
+'nftwl remove'; like every element they need a set with the flag timeout.` + addressesHelp + changeExit,
+		Example: `  nftwl add 192.0.2.7 2001:db8::7
+  nftwl add --timeout never --comment 'the office' 203.0.113.5
+  nftwl add --port 465,587 --timeout 12h - <addresses.txt`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			e := nftset.Element{Comment: comment}
@@ -241,11 +251,19 @@ for longer already stays so.` + addressesHelp,
 	}
 	if l == banned {
 		cmd.Use, cmd.Short = "ban ADDRESS…", "Ban addresses"
-		cmd.Long = `Bans addresses from the configured ports for the configured time. An address
-that is banned for longer already stays so.` + addressesHelp
+		cmd.Long = `Bans addresses: adds them to the banned sets for the configured ports and
+ban_timeout. An address that is banned for longer already stays so, which is
+said. So is that it is trusted too: the firewall lets it in all the same, since
+the trusted come first. What the configuration ignores is refused.
+
+--timeout takes nft's notation: 1d12h, 90m, 30s. --timeout never makes permanent
+elements, which no later ban makes expire, and which stay until 'nftwl unban';
+like every element they need a set with the flag timeout.` + addressesHelp + changeExit
+		cmd.Example = `  nftwl ban 198.51.100.66
+  nftwl ban --timeout 7d --comment 'password guessing' 198.51.100.66`
 	}
-	cmd.Flags().VarP(&ports, "port", "", "only these `PORTS`, such as 465,587")
-	cmd.Flags().StringVar(&timeout, "timeout", "", "for how `LONG`, such as 12h, or never for a permanent element")
+	cmd.Flags().VarP(&ports, "port", "", portHelp)
+	cmd.Flags().StringVar(&timeout, "timeout", "", "for how `LONG`, such as 12h, or never")
 	cmd.Flags().StringVar(&comment, "comment", "", "a `TEXT` to note on the elements")
 	return cmd
 }
@@ -307,8 +325,13 @@ func newDrop(configPath *string, l list) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "remove ADDRESS…",
 		Short: "End the trust of addresses",
-		Long:  "Removes addresses from the trusted sets." + addressesHelp,
-		Args:  cobra.MinimumNArgs(1),
+		Long: `Ends the trust of addresses: removes them from the trusted sets, on every
+configured port or on those of --port. An address that was not there is said,
+and is no error. Connections that stand are not cut, and the next login trusts
+the address anew: 'nftwl_trust=no' in the user database prevents that.` + addressesHelp + changeExit,
+		Example: `  nftwl remove 192.0.2.7
+  nftwl remove --port 143 192.0.2.7 2001:db8::7`,
+		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s, err := open(*configPath)
 			if err != nil {
@@ -326,9 +349,17 @@ func newDrop(configPath *string, l list) *cobra.Command {
 	}
 	if l == banned {
 		cmd.Use, cmd.Short = "unban ADDRESS…", "End the ban of addresses"
-		cmd.Long = "Removes addresses from the banned sets." + addressesHelp
+		cmd.Long = `Ends the ban of addresses: removes them from the banned sets, on every
+configured port or on those of --port. An address that was not there is said,
+and is no error. The firewall's own limit bans the whole /64 of an IPv6 address:
+where that is what is banned, the command that ends it is said.
+
+With --comment it removes only elements with just that comment, so that one
+tool's unban leaves another's ban alone.` + addressesHelp + changeExit
+		cmd.Example = `  nftwl unban 198.51.100.66
+  nftwl unban --comment postfix-sasl 198.51.100.66`
 	}
-	cmd.Flags().VarP(&ports, "port", "", "only these `PORTS`, such as 465,587")
+	cmd.Flags().VarP(&ports, "port", "", portHelp)
 	cmd.Flags().StringVar(&comment, "comment", "", "only elements with this `TEXT` as their comment")
 	return cmd
 }
@@ -386,9 +417,14 @@ func newCheck(configPath *string) *cobra.Command {
 		Use:   "check ADDRESS",
 		Short: "Tell whether an address is trusted (or banned)",
 		Long: `Tells whether an address is trusted now, on every configured port or on those
-of --port.
+of --port, and for how long. --banned asks whether it is banned. The kernel is
+asked for these elements alone, so that it takes no time however large the sets
+are.
 
 Exit status: 0 for yes, 1 for no, 2 for an error.`,
+		Example: `  nftwl check 192.0.2.7
+  nftwl check --port 465,587 2001:db8::7
+  nftwl check -q --banned 198.51.100.66 && echo banned`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
 			s, err := open(*configPath)
@@ -418,7 +454,7 @@ Exit status: 0 for yes, 1 for no, 2 for an error.`,
 			return nil
 		},
 	}
-	cmd.Flags().VarP(&ports, "port", "", "only these `PORTS`, such as 465,587")
+	cmd.Flags().VarP(&ports, "port", "", portHelp)
 	cmd.Flags().BoolVar(&asBanned, "banned", false, "ask the banned sets")
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print nothing")
 	return cmd
@@ -458,8 +494,14 @@ func (s *session) check(l list, set *nftset.Set, addr netip.Addr, ports []uint16
 
 func newFlush(configPath *string) *cobra.Command {
 	return &cobra.Command{
-		Use:       "flush trusted|banned",
-		Short:     "Empty the trusted or the banned sets",
+		Use:   "flush trusted|banned",
+		Short: "Empty the trusted or the banned sets",
+		Long: `Removes every element of the two sets of a list, permanent ones and those of
+other tools among them, in one transaction. The sets themselves stay.
+
+Exit status: 0, or 1 when a set is missing or cannot be written; nothing is
+changed then.`,
+		Example:   `  nftwl save - >before.nft && nftwl flush banned`,
 		Args:      cobra.MatchAll(cobra.ExactArgs(1), cobra.OnlyValidArgs),
 		ValidArgs: []string{string(trusted), string(banned)},
 		RunE: func(_ *cobra.Command, args []string) error {
@@ -479,160 +521,4 @@ func newFlush(configPath *string) *cobra.Command {
 			return failed(batch.Commit())
 		},
 	}
-}
-
-func newList(configPath *string) *cobra.Command {
-	var asJSON bool
-	cmd := &cobra.Command{
-		Use:       "list [trusted|banned]",
-		Short:     "List the addresses that are trusted and banned",
-		Args:      cobra.MatchAll(cobra.MaximumNArgs(1), cobra.OnlyValidArgs),
-		ValidArgs: []string{string(trusted), string(banned)},
-		RunE: func(_ *cobra.Command, args []string) error {
-			s, err := open(*configPath)
-			if err != nil {
-				return err
-			}
-			defer s.conn.Close()
-			lists := []list{trusted, banned}
-			if len(args) == 1 {
-				lists = []list{list(args[0])}
-			}
-			rows, ok := s.rows(lists)
-			if asJSON {
-				err = writeJSON(os.Stdout, rows)
-			} else {
-				err = writeTable(os.Stdout, rows)
-			}
-			if err == nil && !ok {
-				err = &status{code: exitFailed}
-			}
-			return err
-		},
-	}
-	cmd.Flags().BoolVar(&asJSON, "json", false, "one object per element, for programs")
-	return cmd
-}
-
-// row is an element with the list and set that it is in.
-type row struct {
-	list list
-	set  string
-	nftset.Element
-}
-
-// rows reads all elements of the lists, ordered by list, address and port. A
-// set that cannot be read is said.
-func (s *session) rows(lists []list) (rows []row, ok bool) {
-	ok = true
-	for _, l := range lists {
-		for _, name := range l.sets(s.Config).Both() {
-			set, err := s.conn.Set(s.Table, name)
-			var elems []nftset.Element
-			if err == nil {
-				elems, err = s.conn.Elements(set)
-			}
-			if err != nil {
-				printError(err)
-				ok = false
-				if errors.Is(err, nftset.ErrNoTable) || errors.Is(err, nftset.ErrPermission) {
-					return rows, ok // the other sets fail alike
-				}
-			}
-			slices.SortFunc(elems, func(a, b nftset.Element) int {
-				return cmp.Or(a.Addr.Compare(b.Addr), cmp.Compare(a.Port, b.Port))
-			})
-			for _, e := range elems {
-				rows = append(rows, row{l, name, e})
-			}
-		}
-	}
-	return rows, ok
-}
-
-// element is a row as JSON has it. Absent fields are those that the element
-// has not.
-type element struct {
-	List    list     `json:"list"`
-	Set     string   `json:"set"`
-	Address string   `json:"address"`
-	Port    uint16   `json:"port,omitempty"`
-	Timeout *float64 `json:"timeout,omitempty"` // seconds
-	Expires *float64 `json:"expires,omitempty"` // seconds
-	Comment string   `json:"comment,omitempty"`
-}
-
-func writeJSON(w io.Writer, rows []row) error {
-	elems := make([]element, len(rows))
-	for i, r := range rows {
-		elems[i] = element{List: r.list, Set: r.set, Address: r.Addr.String(), Port: r.Port, Comment: r.Comment}
-		if !r.Permanent() {
-			timeout, expires := r.Timeout.Seconds(), r.Expires.Seconds()
-			elems[i].Timeout, elems[i].Expires = &timeout, &expires
-		}
-	}
-	enc := json.NewEncoder(w)
-	enc.SetEscapeHTML(false)
-	return failed(enc.Encode(elems))
-}
-
-// writeTable prints a line per address.
-func writeTable(w io.Writer, rows []row) error {
-	if len(rows) == 0 {
-		return nil
-	}
-	var table bytes.Buffer
-	tab := tabwriter.NewWriter(&table, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(tab, "LIST\tADDRESS\tPORTS\tTIME LEFT\tCOMMENT")
-	for len(rows) > 0 {
-		n := 1
-		for n < len(rows) && rows[n].list == rows[0].list && rows[n].Addr == rows[0].Addr {
-			n++
-		}
-		var elems []nftset.Element
-		var comments []string
-		for _, r := range rows[:n] {
-			elems = append(elems, r.Element)
-			// Whoever else writes to the set may have noted anything.
-			if text := nftset.CleanComment(r.Comment); text != "" && !slices.Contains(comments, text) {
-				comments = append(comments, text)
-			}
-		}
-		ports := "all"
-		if rows[0].Port != 0 {
-			var numbers []uint16
-			for _, e := range elems {
-				numbers = append(numbers, e.Port)
-			}
-			ports = joinPorts(numbers)
-		}
-		fmt.Fprintf(tab, "%s\t%s\t%s\t%s\t%s\n", rows[0].list, rows[0].Addr, ports, timeLeft(elems), strings.Join(comments, ", "))
-		rows = rows[n:]
-	}
-	if err := tab.Flush(); err != nil {
-		return failed(err)
-	}
-	for line := range strings.Lines(table.String()) {
-		if _, err := fmt.Fprintln(w, strings.TrimRight(line, " \n")); err != nil {
-			return failed(err)
-		}
-	}
-	return nil
-}
-
-// timeLeft says how long elements live: the shortest and the longest, where
-// they differ by a second or more.
-func timeLeft(elems []nftset.Element) string {
-	left := func(e nftset.Element) time.Duration {
-		if e.Permanent() {
-			return math.MaxInt64
-		}
-		return e.Expires
-	}
-	order := func(a, b nftset.Element) int { return cmp.Compare(left(a), left(b)) }
-	shortest, longest := left(slices.MinFunc(elems, order)), left(slices.MaxFunc(elems, order))
-	if longest-shortest < time.Second {
-		return life(shortest)
-	}
-	return life(shortest) + " to " + life(longest)
 }

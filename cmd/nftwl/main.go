@@ -82,15 +82,17 @@ line was wrong.`,
 		Args:          cobra.NoArgs,
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	root.PersistentFlags().StringVar(&configPath, "config", "", "configuration `FILE` (default "+config.Path+", which need not exist)")
+	root.PersistentFlags().StringVar(&configPath, "config", "", "read `FILE`, not "+config.Path+" (which need not exist)")
 	root.AddCommand(
 		loginHelp(), newServe(&configPath), newStatus(),
 		newPut(&configPath, trusted), newDrop(&configPath, trusted),
 		newPut(&configPath, banned), newDrop(&configPath, banned),
 		newList(&configPath), newCheck(&configPath), newFlush(&configPath),
 		newSave(&configPath), newRestore(&configPath),
-		newDoctor(&configPath),
-		newVersion(),
+		newSetup(&configPath), newDoctor(&configPath),
+		newVersion(), newCompletion(),
 	)
+	root.SetHelpCommand(newHelp())
+	addCompletions(root, &configPath)
 	return root
 }

@@ -20,8 +20,12 @@ func newSave(configPath *string) *cobra.Command {
 		Short: "Save the trusted and banned sets to a file",
 		Long: `Writes the four sets to FILE, or to the snapshot file of the configuration; "-"
 is standard output. The file is replaced as a whole or not at all, and the one
-before is kept as FILE.old. nft -f loads it as well as 'nftwl restore' does.`,
-		Args: cobra.MaximumNArgs(1),
+before is kept as FILE.old. nft -f loads it as well as 'nftwl restore' does.
+
+Exit status: 0, or 1 when a set cannot be read or the file cannot be written;
+the file that was there stays then.`,
+		Example: "  nftwl save\n  nftwl save /root/sets.nft",
+		Args:    cobra.MaximumNArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
 			s, err := open(*configPath)
 			if err != nil {
@@ -61,7 +65,10 @@ that is missing is created as the file defines it. What the kernel holds already
 is never shortened.
 
 Without FILE it restores the snapshot file of the configuration, and does
-nothing where that does not exist yet. "-" is standard input.`,
+nothing where that does not exist yet. "-" is standard input.
+
+Exit status: 0, or 1 when something failed; nothing is changed then.`,
+		Example: "  nftwl restore -v\n  nft list ruleset | ssh mail2.example.org nftwl restore -",
 		RunE: func(_ *cobra.Command, args []string) error {
 			s, err := open(*configPath)
 			if err != nil {

@@ -6,10 +6,12 @@ import (
 	"math"
 	"os"
 	"runtime/debug"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"nftwl/pkg/config"
 	"nftwl/pkg/nftset"
@@ -49,14 +51,62 @@ func hintFor(err error) string {
 	return ""
 }
 
-// printable keeps text on one line of a terminal or log.
+// printable keeps text on one line of a terminal or log, and as it is: not
+// turned around, and with nothing in it that does not show.
 func printable(s string) string {
 	return strings.Map(func(r rune) rune {
-		if r < ' ' || r >= 0x7f && r < 0xa0 {
+		if !strconv.IsGraphic(r) {
 			return '?'
 		}
 		return r
 	}, s)
+}
+
+// screen is where standard output shows. It is empty where that is not a
+// terminal.
+type screen struct {
+	width, height int  // 0 where the terminal does not say
+	redraws       bool // it obeys control sequences
+	colour        bool
+}
+
+func terminal() screen {
+	size, err := unix.IoctlGetWinsize(int(os.Stdout.Fd()), unix.TIOCGWINSZ)
+	if err != nil {
+		return screen{}
+	}
+	term := os.Getenv("TERM")
+	redraws := term != "" && term != "dumb"
+	return screen{int(size.Col), int(size.Row), redraws, redraws && os.Getenv("NO_COLOR") == ""}
+}
+
+// columns is how many columns of a terminal text takes, or some more: signs
+// that are put on others count as well.
+func columns(text string) (n int) {
+	for _, r := range text {
+		n++
+		// The blocks of East Asian scripts and pictures, whose signs are wide
+		// (Unicode's EastAsianWidth.txt).
+		if r >= 0x1100 && r < 0x1160 || r >= 0x2e80 && r < 0xa4d0 || r >= 0xac00 && r < 0xd7a4 ||
+			r >= 0xf900 && r < 0xfb00 || r >= 0xff00 && r < 0xff61 || r >= 0x1f300 && r < 0x40000 {
+			n++
+		}
+	}
+	return n
+}
+
+// cut shortens text to columns of a terminal.
+func cut(text string, most int) string {
+	if columns(text) <= most {
+		return text
+	}
+	n := 1 // the ellipsis
+	for i, r := range text {
+		if n += columns(string(r)); n > most {
+			return strings.TrimRight(text[:i], " ") + "…"
+		}
+	}
+	return text
 }
 
 // life puts the life that is left into words, no more exact than useful.
@@ -78,6 +128,7 @@ func newVersion() *cobra.Command {
 	return &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
+		Long:  "Prints the version, or the commit, that nftwl was built from, and that of Go.",
 		Args:  cobra.NoArgs,
 		Run:   func(*cobra.Command, []string) { fmt.Println("nftwl " + version()) },
 	}

@@ -1,5 +1,163 @@
 package doctor
 
-import "context"
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+)
 
-func (d *Doctor) checkDovecot(context.Context) {}
+// mailServices are Dovecot's services that ask after a login, by the names that
+// its setting "protocols" has for them.
+var mailServices = []struct{ protocol, service string }{
+	{"imap", "imap"}, {"pop3", "pop3"}, {"submission", "submission"}, {"sieve", "managesieve"},
+}
+
+var dropIn = remedy{"put the shipped settings (contrib/dovecot) into /etc/dovecot/conf.d, and have Dovecot read them", "nftwl setup dovecot --write && doveadm reload"}
+
+// reload is a remedy in Dovecot's settings.
+func reload(format string, args ...any) remedy {
+	return remedy{fmt.Sprintf(format, args...) + "; then reload Dovecot", "doveadm reload"}
+}
+
+func (d *Doctor) checkDovecot(ctx context.Context) {
+	doveconf := find("doveconf")
+	if doveconf == "" {
+		d.skip("dovecot", "Dovecot is not installed here")
+		return
+	}
+	out, err := output(ctx, find("dovecot"), "--version")
+	version, _, _ := strings.Cut(strings.TrimSpace(string(out)), " ")
+	switch {
+	case err != nil:
+		d.fail("dovecot.version", remedy{words: "see why it does not run"}, "%v", err)
+	case strings.HasPrefix(version, "2.3.") || strings.HasPrefix(version, "2.4."):
+		d.ok("dovecot.version", "Dovecot %s", version)
+	default:
+		d.warn("dovecot.version", remedy{words: "log in once, and look whether the client is trusted"}, "Dovecot %s: nftwl is tried with 2.3 and 2.4", version)
+	}
+
+	// Named settings come with their defaults in both versions, those of the
+	// services among them, which doveconf -n and -a leave out; -x puts in what
+	// a value refers to.
+	out, err = output(ctx, doveconf, "-x", "base_dir", "libexec_dir", "protocols", "default_vsz_limit", "default_process_limit", "service")
+	if err != nil {
+		d.fail("dovecot.settings", remedy{"correct them: Dovecot would not start with them", "doveconf -n"}, "%s", strings.TrimPrefix(err.Error(), "doveconf: ")) // it says its name itself
+		return
+	}
+	dovecot := parseDoveconf(string(out))
+	for _, p := range d.checkProtocols(dovecot) {
+		d.checkPostLogin(ctx, dovecot, p)
+	}
+	d.checkLSM()
+}
+
+// checkProtocols checks whom the mail services ask after a login, and returns
+// the post-login services among them.
+func (d *Doctor) checkProtocols(dovecot *settings) []*postLogin {
+	const check = "dovecot.protocols"
+	var services []*postLogin
+	var enabled, silent, asking []string
+	denied := false // logins; one failure says so, and hides the others
+	for _, m := range mailServices {
+		if !dovecot.protocols()[m.protocol] {
+			continue
+		}
+		enabled = append(enabled, m.protocol)
+		service := dovecot.section("service " + m.service)
+		name, asks := socketOf(service.values["executable"])
+		if !asks {
+			silent = append(silent, m.protocol)
+			continue
+		}
+		path := dovecot.path(name)
+		post, listener := dovecot.listener(path)
+		switch {
+		case name == "" && !denied:
+			denied = true
+			d.fail(check, reload("take one of the two spaces in a row out of executable = %s in %s", service.values["executable"], service.name),
+				"an empty name of a post-login service denies every login by %s", m.protocol)
+		case post != nil:
+			i := slices.IndexFunc(services, func(p *postLogin) bool { return p.listener == listener })
+			if i < 0 {
+				i, services = len(services), append(services, &postLogin{settings: post, listener: listener})
+			}
+			services[i].askers = append(services[i].askers, service)
+			asking = append(asking, m.protocol)
+		case filepath.IsAbs(name):
+			if !slices.Contains(d.asked, path) {
+				d.asked = append(d.asked, path)
+			}
+			asking = append(asking, m.protocol)
+		case !denied:
+			denied = true
+			d.fail(check, dropIn, "there is no service with a listener %s, which denies every login by %s", name, m.protocol)
+		}
+	}
+	var whom []string
+	for _, p := range services {
+		whom = append(whom, p.name)
+	}
+	whom = append(whom, d.asked...)
+	missing := dropIn
+	if d.asked != nil {
+		missing.command = "nftwl setup dovecot --serve --write && doveadm reload"
+	}
+	switch {
+	case enabled == nil:
+		d.skip(check, "Dovecot serves no protocol by which users log in")
+	case denied:
+	case asking == nil:
+		d.fail(check, missing, "no mail protocol runs nftwl: logins by %s trust no one", strings.Join(silent, ", "))
+	case silent != nil:
+		d.fail(check, missing, "logins by %s trust no one", strings.Join(silent, ", "))
+	default:
+		d.ok(check, "after a login, %s ask %s", strings.Join(asking, ", "), strings.Join(whom, ", "))
+	}
+	return services
+}
+
+// socketOf returns the socket that a mail service asks after a login: the first
+// argument of its executable after the options, the -a, -t and -u of which have
+// a value (main.c of Dovecot's src/imap, src/pop3 and src/submission).
+func socketOf(executable string) (name string, ok bool) {
+	// Dovecot splits at each single space.
+	args := strings.Split(executable, " ")[1:]
+	for len(args) > 0 && strings.HasPrefix(args[0], "-") {
+		if slices.Contains([]string{"-a", "-t", "-u"}, args[0]) && len(args) > 1 {
+			args = args[1:]
+		}
+		args = args[1:]
+	}
+	if len(args) == 0 {
+		return "", false
+	}
+	return args[0], true
+}
+
+// checkLSM looks for what can deny a process more than the rest of this sees.
+func (d *Doctor) checkLSM() {
+	const check = "dovecot.lsm"
+	const words = "log in once; if the client is not trusted, look for denials"
+	if b, err := os.ReadFile("/sys/fs/selinux/enforce"); err == nil && string(bytes.TrimSpace(b)) == "1" {
+		d.warn(check, remedy{words, "ausearch -m avc -ts recent"}, "SELinux is enforcing, under which nftwl is not tried")
+		return
+	}
+	b, err := os.ReadFile("/sys/kernel/security/apparmor/profiles")
+	if errors.Is(err, fs.ErrPermission) {
+		d.skip(check, "%v", err)
+		return
+	}
+	for line := range strings.Lines(string(b)) {
+		if name, ok := strings.CutSuffix(strings.TrimSpace(line), " (enforce)"); ok && strings.Contains(name, "dovecot") {
+			d.warn(check, remedy{words, `journalctl -k --grep='apparmor="DENIED"'`}, "AppArmor confines Dovecot (profile %s), under which nftwl is not tried", name)
+			return
+		}
+	}
+	d.ok(check, "neither SELinux nor AppArmor confines Dovecot")
+}

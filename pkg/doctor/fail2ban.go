@@ -1,5 +1,107 @@
 package doctor
 
-import "context"
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+)
 
-func (d *Doctor) checkFail2ban(context.Context) {}
+func (d *Doctor) checkFail2ban(ctx context.Context) {
+	const check, action = "fail2ban", "/etc/fail2ban/action.d/nftwl.conf"
+	client := find("fail2ban-client")
+	if client == "" {
+		d.skip(check, "fail2ban is not installed")
+		return
+	}
+	if os.Geteuid() != 0 {
+		d.skip(check, "only root can ask fail2ban")
+		return
+	}
+	_, err := os.Stat(action)
+	installed := !errors.Is(err, fs.ErrNotExist)
+	status, err := output(ctx, client, "status")
+	switch {
+	case err != nil && installed:
+		d.warn(check, remedy{"start it; nobody is banned for wrong passwords meanwhile", "systemctl start fail2ban"}, "fail2ban does not answer, and %s is there", action)
+		return
+	case err != nil:
+		d.skip(check, "fail2ban does not run")
+		return
+	}
+	_, list, _ := strings.Cut(string(status), "Jail list:")
+	jails := strings.FieldsFunc(list, func(r rune) bool { return strings.ContainsRune(", \t\n", r) })
+	jails = slices.DeleteFunc(jails, func(jail string) bool { return !isMail(jail) })
+	if len(jails) == 0 {
+		d.skip(check, "fail2ban runs, and has no jail for mail; contrib/fail2ban/jail.d/nftwl.conf says how to enable some")
+		return
+	}
+	for _, jail := range jails {
+		if err := d.checkJail(ctx, client, jail); err != nil {
+			d.skip("fail2ban."+jail, "%v", err)
+		}
+	}
+}
+
+// isMail is about the jails of fail2ban's jail.conf and of ours that watch mail
+// servers.
+func isMail(jail string) bool {
+	return slices.ContainsFunc([]string{"postfix", "dovecot", "cyrus", "sasl", "sieve", "exim", "sendmail", "courier", "imap", "pop3", "smtp"},
+		func(word string) bool { return strings.Contains(jail, word) })
+}
+
+// checkJail looks at a jail as the server has it, whatever the files say by
+// now. It asks for nothing that a jail can lack: fail2ban logs that as an error.
+func (d *Doctor) checkJail(ctx context.Context, client, jail string) error {
+	check := "fail2ban." + jail
+	restart := "systemctl restart fail2ban"
+	get := func(args ...string) (string, error) {
+		out, err := output(ctx, client, append([]string{"get", jail}, args...)...)
+		return strings.TrimSpace(string(out)), err
+	}
+	// A line of words, and one with the names; or a line that there are none.
+	actions, err := get("actions")
+	if err != nil {
+		return err
+	}
+	_, names, _ := strings.Cut(actions, "\n")
+	all := strings.FieldsFunc(names, func(r rune) bool { return strings.ContainsRune(", \n", r) })
+	// One of several has a name of its own: nftwl[actname=nftwl-submission].
+	ours := slices.IndexFunc(all, func(name string) bool { return strings.HasPrefix(name, "nftwl") })
+	if ours < 0 {
+		with := "no action"
+		if len(all) > 0 {
+			with = "action " + strings.Join(all, ", ")
+		}
+		d.warn(check, remedy{"take action and port of this jail out of jail.local, as contrib/fail2ban/jail.d/nftwl.conf says, then restart fail2ban", restart},
+			"jail %s has %s, and not nftwl: who is trusted can be banned, and nftwl list does not show the bans", jail, with)
+		return nil
+	}
+	program, err := get("action", all[ours], "nftwl")
+	if err != nil {
+		return err
+	}
+	ignore, err := get("ignorecommand")
+	if err != nil {
+		return err
+	}
+	for _, command := range []string{program, ignore} {
+		if word, _, _ := strings.Cut(command, " "); strings.HasPrefix(word, "/") {
+			if _, err := exec.LookPath(word); err != nil {
+				d.fail(check, remedy{"name the path of nftwl in action and ignorecommand of this jail, then restart fail2ban", restart},
+					"jail %s runs %s, which cannot be run: %v", jail, word, err)
+				return nil
+			}
+		}
+	}
+	if !strings.Contains(ignore, "nftwl") {
+		d.warn(check, remedy{"give the jail its ignorecommand = /usr/bin/nftwl check -q <ip>, then restart fail2ban", restart},
+			"jail %s has no ignorecommand that asks nftwl: who is trusted can be banned", jail)
+		return nil
+	}
+	d.ok(check, "jail %s bans by nftwl, and not who is trusted", jail)
+	return nil
+}

@@ -94,10 +94,19 @@ func (d *Doctor) count(set *nftset.Set) (words string, n uint64) {
 		return "an unknown number of", 0
 	}
 	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(time.Second))
-	err = conn.Dump(set, func(nftset.Element) error { n++; return nil })
-	if err != nil && !errors.Is(err, nftset.ErrInterrupted) {
+	errEnough := errors.New("enough")
+	end := time.Now().Add(time.Second)
+	err = conn.Dump(set, func(nftset.Element) error {
+		if n++; n%1000 == 0 && time.Now().After(end) {
+			return errEnough
+		}
+		return nil
+	})
+	if errors.Is(err, errEnough) {
 		return fmt.Sprintf("more than %d", n), n
+	}
+	if err != nil && !errors.Is(err, nftset.ErrInterrupted) {
+		return "an unknown number of", 0
 	}
 	return fmt.Sprint(n), n
 }

@@ -280,11 +280,23 @@ func TestParseErrors(t *testing.T) {
 		{headerStart + "1, saved yesterday\n", `line 1: the snapshot's time "yesterday" is not one`},
 		{head + list("trusted_ipv4", v4), "line 8: it was cut short"},
 		{head + list("trusted_ipv4", v4) + trailer(1), "line 9: the snapshot has 0 elements and says that it has 1"},
+		{head + list("trusted_ipv4", v4, "192.0.2.7 . 993") + list("another", v4) + trailer(0), "line 16: the snapshot has 1 elements and says that it has 0"},
 	} {
 		_, err := Parse(test.text, ours)
 		if err == nil || !strings.HasPrefix(err.Error(), test.err) || strings.Contains(err.Error(), "\n") {
 			t.Errorf("got  %v\nwant %s\nin:\n%s", err, test.err, test.text)
 		}
+	}
+}
+
+// A snapshot of sets that have another name in the configuration by now is
+// whole, with fewer elements than it says.
+func TestParseRenamed(t *testing.T) {
+	const v4 = "type ipv4_addr . inet_service; flags timeout"
+	text := headerStart + "1, saved 2026-01-01T00:00:00Z\n" + list("trusted_ipv4", v4, "192.0.2.7 . 993") + list("another", v4, "192.0.2.8 . 993") + trailer(2)
+	f, err := Parse(text, ours)
+	if err != nil || len(f.Sets) != 1 || len(f.Passed) != 1 {
+		t.Errorf("%+v, %v", f, err)
 	}
 }
 

@@ -1,0 +1,93 @@
+package fail2ban
+
+import (
+	"encoding/json"
+	"maps"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// doctor returns the status and the text of what nftwl doctor says of fail2ban.
+func (m *machine) doctor() map[string]string {
+	m.Helper()
+	// It exits with 1 where something else fails.
+	out, err := m.command("nftwl", "doctor", "--json").Output()
+	var results []struct{ Check, Status, Text, Remedy string }
+	if e := json.Unmarshal(out, &results); e != nil {
+		m.Fatalf("nftwl doctor: %v, %v\n%s", err, e, out)
+	}
+	found := make(map[string]string)
+	for _, r := range results {
+		if r.Check == "fail2ban" || strings.HasPrefix(r.Check, "fail2ban.") {
+			if (r.Status == "warn" || r.Status == "fail") != (r.Remedy != "") {
+				m.Errorf("%+v", r)
+			}
+			found[r.Check] = r.Status + ": " + r.Text
+		}
+	}
+	return found
+}
+
+// diagnoses checks that nftwl doctor says so of fail2ban, and nothing else.
+func (m *machine) diagnoses(want map[string]string) {
+	m.Helper()
+	got := m.doctor()
+	for check, text := range want {
+		if !strings.HasPrefix(got[check], text) {
+			m.Errorf("%s is %q, and should be %q", check, got[check], text)
+		}
+		delete(got, check)
+	}
+	for _, check := range slices.Sorted(maps.Keys(got)) {
+		m.Errorf("%s is %q, and should not be there", check, got[check])
+	}
+}
+
+func TestDoctor(t *testing.T) {
+	each(t, func(t *testing.T, root string) {
+		m := boot(t, root, with{jails: `
+[sshd]
+enabled = true
+backend = auto
+[postfix]
+enabled = true
+[dovecot-auth]
+ignorecommand =
+[cyrus-imap]
+action = nftwl[nftwl=/usr/local/bin/nftwl, port="%(port)s"]
+`})
+		ours := map[string]string{
+			"fail2ban.postfix-sasl": "ok: ",
+			"fail2ban.postfix-lost": "ok: ",
+			"fail2ban.dovecot":      "ok: jail dovecot bans by nftwl, and not who is trusted",
+		}
+		broken := maps.Clone(ours)
+		maps.Copy(broken, map[string]string{
+			"fail2ban.postfix":      "warn: jail postfix has action ",
+			"fail2ban.dovecot-auth": "warn: jail dovecot-auth has no ignorecommand",
+			"fail2ban.cyrus-imap":   "fail: jail cyrus-imap runs /usr/local/bin/nftwl, which cannot be run",
+		})
+		m.diagnoses(broken)
+
+		// It looks at the server, which does not yet know what the files say.
+		for _, jail := range []string{"postfix", "dovecot-auth", "cyrus-imap"} {
+			m.run("fail2ban-client", "stop", jail)
+		}
+		m.diagnoses(ours)
+		m.run("fail2ban-client", "set", "dovecot", "delaction", "nftwl")
+		m.run("fail2ban-client", "set", "postfix-sasl", "ignorecommand", "/bin/false <ip>")
+		ours["fail2ban.dovecot"] = "warn: jail dovecot has no action, and not nftwl"
+		ours["fail2ban.postfix-sasl"] = "warn: jail postfix-sasl has no ignorecommand that asks nftwl"
+		m.diagnoses(ours)
+
+		for _, jail := range []string{"dovecot", "postfix-sasl", "postfix-lost"} {
+			m.run("fail2ban-client", "stop", jail)
+		}
+		m.diagnoses(map[string]string{"fail2ban": "skip: fail2ban runs, and has no jail for mail"})
+
+		// It has asked for nothing that fail2ban complains of.
+		m.stop()
+		m.diagnoses(map[string]string{"fail2ban": "warn: fail2ban does not answer"})
+	})
+}

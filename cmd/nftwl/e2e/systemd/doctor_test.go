@@ -1,0 +1,354 @@
+package systemd
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// doctor returns the status and the text of each check whose name begins so.
+// No name may be there twice.
+func (m *machine) doctor(group string) map[string]string {
+	m.Helper()
+	// It exits with 1 where another group's check fails.
+	out, err := m.try("nftwl", "doctor", "--json")
+	var results []struct{ Check, Status, Text, Remedy, Command string }
+	if e := json.Unmarshal([]byte(out), &results); e != nil {
+		m.Fatalf("nftwl doctor: %v, %v\n%s", err, e, out)
+	}
+	found := make(map[string]string)
+	for _, r := range results {
+		if r.Check != group && !strings.HasPrefix(r.Check, group+".") {
+			continue
+		}
+		if before := found[r.Check]; before != "" {
+			m.Errorf("%s is there twice: %s, and %s", r.Check, before, r.Text)
+		}
+		if (r.Status == "warn" || r.Status == "fail") != (r.Remedy != "") || strings.Contains(r.Text+r.Remedy, "\n") {
+			m.Errorf("%+v", r)
+		}
+		found[r.Check] = r.Status + ": " + r.Text
+	}
+	return found
+}
+
+// diagnoses checks that these checks say this, each a regular expression, and
+// that the others of the group are ok.
+func (m *machine) diagnoses(what, group string, want map[string]string) {
+	m.Helper()
+	got := m.doctor(group)
+	for check, text := range want {
+		if !regexp.MustCompile("^(?:" + text + ")").MatchString(got[check]) {
+			m.Errorf("%s: %s is %q, and should be %q", what, check, got[check], text)
+		}
+		delete(got, check)
+	}
+	for _, check := range slices.Sorted(maps.Keys(got)) {
+		if !strings.HasPrefix(got[check], "ok: ") {
+			m.Errorf("%s: %s is %q", what, check, got[check])
+		}
+	}
+}
+
+// A fault is a way to break a machine, and to mend it again.
+type fault struct {
+	name       string
+	make, mend func()
+	diagnosis  map[string]string
+}
+
+func (m *machine) tries(group string, faults []fault) {
+	m.Helper()
+	for _, f := range faults {
+		f.make()
+		m.diagnoses(f.name, group, f.diagnosis)
+		if m.Failed() {
+			m.FailNow()
+		}
+		f.mend() // the next one shows whether it is
+		m.settle()
+	}
+	m.diagnoses("all mended", group, nil)
+}
+
+// commands makes a function of a line for a shell.
+func (m *machine) commands(line string) func() {
+	return func() {
+		m.Helper()
+		m.run("sh", "-ec", line)
+	}
+}
+
+// only takes programs away that are none of a test's business, and take their
+// time to say so.
+func (m *machine) only() {
+	m.Helper()
+	m.run("rm", "-f", "/usr/bin/fail2ban-client")
+	m.run("mv", "/usr/bin/doveconf", "/run")
+}
+
+func TestDoctorPersistence(t *testing.T) {
+	t.Parallel()
+	onEach(t, func(t *testing.T, b base) {
+		t.Parallel()
+		m := newMachine(t, b)
+		m.only()
+		const file = "/" + snapshotFile
+		const late = " the sets are empty after each reload"
+		m.diagnoses("nothing is enabled", "persistence", map[string]string{
+			"persistence.unit":     "warn: nftwl-persist.service is not enabled:" + late,
+			"persistence.snapshot": "skip: no snapshot yet: " + file,
+		})
+		m.install()
+		m.diagnoses("nothing is saved yet", "persistence", map[string]string{
+			"persistence.save":     "ok: .*within ten minutes",
+			"persistence.snapshot": "skip: no snapshot yet: " + file,
+		})
+		want := m.fill()
+		m.run("systemctl", "start", "nftwl-save")
+		m.diagnoses("a healthy machine", "persistence", map[string]string{
+			"persistence.unit":     "ok: .* enabled and active$",
+			"persistence.order":    "ok: ",
+			"persistence.save":     "ok: .*the last save succeeded",
+			"persistence.snapshot": fmt.Sprintf(`ok: %s: %d elements, saved \d+s ago$`, file, len(want)),
+		})
+
+		// edit replaces a line of a unit, and says so to systemd.
+		edit := func(unit, line, by string) func() {
+			return m.commands(fmt.Sprintf("sed -i 's/^%s$/%s/' /etc/systemd/system/%s && systemctl daemon-reload", line, by, unit))
+		}
+		truncate := func() {
+			m.run("cp", "-p", file, "/run/good")
+			m.run("truncate", "--size=-20", file)
+		}
+		full := func() {
+			m.run("cp", "-p", file, "/run/good")
+			m.run("mount", "-t", "tmpfs", "-o", "mode=700,size=4k", "none", "/var/lib/private/nftwl")
+			m.run("cp", "-p", "/run/good", file)
+		}
+		older := func() {
+			header, rest, _ := strings.Cut(m.snapshot(), "\n")
+			before, at, _ := strings.Cut(header, ", saved ")
+			saved, err := time.Parse(time.RFC3339Nano, at)
+			m.must(err)
+			// In its place, as it has an owner.
+			m.must(os.WriteFile(m.file(snapshotFile), []byte(before+", saved "+saved.Add(-2*time.Hour).Format(time.RFC3339Nano)+"\n"+rest), 0))
+		}
+		nothing := map[string]string{"persistence.save": "skip: nothing is saved while nftwl-persist.service is "}
+		with := func(check, text string) map[string]string {
+			all := maps.Clone(nothing)
+			all[check] = text
+			return all
+		}
+		m.tries("persistence", []fault{
+			{"a reload that restored nothing", func() { truncate(); m.fails("systemctl", "reload", "nftwl-persist") },
+				m.commands("cp -p /run/good " + file + "; systemctl reload nftwl-persist"),
+				map[string]string{
+					"persistence.unit":     "fail: the sets were not restored after the last reload of nftables: .*cut short",
+					"persistence.snapshot": "fail: " + file + ": line .*cut short",
+				}},
+			{"a start that restored nothing", func() {
+				m.run("systemctl", "stop", nftables)
+				m.settle()
+				truncate()
+				m.run("systemctl", "start", nftables)
+				m.settle()
+			}, m.commands("cp -p /run/good " + file + "; systemctl start nftwl-persist; systemctl start nftwl-save"),
+				map[string]string{
+					"persistence.unit":     "fail: the sets were not restored: .*cut short",
+					"persistence.save":     nothing["persistence.save"] + "failed",
+					"persistence.snapshot": "fail: " + file + ": line .*cut short",
+				}},
+			{"nftables.service stopped", func() { m.run("systemctl", "stop", nftables); m.settle() },
+				func() { m.run("systemctl", "start", nftables); m.settle(); m.run("systemctl", "start", "nftwl-save") },
+				with("persistence.unit", "fail: nftables.service is inactive")},
+			{"persist unit not enabled", m.commands("systemctl disable nftwl-persist"), m.commands("systemctl enable nftwl-persist"),
+				map[string]string{"persistence.unit": "warn: nftwl-persist.service is not enabled:" + late}},
+			{"nftables.service not enabled", m.commands("systemctl disable nftables"), m.commands("systemctl enable nftables"),
+				map[string]string{"persistence.unit": "fail: nftables.service is not enabled"}},
+			{"no persist unit", m.commands("mv /etc/systemd/system/nftwl-persist.service /run; systemctl daemon-reload"),
+				m.commands("mv /run/nftwl-persist.service /etc/systemd/system/; systemctl daemon-reload"),
+				map[string]string{"persistence.unit": "warn: nftwl-persist.service is not installed:" + late}},
+			{"a file that systemd has not read", m.commands("touch /etc/systemd/system/nftwl-persist.service"), m.commands("systemctl daemon-reload"),
+				map[string]string{"persistence.unit": "warn: .*another file than systemd has read"}},
+			{"restore not ordered", edit("nftwl-persist.service", "After=local-fs.target nftables.service", "After=local-fs.target"),
+				edit("nftwl-persist.service", "After=local-fs.target", "After=local-fs.target nftables.service"),
+				map[string]string{"persistence.order": "fail: .*: nftwl-persist.service lacks After=nftables.service$"}},
+			{"save not ordered", edit("nftwl-snapshot.service", "Before=nftables.service shutdown.target", "Before=shutdown.target"),
+				edit("nftwl-snapshot.service", "Before=shutdown.target", "Before=nftables.service shutdown.target"),
+				map[string]string{"persistence.order": "fail: .*: nftwl-snapshot.service lacks Before=nftables.service$"}},
+			{"no save before a reload", edit("nftwl-snapshot.service", "ReloadPropagatedFrom=nftables.service", ""),
+				edit("nftwl-snapshot.service", "BindsTo=nftwl-persist.service", "&\\nReloadPropagatedFrom=nftables.service"),
+				map[string]string{"persistence.order": "fail: .*: nftwl-snapshot.service lacks ReloadPropagatedFrom=nftables.service$"}},
+			{"timer stopped", m.commands("systemctl stop nftwl-save.timer"), m.commands("systemctl start nftwl-save.timer nftwl-save"),
+				map[string]string{"persistence.save": "warn: nftwl-save.timer is inactive: a power cut loses "}},
+			{"disk full", func() { full(); m.fails("systemctl", "start", "nftwl-save") },
+				m.commands("umount /var/lib/private/nftwl; systemctl start nftwl-save"),
+				map[string]string{"persistence.save": `fail: the last save failed \(.+\): .*no space left`}},
+			{"disk full at a reload", func() { full(); m.fails("systemctl", "reload", "nftwl-snapshot") },
+				m.commands("umount /var/lib/private/nftwl; systemctl reload nftwl-snapshot"),
+				map[string]string{"persistence.save": "fail: the sets were not saved before the last reload of nftables: .*no space left"}},
+			{"huge", m.commands("cp -p " + file + " /run/good; truncate --size=65M " + file), m.commands("cp -p /run/good " + file),
+				map[string]string{"persistence.snapshot": `ok: .* 65 MiB, which is too much to look into here; written \d+s ago$`}},
+			{"everyone can write", m.commands("chmod 666 " + file), m.commands("chmod 600 " + file),
+				map[string]string{"persistence.snapshot": "fail: " + file + " is a file that everyone can write to"}},
+			{"another's", m.commands("chown 1234 " + file), m.commands("chown --reference=/var/lib/nftwl/ " + file),
+				map[string]string{"persistence.snapshot": "fail: " + file + " belongs to user 1234"}},
+			{"old", older, m.commands("systemctl start nftwl-save"),
+				map[string]string{"persistence.snapshot": "warn: .* saved 2h ago, though nftwl-save.timer saves"}},
+			{"of other sets", m.commands("nft add table inet other; nft list table inet other >" + file + "; nft delete table inet other"), m.commands("systemctl start nftwl-save"),
+				map[string]string{"persistence.snapshot": "fail: .*none of the sets in it is one of table inet filter"}},
+			{"a damaged one kept", m.commands("touch " + file + ".bad"), m.commands("rm " + file + ".bad"),
+				map[string]string{"persistence.bad": "warn: .*" + file + ".bad"}},
+		})
+
+		// As nftwl-save.timer says.
+		m.run("systemctl", "stop", "nftwl-save.timer")
+		m.run("ln", "-sf", "/dev/null", "/etc/systemd/system/nftwl-save.timer")
+		m.run("systemctl", "daemon-reload")
+		older()
+		m.diagnoses("no timer", "persistence", map[string]string{"persistence.save": "ok: nftwl-save.timer is masked"})
+	})
+}
+
+func TestDoctorServe(t *testing.T) {
+	t.Parallel()
+	onEach(t, func(t *testing.T, b base) {
+		t.Parallel()
+		m := newMachine(t, b)
+		m.only()
+		m.diagnoses("not in use", "serve", map[string]string{"serve": "skip: nftwl serve is not in use$"})
+		m.run("nft", "-f", "/etc/nftwl/sets.nft")
+		m.run("systemctl", "enable", "--now", "nftwl")
+		const path = "/" + socketFile
+		m.diagnoses("a healthy machine", "serve", map[string]string{
+			"serve.unit":       "ok: ",
+			"serve.socket":     "ok: " + path + " answers, and is root's$",
+			"serve.counters":   "ok: 0 logins since ",
+			"serve.sandbox":    "ok: ",
+			"serve.executable": "ok: nftwl.service runs /usr/bin/nftwl$",
+		})
+
+		// asks makes a request of Dovecot's.
+		asks := func() {
+			conn, err := net.Dial("unix", m.file(socketFile))
+			m.must(err)
+			defer conn.Close()
+			m.must(conn.SetDeadline(time.Now().Add(patience)))
+			_, err = fmt.Fprintf(conn, "VERSION\tscript-login\t1\t0\n%s\t%s\talice\n", mailServer, client(1))
+			m.must(err)
+			_, err = io.ReadFull(conn, make([]byte, len("alice\n")))
+			m.must(err)
+		}
+		// closed waits: systemd 257 says that a socket is stopped a moment before
+		// it closes it.
+		closed := func() {
+			m.until("the socket is closed", func() error {
+				conn, err := net.Dial("unix", m.file(socketFile))
+				if err == nil {
+					conn.Close()
+					return errors.New("it is open")
+				}
+				return nil
+			})
+		}
+		// dropIn has nftwl.service run otherwise, and undo as it was.
+		dropIn := func(text string) func() {
+			return func() {
+				m.dropIn("[Service]\n" + text)
+				m.run("systemctl", "restart", "nftwl")
+			}
+		}
+		undo := m.commands("rm /etc/systemd/system/nftwl.service.d/override.conf; systemctl daemon-reload; systemctl restart nftwl")
+		program := m.program()
+		m.tries("serve", []fault{
+			{"not enabled", m.commands("systemctl disable nftwl nftwl.socket"), m.commands("systemctl enable nftwl"),
+				map[string]string{"serve.unit": "fail: nftwl.socket is not enabled"}},
+			{"socket stopped", func() { m.run("systemctl", "stop", "nftwl.socket"); closed() }, m.commands("systemctl start nftwl"),
+				map[string]string{
+					"serve.unit":    "fail: nftwl.socket is inactive$",
+					"serve.socket":  "fail: nothing listens on " + path + "$",
+					"serve.sandbox": "skip: nftwl.service is inactive",
+				}},
+			{"no socket", m.commands("systemctl stop nftwl.socket; rm " + path), m.commands("systemctl start nftwl"),
+				map[string]string{
+					"serve.unit":    "fail: nftwl.socket is inactive$",
+					"serve.socket":  "fail: nothing listens on " + path + "$",
+					"serve.sandbox": "skip: nftwl.service is inactive",
+				}},
+			// A login, and a question, start it.
+			{"service stopped", m.commands("systemctl stop nftwl"), m.commands(""), nil},
+			{"everyone can ask", m.commands("chmod 666 " + path), m.commands("chmod 600 " + path),
+				map[string]string{"serve.socket": "fail: " + path + " has mode 0666: others than its owner can connect"}},
+			{"the group can ask", m.commands("chmod 620 " + path), m.commands("chmod 600 " + path),
+				map[string]string{"serve.socket": "fail: " + path + " has mode 0620: others"}},
+			{"a folder for everyone", m.commands("chmod 1777 /run/nftwl"), m.commands("chmod 755 /run/nftwl"),
+				map[string]string{"serve.socket": "fail: .*in a folder where others than root"}},
+			{"a folder of another's", m.commands("chown 1234 /run/nftwl"), m.commands("chown root /run/nftwl"),
+				map[string]string{"serve.socket": "fail: .*in a folder where others than root"}},
+			{"the mail user's", m.commands("chown 1234 " + path), m.commands("chown root " + path),
+				map[string]string{"serve.socket": "ok: .*user 1234's"}},
+			{"it cannot start", func() {
+				m.dropIn("[Service]\nExecStart=\nExecStart=/usr/bin/nftwl serve --listen /nowhere/socket\nRestartSec=1h\n")
+				m.fails("systemctl", "restart", "nftwl")
+			}, undo, map[string]string{"serve.unit": "fail: nftwl.service fails: serve: there is a socket from systemd"}},
+			{"masked", m.commands("systemctl stop nftwl; cd /etc/systemd/system; mv nftwl.service /run; ln -s /dev/null nftwl.service; systemctl daemon-reload"),
+				m.commands("mv /run/nftwl.service /etc/systemd/system/; systemctl daemon-reload; systemctl start nftwl"),
+				map[string]string{"serve.unit": "fail: nftwl.service is masked"}},
+			{"root", dropIn("DynamicUser=no\nUser=root\n"), undo,
+				map[string]string{"serve.sandbox": "warn: nftwl.service runs as root"}},
+			{"more capabilities", dropIn("CapabilityBoundingSet=CAP_NET_RAW\n"), undo,
+				map[string]string{"serve.sandbox": "warn: nftwl.service has more capabilities"}},
+			{"no capabilities", dropIn("CapabilityBoundingSet=\nAmbientCapabilities=\n"), undo,
+				map[string]string{"serve.sandbox": "fail: nftwl.service runs without CAP_NET_ADMIN"}},
+			{"upgraded", func() { m.installs(program) }, m.commands("systemctl restart nftwl"),
+				map[string]string{"serve.executable": "warn: nftwl.service still runs the nftwl that was there before"}},
+			{"another program", func() {
+				m.run("cp", "/usr/bin/nftwl", "/usr/local/bin/other")
+				dropIn("ExecStart=\nExecStart=/usr/local/bin/other serve\n")()
+			}, undo, map[string]string{"serve.executable": "warn: nftwl.service runs /usr/local/bin/other, and this is /usr/bin/nftwl"}},
+			{"logins that failed", func() { m.run("nft", "flush", "ruleset"); asks() },
+				m.commands("nft -f /etc/nftwl/sets.nft; systemctl restart nftwl"),
+				map[string]string{"serve.counters": `warn: logins whose client could not be trusted \(missing 1\); 1 logins since `}},
+			{"requests refused", func() {
+				conn, err := net.Dial("unix", m.file(socketFile))
+				m.must(err)
+				_, err = io.WriteString(conn, "HELO\n")
+				m.must(err)
+				_, err = io.ReadAll(conn)
+				if err != nil {
+					m.must(err)
+				}
+				conn.Close()
+			}, m.commands("systemctl restart nftwl"),
+				map[string]string{"serve.counters": `warn: requests refused, .*\(request 1\); 0 logins since `}},
+		})
+
+		// As the README undoes it, which leaves the socket's file.
+		m.run("systemctl", "disable", "--now", "nftwl.service", "nftwl.socket")
+		closed()
+		m.must(unix.Access(m.file(socketFile), unix.F_OK))
+		m.diagnoses("not in use any more", "serve", map[string]string{"serve": "skip: nftwl serve is not in use$"})
+
+		m.run("mv", "/run/doveconf", "/usr/bin")
+		m.mail()
+		m.diagnoses("Dovecot asks nobody", "serve", map[string]string{
+			"serve.unit":    "fail: nftwl.socket is not enabled: after a reboot nothing listens, and Dovecot denies every login$",
+			"serve.socket":  "fail: nothing listens on " + path + ", and Dovecot denies every login$",
+			"serve.sandbox": "skip: nftwl.service is inactive",
+		})
+		m.run("systemctl", "enable", "--now", "nftwl")
+		m.diagnoses("Dovecot asks", "serve", nil)
+	})
+}

@@ -1,0 +1,297 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/spf13/cobra"
+
+	"nftwl/pkg/config"
+	"nftwl/pkg/nstest"
+)
+
+// nftwl(8) is what the commands say of themselves, in a frame. UPDATE_DOCS=1
+// writes it anew.
+func TestManCommands(t *testing.T) {
+	root := newRoot()
+	about, exit, ok := strings.Cut(root.Long, "\n\nExit status: ")
+	if !ok {
+		t.Fatal("the help of nftwl has no exit status")
+	}
+	var commands strings.Builder
+	for _, cmd := range root.Commands() {
+		manCommand(&commands, cmd)
+	}
+	want := strings.NewReplacer("@about@\n", manText(about), "@exit@\n", manText(exit), "@commands@\n", commands.String()).Replace(manFrame)
+	path := filepath.Join(nstest.Root(t), "contrib/man/nftwl.8")
+	if os.Getenv("UPDATE_DOCS") != "" {
+		if err := os.WriteFile(path, []byte(want), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, err := os.ReadFile(path); err != nil || string(got) != want {
+		t.Errorf("contrib/man/nftwl.8 is not what the commands say: %v\nUPDATE_DOCS=1 go test -run TestMan ./cmd/nftwl writes it", err)
+	}
+}
+
+// manCommand writes what the help of a command and of those below it says.
+func manCommand(b *strings.Builder, cmd *cobra.Command) {
+	fmt.Fprintf(b, ".SS %s\n", manEscape(strings.TrimSuffix(cmd.UseLine(), " [flags]")))
+	b.WriteString(manText(cmd.Long))
+	if cmd.Example != "" {
+		b.WriteString(".PP\nExamples:\n" + manText(cmd.Example))
+	}
+	// A name and, two spaces apart, what it is for.
+	for line := range strings.Lines(cmd.NonInheritedFlags().FlagUsages()) {
+		flag, usage, _ := strings.Cut(strings.TrimSpace(line), "  ")
+		if strings.Contains(flag, "--help") {
+			continue
+		}
+		// cobra's notation of a value that can be left out.
+		flag = regexp.MustCompile(` (\S+)\[=.*\]$`).ReplaceAllString(flag, "[=$1]")
+		fmt.Fprintf(b, ".TP\n.B %s\n%s", manEscape(flag), manText(strings.TrimSpace(usage)))
+	}
+	for _, below := range cmd.Commands() {
+		manCommand(b, below)
+	}
+}
+
+// manText writes text, of which an empty line ends a paragraph, and indented
+// lines stay as they are.
+func manText(text string) string {
+	var b strings.Builder
+	asItIs := false
+	for _, line := range strings.Split(text, "\n") {
+		if indented := strings.HasPrefix(line, "  "); indented != asItIs {
+			asItIs = indented
+			b.WriteString(map[bool]string{true: ".RS 2\n.EX\n", false: ".EE\n.RE\n"}[indented])
+		}
+		switch {
+		case line == "":
+			b.WriteString(".PP\n")
+		case asItIs:
+			b.WriteString(manEscape(line[2:]) + "\n")
+		default:
+			b.WriteString(manEscape(line) + "\n")
+		}
+	}
+	if asItIs {
+		b.WriteString(".EE\n.RE\n")
+	}
+	return b.String()
+}
+
+// manEscape writes text as roff shows it: groff_char(7).
+func manEscape(text string) string {
+	var b strings.Builder
+	for i, r := range text {
+		switch {
+		case i == 0 && r == '.':
+			b.WriteString(`\&.`)
+		case r > '~':
+			fmt.Fprintf(&b, `\[u%04X]`, r)
+		case strings.ContainsRune("\\-'`^~\"", r):
+			b.WriteString(map[rune]string{'\\': `\(rs`, '-': `\-`, '\'': `\(aq`, '`': `\(ga`, '^': `\(ha`, '~': `\(ti`, '"': `\(dq`}[r])
+		default:
+			b.WriteRune(r)
+		}
+	}
+	return b.String()
+}
+
+const manFrame = `.\" Written by UPDATE_DOCS=1 go test -run TestMan ./cmd/nftwl
+.TH NFTWL 8 "" nftwl "System Manager\(aqs Manual"
+.SH NAME
+nftwl \- trust the addresses of a mail server\(aqs users in nftables
+.SH SYNOPSIS
+.B nftwl
+.RB [ \-\-config
+.IR FILE ]
+.I COMMAND
+.RI [ ARGUMENT \[u2026]]
+.SH DESCRIPTION
+@about@
+.PP
+Who is trusted and who is banned is in four sets, one of each list for each
+family, which the firewall\(aqs rules look into.
+.BR nftwl.yaml (5)
+names them.
+In nftables nothing but these sets is written; where
+.B restore
+finds one missing, it is made.
+Rules are never touched.
+.SH OPTIONS
+.TP
+.BI \-\-config\~ FILE
+Read
+.I FILE
+in place of
+.IR /etc/nftwl.yaml ;
+it must exist.
+For
+.B login
+it stands before that word.
+.TP
+.BR \-h ,\~ \-\-help
+Show what a command does; after
+.BR login ,
+it is an argument of the command that is executed.
+.SH COMMANDS
+@commands@
+.SH EXIT STATUS
+@exit@
+.PP
+.BR login ,
+.B check
+and
+.B completion
+have their own, which stands above.
+An error is a line on standard error that begins with
+.BR "nftwl: error:" ;
+what to do about it, where that is known, follows after
+.BR "nftwl: hint:" .
+.SH ENVIRONMENT
+.B nftwl login
+reads these, which Dovecot sets for a post\-login script, and no other:
+.TP
+.B IP
+The client\(aqs address.
+.TP
+.B LOCAL_IP
+The address that the client has connected to, which is never trusted.
+.TP
+.B USER
+The user\(aqs name, which becomes the comment of the elements.
+.TP
+.B NFTWL_TRUST
+.B no
+trusts no address of this user\(aqs; from the extra field
+.I nftwl_trust
+of the user database.
+.TP
+.B NFTWL_TIMEOUT
+For how long to trust this user\(aqs addresses; from the extra field
+.IR nftwl_timeout .
+.PP
+The others read:
+.TP
+.B NO_COLOR
+Where it is set and not empty,
+.B nftwl list
+shows no colour.
+.TP
+.B TERM
+Where it is not set, or
+.BR dumb ,
+.B nftwl list
+shows no colour and cannot
+.BR \-\-watch .
+.SH FILES
+.TP
+.I /etc/nftwl.yaml
+The configuration, see
+.BR nftwl.yaml (5).
+.TP
+.I /var/lib/nftwl/sets.nft
+The snapshot that
+.B save
+writes and
+.B restore
+reads, and
+.IR sets.nft.old ,
+the one before.
+.TP
+.I /run/nftwl/post\-login
+The socket of
+.BR serve .
+.SH SEE ALSO
+.BR nftwl.yaml (5),
+.BR nft (8),
+.BR doveconf (1),
+.BR systemctl (1),
+.BR fail2ban (1)
+`
+
+// nftwl.yaml(5) has every key that a configuration can have, its defaults are
+// those of the example, and the example's are the program's.
+func TestManConfig(t *testing.T) {
+	page, err := os.ReadFile(filepath.Join(nstest.Root(t), "contrib/man/nftwl.yaml.5"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	examples := regexp.MustCompile(`(?s)\n\.EX\n(.*?)\.EE\n`).FindAllStringSubmatch(string(page), -1)
+	if len(examples) < 2 {
+		t.Fatalf("%d examples", len(examples))
+	}
+	c, err := config.Parse([]byte(examples[0][1]))
+	if err != nil || !reflect.DeepEqual(c, config.Default()) {
+		t.Errorf("the defaults: %+v, %v", c, err)
+	}
+	for _, e := range examples {
+		if _, err := config.Parse([]byte(e[1])); err != nil {
+			t.Errorf("%v in\n%s", err, e[1])
+		}
+	}
+
+	_, err = config.Parse([]byte("x: 1"))
+	_, keys, ok := strings.Cut(fmt.Sprint(err), "the keys are ")
+	if !ok {
+		t.Fatalf("no list of keys in %v", err)
+	}
+	var want, got []string
+	for _, key := range strings.Split(strings.Replace(keys, " and ", ", ", 1), ", ") {
+		value := "none"
+		if _, after, ok := strings.Cut("\n"+examples[0][1], "\n"+key+": "); ok {
+			value, _, _ = strings.Cut(after, "\n")
+		}
+		want = append(want, key+": "+value)
+	}
+	for _, m := range regexp.MustCompile(`(?m)^\.TP\n\.B (\w+)\nDefault: (.*)\.$`).FindAllStringSubmatch(string(page), -1) {
+		got = append(got, m[1]+": "+m[2])
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("the entries and their defaults are\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+}
+
+// man shows the pages without a complaint, and finds them by their subject.
+func TestManPages(t *testing.T) {
+	man := nstest.Need(t, "man", "man-db")
+	lexgrog := nstest.Need(t, "lexgrog", "man-db")
+	for page, want := range map[string]struct {
+		subject string
+		shows   []string
+	}{
+		"nftwl.8": {"nftwl - trust the addresses of a mail server's users in nftables", []string{
+			"nftwl [--config FILE] COMMAND [ARGUMENT…]", "nftwl login COMMAND [ARG…]", "nftwl_trust=no      this user's addresses",
+			"--watch[=INTERVAL]", "-q, --quiet", "nftwl check -q --banned 198.51.100.66 && echo banned",
+		}},
+		"nftwl.yaml.5": {"nftwl.yaml - configuration of nftwl", []string{
+			`Default: [127.0.0.0/8, "::1/128", "fe80::/10"].`, "ipv6_prefix: 64",
+		}},
+	} {
+		path := filepath.Join(nstest.Root(t), "contrib/man", page)
+		cmd := exec.Command(man, "-l", "--warnings", "-E", "UTF-8", path)
+		cmd.Env = append(os.Environ(), "LC_ALL=C.UTF-8", "MANWIDTH=80", "MANOPT=", "MAN_KEEP_FORMATTING=")
+		var out, errs bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &out, &errs
+		if err := cmd.Run(); err != nil || errs.Len() > 0 {
+			t.Errorf("%s: %v\n%s", page, err, &errs)
+		}
+		for _, words := range want.shows {
+			if !strings.Contains(out.String(), words) {
+				t.Errorf("%s does not show %q:\n%s", page, words, &out)
+			}
+		}
+		if b, err := exec.Command(lexgrog, path).CombinedOutput(); err != nil || string(b) != path+`: "`+want.subject+"\"\n" {
+			t.Errorf("lexgrog: %v: %s", err, b)
+		}
+	}
+}

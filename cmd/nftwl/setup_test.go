@@ -1,0 +1,754 @@
+package main
+
+import (
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/nstest"
+)
+
+// setups are the command lines of setup, and where each puts which folder of
+// contrib's.
+var setups = []struct {
+	args          []string
+	folder, under string
+	files         int
+}{
+	{[]string{"dovecot"}, "/etc/dovecot/conf.d", "dovecot", 1},
+	{[]string{"dovecot", "--serve"}, "/etc/dovecot/conf.d", "dovecot", 1},
+	{[]string{"nftables"}, "/etc/nftwl", "nftables", 8},
+	{[]string{"systemd"}, "/etc/systemd/system", "systemd", 5},
+	{[]string{"systemd", "--serve"}, "/etc/systemd/system", "systemd", 2},
+	{[]string{"fail2ban"}, "/etc/fail2ban", "fail2ban", 4},
+}
+
+// A host has the folders /etc and /run to itself, and the nftwl that was just
+// built at /usr/bin/nftwl. Dovecot, fail2ban and systemd are there, as far as
+// their folders say.
+type host struct{ *testing.T }
+
+func newHost(t *testing.T) *host {
+	t.Helper()
+	bin := filepath.Dir(nstest.Build(t, "cmd/nftwl"))
+	nstest.New(t)
+	h := &host{t}
+	// Which doveconf and nft look up.
+	var names [2][]byte
+	for i, name := range []string{"/etc/passwd", "/etc/group"} {
+		var err error
+		names[i], err = os.ReadFile(name)
+		h.must(err)
+	}
+	h.must(unix.Unshare(unix.CLONE_NEWNS))
+	h.must(unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
+	h.must(unix.Mount("overlay", "/usr/bin", "overlay", unix.MS_RDONLY, "lowerdir="+bin+":/usr/bin"))
+	for _, dir := range []string{"/etc", "/run", "/opt"} {
+		h.must(unix.Mount("none", dir, "tmpfs", 0, "mode=755"))
+	}
+	h.write("/etc/passwd", string(names[0]))
+	h.write("/etc/group", string(names[1]))
+	for _, dir := range []string{"/etc/dovecot/conf.d", "/etc/fail2ban/action.d", "/etc/fail2ban/filter.d", "/etc/fail2ban/jail.d", "/etc/systemd/system", "/run/systemd/system"} {
+		h.must(os.MkdirAll(dir, 0o755))
+	}
+	return h
+}
+
+func (h *host) must(err error) {
+	h.Helper()
+	if err != nil {
+		h.Fatal(err)
+	}
+}
+
+func (h *host) write(path, text string) {
+	h.Helper()
+	h.must(os.MkdirAll(filepath.Dir(path), 0o755))
+	h.must(os.WriteFile(path, []byte(text), 0o644))
+	h.must(os.Chmod(path, 0o644)) // whatever the umask
+}
+
+func (h *host) read(path string) string {
+	h.Helper()
+	text, err := os.ReadFile(path)
+	h.must(err)
+	return string(text)
+}
+
+const hostPath = "PATH=/usr/sbin:/usr/bin:/sbin:/bin"
+
+// try runs a program with the variables that are given.
+func (h *host) try(env []string, program string, args ...string) (stdout, stderr string, code int) {
+	h.Helper()
+	cmd := exec.Command(program, args...)
+	cmd.Env = append([]string{hostPath}, env...)
+	cmd.Dir = "/"
+	return output(h.T, cmd)
+}
+
+// run runs a program that must not fail.
+func (h *host) run(program string, args ...string) string {
+	h.Helper()
+	stdout, stderr, code := h.try(nil, program, args...)
+	if code != 0 {
+		h.Fatalf("%s %q: exit %d\n%s%s", program, args, code, stdout, stderr)
+	}
+	return stdout
+}
+
+func (h *host) setup(args ...string) string {
+	h.Helper()
+	return h.run("/usr/bin/nftwl", append([]string{"setup"}, args...)...)
+}
+
+// refuses runs setup, which must fail with such lines on stderr and change
+// nothing.
+func (h *host) refuses(code int, want []string, args ...string) {
+	h.Helper()
+	before := h.tree()
+	stdout, stderr, got := h.try(nil, "/usr/bin/nftwl", append([]string{"setup"}, args...)...)
+	if got != code || stdout != "" {
+		h.Errorf("setup %q: exit %d\n%s", args, got, stdout)
+	}
+	for _, words := range want {
+		if !strings.Contains(stderr, words) {
+			h.Errorf("setup %q: %q is not in\n%s", args, words, stderr)
+		}
+	}
+	h.same(before)
+}
+
+// tree has a line for each file in /etc.
+func (h *host) tree() []string {
+	h.Helper()
+	var lines []string
+	h.must(filepath.WalkDir("/etc", func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		line := fmt.Sprint(path, " ", info.Mode())
+		if info.Mode().IsRegular() {
+			text, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			line += fmt.Sprintf(" %s %q", info.ModTime(), text)
+		}
+		lines = append(lines, line)
+		return nil
+	}))
+	return lines
+}
+
+func (h *host) same(before []string) {
+	h.Helper()
+	after := h.tree()
+	for _, line := range after {
+		if !slices.Contains(before, line) {
+			h.Errorf("new or changed: %.200s", line)
+		}
+	}
+	for _, line := range before {
+		if !slices.Contains(after, line) {
+			h.Errorf("gone or changed: %.200s", line)
+		}
+	}
+}
+
+// parsePlan takes the files out of what setup prints.
+func parsePlan(text string) map[string]string {
+	files := make(map[string]string)
+	for _, part := range strings.Split("\n"+text, "\n### ") {
+		if path, text, _ := strings.Cut(part, "\n"); strings.HasPrefix(path, "/") {
+			files[path] = text
+		}
+	}
+	return files
+}
+
+func TestSetupPrintsContrib(t *testing.T) {
+	h := newHost(t)
+	before := h.tree()
+	for _, s := range setups {
+		out := h.setup(s.args...)
+		if strings.Contains(out, "\n# With --write nothing ") || strings.Contains(out, "does not include") {
+			t.Errorf("setup %q has a false alarm:\n%s", s.args, out)
+		}
+		files := parsePlan(out)
+		if len(files) != s.files {
+			t.Errorf("setup %q prints %d files", s.args, len(files))
+		}
+		for path, text := range files {
+			name, err := filepath.Rel(s.folder, path)
+			h.must(err)
+			if text != h.read(filepath.Join(nstest.Root(t), "contrib", s.under, name)) {
+				t.Errorf("setup %q: %s is\n%s", s.args, path, text)
+			}
+		}
+	}
+	h.same(before)
+}
+
+func TestSetupWrites(t *testing.T) {
+	for _, s := range setups {
+		t.Run(strings.Join(s.args, " "), func(t *testing.T) {
+			h := newHost(t)
+			before := h.tree()
+			args := append(s.args, "--write")
+			// As root of a careful administrator has it.
+			script := `umask 077; exec nftwl setup "$@"`
+			out := h.run("/bin/sh", append([]string{"-c", script, "sh"}, args...)...)
+			var written []string
+			for _, m := range regexp.MustCompile(`(?m)^written: (/.*)$`).FindAllStringSubmatch(out, -1) {
+				written = append(written, m[1])
+				name, err := filepath.Rel(s.folder, m[1])
+				h.must(err)
+				if h.read(m[1]) != h.read(filepath.Join(nstest.Root(t), "contrib", s.under, name)) {
+					t.Errorf("%s is\n%s", m[1], h.read(m[1]))
+				}
+			}
+			if len(written) != s.files {
+				t.Errorf("%d files are written", len(written))
+			}
+			news := h.tree()
+			for _, line := range news {
+				path, rest, _ := strings.Cut(line, " ")
+				switch {
+				case slices.Contains(before, line):
+				case slices.Contains(written, path) && strings.HasPrefix(rest, "-rw-r--r-- "):
+				case rest == "drwxr-xr-x" && filepath.Dir(written[0]) == path:
+				case rest == "drwxr-xr-x" && filepath.Base(path) == "nftwl-.service.d":
+				default:
+					t.Errorf("%.100s", line)
+				}
+			}
+
+			again := h.setup(args...)
+			if strings.Contains(again, "written: ") || !strings.Contains(again, fmt.Sprintf("there already, and the same: %d\n", s.files)) {
+				t.Errorf("the second time:\n%s", again)
+			}
+			h.same(news)
+
+			// As it is printed; what is to be reloaded is not running.
+			_, undo, found := strings.Cut(out, "\nTo undo it:\n")
+			if !found || undo == "" {
+				t.Fatalf("no way back in\n%s", out)
+			}
+			h.try(nil, "/bin/sh", "-c", undo)
+			h.same(before)
+		})
+	}
+}
+
+// The rest of a half-written set of files is written.
+func TestSetupWritesWhatIsMissing(t *testing.T) {
+	h := newHost(t)
+	h.setup("nftables", "--write")
+	h.must(os.Remove("/etc/nftwl/banned.nft"))
+	out := h.setup("nftables", "--write")
+	if !strings.HasPrefix(out, "written: /etc/nftwl/banned.nft\nthere already, and the same: 7\n") {
+		t.Error(out)
+	}
+}
+
+func TestSetupNeverOverwrites(t *testing.T) {
+	ours := func(h *host) string { return h.read(filepath.Join(nstest.Root(t), "contrib/nftables/sets.nft")) }
+	for name, put := range map[string]func(h *host, path string) string{
+		"other contents": func(h *host, path string) string {
+			h.write(path, ours(h)+"\n")
+			return "with other contents"
+		},
+		"symlink": func(h *host, path string) string {
+			h.write("/etc/elsewhere", ours(h))
+			h.must(os.Symlink("/etc/elsewhere", path))
+			return "is not a regular file"
+		},
+		"dangling symlink": func(h *host, path string) string {
+			h.must(os.Symlink("/etc/nowhere", path))
+			return "is not a regular file"
+		},
+		"folder": func(h *host, path string) string {
+			h.must(os.Mkdir(path, 0o755))
+			return "is not a regular file"
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := newHost(t)
+			h.must(os.Mkdir("/etc/nftwl", 0o755))
+			why := put(h, "/etc/nftwl/sets.nft")
+			h.refuses(1, []string{"nftwl: error: setup: /etc/nftwl/sets.nft is there, ", why, "nftwl: hint: "}, "nftables", "--write")
+			if out := h.setup("nftables"); !strings.Contains(out, "\n### What to do\n# With --write nothing would be written:\n#   /etc/nftwl/sets.nft is there, ") {
+				t.Errorf("not said without --write:\n%s", out)
+			}
+		})
+	}
+	t.Run("two", func(t *testing.T) {
+		h := newHost(t)
+		h.write("/etc/systemd/system/nftwl.socket", "")
+		h.write("/etc/systemd/system/nftwl.service", "")
+		h.refuses(1, []string{"/nftwl.socket is there", "/nftwl.service is there"}, "systemd", "--serve", "--write")
+	})
+	t.Run("the other drop-in", func(t *testing.T) {
+		h := newHost(t)
+		h.setup("dovecot", "--write")
+		h.refuses(1, []string{"90-nftwl.conf is there, and the two exclude each other", "nftwl: hint: rm /etc/dovecot/conf.d/90-nftwl.conf"}, "dovecot", "--serve", "--write")
+	})
+}
+
+// A write that fails halfway takes back what it wrote.
+func TestSetupUnwritable(t *testing.T) {
+	h := newHost(t)
+	const dir = "/etc/systemd/system/nftwl-.service.d"
+	h.must(os.Mkdir(dir, 0o755))
+	h.must(unix.Mount("none", dir, "tmpfs", unix.MS_RDONLY, "mode=755"))
+	h.refuses(1, []string{"nftwl: error: setup: nothing is written: ", "read-only file system"}, "systemd", "--write")
+
+	nstest.NeedUsers(t)
+	cmd := exec.Command("setpriv", "--reuid=1000", "--regid=1000", "--clear-groups", "/usr/bin/nftwl", "setup", "nftables", "--write")
+	cmd.Env = []string{hostPath}
+	_, stderr, code := output(t, cmd)
+	if code != 1 || !strings.Contains(stderr, "permission denied\nnftwl: hint: run it as root\n") {
+		t.Errorf("as a user: exit %d: %s", code, stderr)
+	}
+}
+
+// What keeps it from being written keeps nobody from looking at it.
+func TestSetupProblems(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		spoil func(h *host)
+		args  []string
+		want  string
+	}{
+		{"no Dovecot", func(h *host) { h.must(os.RemoveAll("/etc/dovecot")) }, []string{"dovecot"}, "/etc/dovecot/conf.d is not a folder: Dovecot is not installed"},
+		{"no fail2ban", func(h *host) { h.must(os.RemoveAll("/etc/fail2ban")) }, []string{"fail2ban"}, "/etc/fail2ban is not a folder: fail2ban is not installed"},
+		{"no systemd", func(h *host) { h.must(os.RemoveAll("/run/systemd")) }, []string{"systemd"}, "systemd does not run here"},
+		{"snapshot", func(h *host) { h.write("/etc/nftwl.yaml", "snapshot: /var/lib/nftwl/../x/sets.nft\n") }, []string{"systemd"}, "snapshot: the units may write in /var/lib/nftwl/ alone, and not /var/lib/x/sets.nft"},
+		{"folder is a file", func(h *host) { h.write("/etc/nftwl", "") }, []string{"nftables"}, "/etc/nftwl/banned.nft: not a directory"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			h := newHost(t)
+			c.spoil(h)
+			h.refuses(1, []string{"nftwl: error: ", c.want}, append(c.args, "--write")...)
+			out := h.setup(c.args...)
+			if !strings.Contains(out, "\n# With --write nothing would be written:\n#   ") || !strings.Contains(out, c.want) || len(parsePlan(out)) == 0 {
+				t.Errorf("without --write:\n%s", out)
+			}
+		})
+	}
+}
+
+func TestSetupUsage(t *testing.T) {
+	h := newHost(t)
+	h.refuses(2, []string{`nftwl: error: setup: "postfix" is not one of `}, "postfix", "--write")
+	h.refuses(2, []string{"nftwl: error: setup: --serve is for dovecot and systemd"}, "nftables", "--serve", "--write")
+	h.refuses(2, []string{"nftwl: error: setup: --serve is for dovecot and systemd"}, "fail2ban", "--serve")
+	h.refuses(2, []string{"accepts 1 arg"})
+	h.write("/etc/nftwl.yaml", "tabel: x\n")
+	h.refuses(1, []string{`nftwl: error: config: /etc/nftwl.yaml:1: unknown key "tabel"`}, "dovecot", "--write")
+	h.write("/etc/nftwl.yaml", "table: ip6 filter\n")
+	h.refuses(1, []string{"nftwl: error: setup: the rules are for IPv4 and IPv6, and table ip6 filter is not", "nftwl: hint: table: "}, "nftables")
+}
+
+// Units that a package has installed need not be written.
+func TestSetupPackagedUnits(t *testing.T) {
+	h := newHost(t)
+	const folder = "/usr/lib/systemd/system"
+	h.must(unix.Mount("none", folder, "tmpfs", 0, "mode=755"))
+	before := h.tree()
+	h.must(os.CopyFS(folder, os.DirFS(filepath.Join(nstest.Root(t), "contrib/systemd"))))
+	out := h.setup("systemd", "--write")
+	if strings.Contains(out, "written: ") || !strings.Contains(out, "Installed already, in /usr/lib/systemd/system: nftwl-persist.service, ") || strings.Contains(out, "\n  rm ") {
+		t.Error(out)
+	}
+	h.same(before)
+	// All but one, of another version.
+	h.write(folder+"/nftwl.socket", "")
+	out = h.setup("systemd", "--serve", "--write")
+	if !strings.HasPrefix(out, "written: /etc/systemd/system/nftwl.socket\n\nInstalled already, in /usr/lib/systemd/system: nftwl.service.\n") {
+		t.Error(out)
+	}
+}
+
+// Elsewhere installs the program and a configuration where the files of contrib
+// do not have them.
+func (h *host) elsewhere(config string) (program string, args []string) {
+	h.Helper()
+	h.write("/opt/nftwl-1.0/nftwl", h.read("/usr/bin/nftwl"))
+	h.must(os.Chmod("/opt/nftwl-1.0/nftwl", 0o755))
+	h.must(unix.Unmount("/usr/bin", 0)) // now there is no other
+	h.write("/etc/mail/nftwl.yaml", config)
+	return "/opt/nftwl-1.0/nftwl", []string{"--config", "/etc/mail/nftwl.yaml"}
+}
+
+// Dovecot, systemd and fail2ban take another path and a configuration for what
+// they are.
+func TestSetupElsewhere(t *testing.T) {
+	const config = "table: inet mail\n"
+	const command = "/opt/nftwl-1.0/nftwl --config /etc/mail/nftwl.yaml"
+	start := func(t *testing.T) (*host, func(args ...string) string) {
+		h := newHost(t)
+		program, flags := h.elsewhere(config)
+		return h, func(args ...string) string {
+			out := h.run(program, append(append(flags, "setup"), args...)...)
+			for path, text := range parsePlan(h.run(program, append(append(flags, "setup"), slices.DeleteFunc(args, func(s string) bool { return s == "--write" })...)...)) {
+				if strings.Contains(text, "/usr/bin/nftwl") {
+					t.Errorf("%s has /usr/bin/nftwl", path)
+				}
+			}
+			return out
+		}
+	}
+	t.Run("dovecot", func(t *testing.T) {
+		doveconf := nstest.Need(t, "doveconf", "dovecot-imapd")
+		h, setup := start(t)
+		conf := "protocols = imap\nssl = no\n!include conf.d/*.conf\n"
+		if strings.HasPrefix(h.run("dovecot", "--version"), "2.4") {
+			conf = "dovecot_config_version = 2.4.0\ndovecot_storage_version = 2.4.0\n" + conf
+		}
+		h.write("/etc/dovecot/dovecot.conf", conf)
+		h.write("/etc/dovecot/conf.d/10-mail.conf", "") // an include of nothing is an error
+		out := setup("dovecot", "--write")
+		if strings.Contains(out, "does not include") || strings.Contains(out, "post-login") {
+			t.Errorf("a false alarm:\n%s", out)
+		}
+		parsed := h.run(doveconf, "-n")
+		if !strings.Contains(parsed, "\n  executable = script-login "+command+" login\n") {
+			t.Errorf("doveconf:\n%s", parsed)
+		}
+		// And that is how a login is trusted.
+		nstest.Nft(t, strings.ReplaceAll(sets, "inet filter", "inet mail"))
+		words := append(strings.Fields(command+" login"), "/bin/true")
+		if _, stderr, code := h.try([]string{"IP=192.0.2.7"}, words[0], words[1:]...); code != 0 || stderr != "" {
+			t.Errorf("login: exit %d: %s", code, stderr)
+		}
+		words = append(strings.Fields(command), "check", "192.0.2.7")
+		h.run(words[0], words[1:]...)
+
+		// A script that is there must not vanish unsaid.
+		h.must(os.Remove("/etc/dovecot/conf.d/90-nftwl.conf"))
+		h.write("/etc/dovecot/dovecot.conf", conf+`
+service imap {
+  executable = imap hello
+}
+service hello {
+  executable = script-login /usr/local/bin/hello.sh
+  unix_listener hello {
+  }
+}
+`)
+		out = setup("dovecot", "--write")
+		for _, words := range []string{"service imap asks hello after a login", "executable = script-login /opt/nftwl-1.0/nftwl login /usr/local/bin/hello.sh"} {
+			if !strings.Contains(out, words) {
+				t.Errorf("%q is not in\n%s", words, out)
+			}
+		}
+		h.write("/etc/dovecot/dovecot.conf", "no such = setting\n"+conf)
+		if out := setup("dovecot"); !strings.Contains(out, "is not known: doveconf -n fails") {
+			t.Errorf("that doveconf fails is not said:\n%s", out)
+		}
+		h.write("/etc/dovecot/dovecot.conf", strings.ReplaceAll(conf, "!include", "#!include"))
+		if out := setup("dovecot"); !strings.Contains(out, "does not include conf.d/*.conf") {
+			t.Errorf("the include is not missed:\n%s", out)
+		}
+	})
+	t.Run("systemd", func(t *testing.T) {
+		analyze := nstest.Need(t, "systemd-analyze", "systemd")
+		for _, args := range [][]string{{"systemd", "--write"}, {"systemd", "--serve", "--write"}} {
+			h, setup := start(t)
+			setup(args...)
+			units, err := filepath.Glob("/etc/systemd/system/nftwl*.*")
+			h.must(err)
+			n := 0
+			for _, unit := range units {
+				if strings.HasSuffix(unit, ".d") {
+					continue
+				}
+				if _, stderr, code := h.try(nil, analyze, "verify", "--man=no", unit); code != 0 || stderr != "" {
+					t.Errorf("%s: exit %d: %s", unit, code, stderr)
+				}
+				for line := range strings.Lines(h.read(unit)) {
+					if _, run, ok := strings.Cut(line, "=/opt/"); ok && strings.HasPrefix(line, "Exec") {
+						n++
+						if !strings.HasPrefix("/opt/"+run, command+" ") {
+							t.Errorf("%s: %s", unit, line)
+						}
+					}
+				}
+			}
+			if want := map[int]int{2: 5, 3: 1}[len(args)]; n != want {
+				t.Errorf("%d commands in %q", n, units)
+			}
+		}
+	})
+	t.Run("fail2ban", func(t *testing.T) {
+		client := nstest.Need(t, "fail2ban-client", "fail2ban")
+		folder := t.TempDir()
+		if err := os.CopyFS(folder, os.DirFS("/etc/fail2ban")); err != nil {
+			t.Fatal(err)
+		}
+		h, setup := start(t)
+		h.must(os.RemoveAll("/etc/fail2ban"))
+		h.must(os.CopyFS("/etc/fail2ban", os.DirFS(folder)))
+		setup("fail2ban", "--write")
+		h.write("/etc/mail.log", "")
+		h.write("/etc/fail2ban/jail.local", "[sshd]\nenabled = false\n[postfix-lost]\nenabled = true\nbackend = auto\nlogpath = /etc/mail.log\n")
+		out := h.run(client, "-d")
+		for _, words := range []string{
+			"'ignorecommand', '" + command + " check -q <ip>'",
+			`\n` + command + " ban --timeout ",
+			`\n` + command + " unban ",
+		} {
+			if !strings.Contains(out, words) {
+				t.Errorf("%q is not in\n%s", words, out)
+			}
+		}
+	})
+}
+
+// A path that is a link is the one that stays.
+func TestSetupPaths(t *testing.T) {
+	h := newHost(t)
+	program, _ := h.elsewhere("")
+	const spaced = "/opt/my nftwl"
+	h.must(os.Link(program, spaced))
+	_, stderr, code := h.try(nil, spaced, "setup", "dovecot")
+	if code != 1 || !strings.Contains(stderr, `nftwl: error: setup: "/opt/my nftwl" has a space`) || !strings.Contains(stderr, "nftwl: hint: ") {
+		t.Errorf("exit %d: %s", code, stderr)
+	}
+	h.write("/etc/a%i.yaml", "")
+	_, stderr, code = h.try(nil, program, "--config", "/etc/a%i.yaml", "setup", "systemd")
+	if code != 1 || !strings.Contains(stderr, `"/etc/a%i.yaml" has a space or another character`) {
+		t.Errorf("exit %d: %s", code, stderr)
+	}
+	// A path from where one is becomes one from the root.
+	if out := h.run(program, "--config", "etc/mail/nftwl.yaml", "setup", "dovecot"); !strings.Contains(out, program+" --config /etc/mail/nftwl.yaml login\n") {
+		t.Error(out)
+	}
+
+	// Others must not get to write what root runs.
+	h.must(os.Chmod(program, 0o775))
+	_, stderr, code = h.try(nil, program, "setup", "dovecot", "--write")
+	if code != 1 || !strings.Contains(stderr, "others than root can change it") {
+		t.Errorf("exit %d: %s", code, stderr)
+	}
+	h.must(os.Chmod(program, 0o755))
+	h.must(os.Chmod("/etc/mail/nftwl.yaml", 0o640))
+	if out := h.run(program, "--config", "/etc/mail/nftwl.yaml", "setup", "systemd"); !strings.Contains(out, ": chmod a+r /etc/mail/nftwl.yaml\n") {
+		t.Errorf("that the units cannot read the configuration is not said:\n%s", out)
+	}
+	// The units have no /tmp.
+	const hidden = "/tmp/nftwl-setup-test/nftwl"
+	h.must(unix.Mount("none", "/tmp", "tmpfs", 0, "mode=755"))
+	h.write(hidden, h.read(program))
+	h.must(os.Chmod(hidden, 0o755))
+	_, stderr, code = h.try(nil, hidden, "setup", "systemd", "--write")
+	if code != 1 || !strings.Contains(stderr, "the units have no access to /tmp/") || !strings.Contains(stderr, "hint: install -m 755 "+hidden) {
+		t.Errorf("exit %d: %s", code, stderr)
+	}
+
+	h.must(unix.Mount("none", "/usr/bin", "tmpfs", 0, "mode=755"))
+	h.must(os.Symlink(program, "/usr/bin/nftwl"))
+	if out := h.run("/usr/bin/nftwl", "setup", "dovecot"); !strings.Contains(out, "script-login /usr/bin/nftwl login\n") || strings.Contains(out, "/opt") {
+		t.Error(out)
+	}
+}
+
+// The rules as the configuration has them, under the real nft and with real
+// packets: whoever has logged in passes, and so does everyone in the network
+// that is trusted.
+func TestSetupRules(t *testing.T) {
+	const names = "trusted: {ipv4: banned_ipv4, ipv6: good6}\nbanned: {ipv4: trusted_ipv4, ipv6: bad6}\n"
+	for _, c := range []struct {
+		name, config string
+		ufw          bool
+		table        string
+		prefix       int
+		timeouts     [2]string // default of the trusted and the banned sets
+	}{
+		{name: "default", table: "inet filter", prefix: 128},
+		{name: "names", config: "table: inet mail\n" + names + "timeout: 12h\nban_timeout: 90m\n", table: "inet mail", prefix: 128, timeouts: [2]string{"12h", "1h30m"}},
+		{name: "prefix 64", config: "ipv6_prefix: 64\n", table: "inet filter", prefix: 64},
+		{name: "prefix 56", config: "ipv6_prefix: 56\n", table: "inet filter", prefix: 56},
+		{name: "ufw", ufw: true, table: "inet nftwl", prefix: 128},
+		{name: "own table", config: "table: inet nftwl\nipv6_prefix: 56\n" + names + "ban_timeout: 2h\n", table: "inet nftwl", prefix: 56, timeouts: [2]string{"1d", "2h"}},
+		{name: "own table of another name", config: "table: inet mail\nipv6_prefix: 64\n", ufw: true, table: "inet mail", prefix: 64},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			nft := nstest.Need(t, "nft", "nftables")
+			h := newHost(t)
+			h.write("/etc/nftwl.yaml", c.config)
+			if c.ufw {
+				h.write("/etc/ufw/ufw.conf", "# comment\nENABLED=yes\n")
+			}
+			out := h.setup("nftables", "--write")
+			own := c.ufw || c.table == "inet nftwl"
+			if own {
+				if strings.Contains(out, "table: "+c.table) != (c.config == "") {
+					t.Errorf("whether the configuration is to be changed:\n%s", out)
+				}
+				h.run(nft, "-c", "-f", "/etc/nftwl/standalone.nft")
+				h.run(nft, "-f", "/etc/nftwl/standalone.nft")
+				if c.config == "" {
+					h.write("/etc/nftwl.yaml", "table: "+c.table+"\n")
+				}
+			} else {
+				// What is to be done next, but for what systemd would do.
+				if !strings.Contains(out, "\n  cp /etc/nftwl/nftables.conf /etc/nftables.conf\n") {
+					t.Errorf("no way to a firewall:\n%s", out)
+				}
+				h.run("/bin/cp", "/etc/nftwl/nftables.conf", "/etc/nftables.conf")
+				h.run(nft, "-c", "-f", "/etc/nftables.conf")
+				h.run(nft, "-f", "/etc/nftables.conf")
+			}
+			if c.timeouts[0] != "" {
+				banned, trusted := "trusted_ipv4", "banned_ipv4"
+				for set, timeout := range map[string]string{trusted: c.timeouts[0], "good6": c.timeouts[0], banned: c.timeouts[1], "bad6": c.timeouts[1]} {
+					if text := h.run(nft, "list", "set", c.table+" "+set); !strings.Contains(text, "\ttimeout "+timeout+"\n") {
+						t.Errorf("not %s: %s", timeout, text)
+					}
+				}
+			}
+
+			internet := nstest.NewPeer(t, "198.51.100.0/24", "2001:db8:a::/48")
+			l, err := net.Listen("tcp", ":587")
+			h.must(err)
+			t.Cleanup(func() { l.Close() })
+			go func() {
+				for conn, err := l.Accept(); err == nil; conn, err = l.Accept() {
+					conn.Close()
+				}
+			}()
+			// A stranger's sixth connection is dropped, and he is banned.
+			opens := func(from string) int {
+				t.Helper()
+				addr, server := netip.MustParseAddr(from), nstest.ServerIPv4
+				if addr.Is6() {
+					server = nstest.ServerIPv6
+				}
+				for n := range 8 {
+					conn, err := internet.Dial(addr, netip.AddrPortFrom(server, 587), 300*time.Millisecond)
+					if err != nil {
+						return n
+					}
+					conn.Close()
+				}
+				return 8
+			}
+			const user4, user6 = "198.51.100.7", "2001:db8:a:100::7"
+			for _, user := range []string{user4, user6} {
+				if _, stderr, code := h.try([]string{"IP=" + user, "USER=alice"}, "/usr/bin/nftwl", "login", "/bin/true"); code != 0 || stderr != "" {
+					t.Fatalf("login from %s: exit %d: %s", user, code, stderr)
+				}
+			}
+			within := func(bits int) int { // of a neighbour in the network of so many bits
+				if c.prefix <= bits {
+					return 8
+				}
+				return 5
+			}
+			for _, s := range []struct {
+				from string
+				want int
+			}{
+				{user4, 8},
+				{user6, 8},
+				{"198.51.100.8", 5},
+				{"2001:db8:a:100::8", within(64)},
+				{"2001:db8:a:101::7", within(56)},
+				{"2001:db8:a:201::7", 5},
+			} {
+				if n := opens(s.from); n != s.want {
+					t.Errorf("%s opens %d connections, not %d", s.from, n, s.want)
+				}
+			}
+			// The rules' own ban, in the set and for the time that are configured.
+			h.run("/usr/bin/nftwl", "check", "--banned", "--port", "587", "198.51.100.8")
+			h.run("/usr/bin/nftwl", "ban", "2001:db8:a:301::7", "198.51.100.9")
+			for _, from := range []string{"2001:db8:a:301::7", "198.51.100.9"} {
+				if n := opens(from); n != 0 {
+					t.Errorf("%s is banned, and opens %d connections", from, n)
+				}
+			}
+
+			// Gone as it came.
+			_, undo, _ := strings.Cut(out, "\nTo undo it:\n")
+			os.Remove("/etc/nftables.conf") // or it would still include them
+			h.try(nil, "/bin/sh", "-c", undo)
+			if _, err := os.Stat("/etc/nftwl"); err == nil {
+				t.Error("/etc/nftwl is left")
+			}
+			if own {
+				if left := h.run(nft, "list", "ruleset"); left != "" {
+					t.Errorf("left: %s", left)
+				}
+			}
+		})
+	}
+}
+
+// What is to be done depends on what loads the firewall.
+func TestSetupNextOfRules(t *testing.T) {
+	const debian = "#!/usr/sbin/nft -f\n\nflush ruleset\n\ntable inet filter {\n\tchain input {\n\t\ttype filter hook input priority filter; policy accept;\n\t}\n\tchain forward {\n\t\ttype filter hook forward priority 0;\n\t}\n}\n"
+	const mine = "flush ruleset\ntable inet filter {\n\tchain input {\n\t\ttype filter hook input priority filter;\n\t\ttcp dport 22 accept\n\t}\n}\n"
+	const example = "cp /etc/nftwl/nftables.conf "
+	const include = `include "nftwl/nftwl.nft"`
+	for _, c := range []struct {
+		name, path, text string
+		want, not        []string
+	}{
+		{"none", "/etc/other", "", []string{example + "/etc/nftables.conf"}, nil},
+		{"Debian's own", "/etc/nftables.conf", debian, []string{example + "/etc/nftables.conf", "nft -c -f /etc/nftables.conf"}, nil},
+		{"Fedora's place", "/etc/sysconfig/nftables.conf", mine, []string{include, "nft -c -f /etc/sysconfig/nftables.conf"}, []string{example}},
+		{"rules", "/etc/nftables.conf", mine, []string{include, "jump nftwl"}, []string{example, "must be in table"}},
+		{"another table", "/etc/nftables.conf", strings.ReplaceAll(mine, "inet filter", "ip mine"), []string{"must be in table inet filter"}, nil},
+		{"included", "/etc/nftables.conf", "flush ruleset\n" + include + "\n" + mine, []string{"nft -c -f"}, []string{include, example}},
+		{"ufw", "/etc/ufw/ufw.conf", "ENABLED=yes\n", []string{"/etc/nftwl/standalone.nft", "in ufw, for everyone"}, []string{include, "sets.nft"}},
+		{"ufw, disabled", "/etc/ufw/ufw.conf", "ENABLED=no\n", []string{example}, []string{"ufw"}},
+		{"firewalld", "/etc/systemd/system/multi-user.target.wants/firewalld.service", "", []string{"/etc/nftwl/standalone.nft", "in firewalld, for everyone"}, []string{include}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			h := newHost(t)
+			h.write(c.path, c.text)
+			out := h.setup("nftables", "--write")
+			next, _, _ := strings.Cut(out, "\nTo undo it:\n")
+			for _, words := range c.want {
+				if !strings.Contains(next, words) {
+					t.Errorf("%q is not in\n%s", words, next)
+				}
+			}
+			for _, words := range c.not {
+				if strings.Contains(next, words) {
+					t.Errorf("%q is in\n%s", words, next)
+				}
+			}
+			// While something includes the files, undoing leaves them there.
+			if strings.HasPrefix(c.name, "included") {
+				_, undo, _ := strings.Cut(out, "\nTo undo it:\n")
+				h.try(nil, "/bin/sh", "-c", undo)
+				if _, err := os.Stat("/etc/nftwl/nftwl.nft"); err != nil {
+					t.Errorf("the next boot has no firewall: %v", err)
+				}
+			}
+			if h.read(c.path) != c.text {
+				t.Error("it has been changed")
+			}
+		})
+	}
+}

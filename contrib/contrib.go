@@ -1,0 +1,11 @@
+// Package contrib holds the files that others load: Dovecot, nft, systemd and
+// fail2ban.
+package contrib
+
+import "embed"
+
+// Files are those that `nftwl setup` puts in their places.
+//
+//go:embed dovecot/*.conf fail2ban/*/*.conf nftables/*.nft nftables/nftables.conf
+//go:embed systemd/nftwl*.service systemd/nftwl*.socket systemd/nftwl*.timer systemd/nftwl-.service.d/*.conf
+var Files embed.FS

@@ -1,0 +1,190 @@
+package doctor
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/nstest"
+)
+
+// expect compares the results that are not ok with "STATUS CHECK: part of the
+// text".
+func expect(t *testing.T, got []Result, want ...string) {
+	t.Helper()
+	ok := slices.EqualFunc(got, want, func(r Result, want string) bool {
+		head, text, _ := strings.Cut(want, ": ")
+		return fmt.Sprintf("%s %s", r.Status, r.Check) == head && strings.Contains(r.Text, text)
+	})
+	if !ok {
+		t.Errorf("not ok are %q, want %q", got, want)
+	}
+}
+
+func TestConfig(t *testing.T) {
+	for _, v := range []struct {
+		name, text string
+		mode       os.FileMode
+		uid        int
+		want       []string
+	}{
+		{name: "well", text: "timeout: 2d\n", mode: 0o644},
+		{name: "empty", mode: 0o444},
+		{name: "invalid", text: "timeout: 1d\ntiemout: 2d\n", mode: 0o644, want: []string{`fail config: nftwl.yaml:2: unknown key "tiemout"`}},
+		{name: "another's", mode: 0o644, uid: 1000, want: []string{"fail config.mode: belongs to user 1000"}},
+		{name: "writable by a group", mode: 0o664, want: []string{"fail config.mode: has mode 0664: others than root can write it"}},
+		{name: "writable by all", mode: 0o646, want: []string{"fail config.mode: has mode 0646: others than root can write it"}},
+		{name: "not readable by all", mode: 0o640, want: []string{"fail config.mode: has mode 0640: the units of nftwl"}},
+	} {
+		t.Run(v.name, func(t *testing.T) {
+			d, results := newDoctor(t, v.text)
+			if v.uid != 0 {
+				nstest.NeedUsers(t)
+				if err := os.Chown(d.ConfigPath, v.uid, 0); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := os.Chmod(d.ConfigPath, v.mode); err != nil {
+				t.Fatal(err)
+			}
+			d.checkConfig(t.Context())
+			expect(t, *results, v.want...)
+			if d.config == nil || d.valid != (v.name != "invalid") {
+				t.Errorf("the configuration is %v, valid: %v", d.config, d.valid)
+			}
+		})
+	}
+	t.Run("missing", func(t *testing.T) {
+		d, results := newDoctor(t, "")
+		d.ConfigPath = filepath.Join(t.TempDir(), "none.yaml")
+		d.checkConfig(t.Context())
+		expect(t, *results, "fail config: none.yaml: no such file or directory")
+	})
+	t.Run("no file at the usual place", func(t *testing.T) {
+		nstest.New(t)
+		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Mount("tmpfs", "/etc", "tmpfs", 0, ""); err != nil {
+			t.Fatal(err)
+		}
+		d, results := newDoctor(t, "")
+		d.ConfigPath = ""
+		d.checkConfig(t.Context())
+		expect(t, *results)
+		if !d.valid {
+			t.Error("the defaults are not what the administrator wants")
+		}
+	})
+}
+
+func TestKernel(t *testing.T) {
+	nstest.New(t)
+	d, results := newDoctor(t, "")
+	d.checkKernel(t.Context())
+	expect(t, *results)
+	if d.conn == nil {
+		t.Fatal("no connection")
+	}
+	d.conn.Close()
+
+	// Capabilities belong to the thread, which goes with the test.
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var caps [2]unix.CapUserData
+	if err := unix.Capget(&header, &caps[0]); err != nil {
+		t.Fatal(err)
+	}
+	caps[0].Effective &^= 1 << unix.CAP_NET_ADMIN
+	if err := unix.Capset(&header, &caps[0]); err != nil {
+		t.Fatal(err)
+	}
+	d, results = newDoctor(t, "")
+	d.checkConfig(t.Context())
+	d.checkKernel(t.Context())
+	d.checkSets(t.Context())
+	d.checkRules(t.Context())
+	expect(t, *results, "skip kernel: Linux ", "fail kernel.privilege: CAP_NET_ADMIN is missing", "skip sets: ", "skip rules: ")
+}
+
+func TestAtLeast(t *testing.T) {
+	for release, want := range map[string]bool{
+		"6.12.0": true, "6.18.1-arch1-1": true, "7.0.0": true, "6.1.0-44-amd64": false, "5.15.0": false, "": false, "linux": false,
+	} {
+		if got := atLeast(release, 6, 12); got != want {
+			t.Errorf("%q is at least 6.12: %v", release, got)
+		}
+	}
+}
+
+func TestSets(t *testing.T) {
+	set := func(name, definition string) string { return "set " + name + " { " + definition + " }\n" }
+	const (
+		well4 = "type ipv4_addr . inet_service; flags dynamic,timeout; size 100; timeout 1d;"
+		well6 = "type ipv6_addr . inet_service; flags dynamic,timeout; size 100; timeout 1d;"
+	)
+	elements := func(n int) string {
+		var b strings.Builder
+		for i := range n {
+			fmt.Fprintf(&b, "192.0.2.%d . 993,", i)
+		}
+		return "type ipv4_addr . inet_service; flags timeout; size 20; elements = { " + b.String() + " };"
+	}
+	for _, v := range []struct {
+		name     string
+		trusted4 string // the definition of trusted_ipv4; "-" for none
+		banned6  string
+		config   string
+		want     []string
+	}{
+		{name: "well"},
+		{name: "addresses alone", trusted4: "type ipv4_addr; flags timeout;"},
+		{name: "another table", config: "table: inet other\n", want: []string{"fail sets: table inet other does not exist"}},
+		{name: "another family's table", config: "table: ip filter\n", want: []string{"fail sets: table ip filter does not exist"}},
+		{name: "no set", trusted4: "-", want: []string{"fail sets.trusted_ipv4: set trusted_ipv4 does not exist in table inet filter"}},
+		{name: "another name", config: "banned: {ipv6: guessers}\n", want: []string{"fail sets.guessers: set guessers does not exist"}},
+		{name: "another type", trusted4: "type inet_service; flags timeout;", want: []string{"fail sets.trusted_ipv4: has keys of type inet_service"}},
+		{name: "the other family", trusted4: well6, want: []string{"fail sets.trusted_ipv4: has keys of type ipv6_addr . inet_service"}},
+		{name: "an interval set", banned6: "type ipv6_addr; flags interval,timeout;", want: []string{"fail sets.banned_ipv6: is an interval set"}},
+		{name: "no timeouts", banned6: "type ipv6_addr . inet_service; size 100;", want: []string{"fail sets.banned_ipv6: has no timeout flag"}},
+		{name: "full", trusted4: elements(20), want: []string{"fail sets.trusted_ipv4: full: 20 of 20 elements"}},
+		{name: "nearly full", trusted4: elements(18), want: []string{"warn sets.trusted_ipv4: nearly full: 18 of 20 elements"}},
+		{name: "not nearly full", trusted4: elements(17)},
+		{name: "another ban", config: "ban_timeout: 1h\n", want: []string{
+			"warn sets.banned_ipv4: the firewall bans for 1d, its set's timeout, and nftwl ban for 1h (ban_timeout)", "warn sets.banned_ipv6: the firewall bans for 1d"}},
+		{name: "another trust", config: "timeout: 7d\n"},
+	} {
+		t.Run(v.name, func(t *testing.T) {
+			nstest.New(t)
+			definitions := map[string]string{"trusted_ipv4": well4, "trusted_ipv6": well6, "banned_ipv4": well4, "banned_ipv6": well6}
+			if v.trusted4 != "" {
+				definitions["trusted_ipv4"] = v.trusted4
+			}
+			if v.banned6 != "" {
+				definitions["banned_ipv6"] = v.banned6
+			}
+			text := ""
+			for name, definition := range definitions {
+				if definition != "-" {
+					text += set(name, definition)
+				}
+			}
+			nstest.Nft(t, "table inet filter {\n"+text+"}\n")
+			d, results := newDoctor(t, v.config)
+			d.checkConfig(t.Context())
+			d.checkKernel(t.Context())
+			defer d.conn.Close()
+			d.checkSets(t.Context())
+			expect(t, *results, v.want...)
+			for _, r := range *results {
+				if strings.Contains(r.Text, "does not exist") != (r.Command == loadSets.command) {
+					t.Errorf("for %q, the command is %q", r.Text, r.Command)
+				}
+			}
+		})
+	}
+}

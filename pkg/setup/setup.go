@@ -1,0 +1,247 @@
+// Package setup knows which of contrib's files fit this machine, and where they
+// belong. It reads and writes files, and prints nothing; what is to be reloaded
+// or enabled it leaves to the administrator.
+package setup
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+
+	"nftwl/contrib"
+	"nftwl/pkg/config"
+)
+
+// Options say for what the files are.
+type Options struct {
+	Executable string         // path of this very program
+	ConfigPath string         // absolute; "" for the default
+	Config     *config.Config // what is in that file
+	Serve      bool           // for nftwl serve, and not for login and the persistence
+}
+
+// A Plan is what a part of the installation needs.
+type Plan struct {
+	Files    []File
+	Problems []Problem // why it cannot be written
+	Notes    []string  // what the administrator should know
+	Next     []string  // lines for a shell; what is in words is a comment
+	Undo     []string  // as Next, for after a write
+}
+
+// A File belongs at Path.
+type File struct {
+	Path  string
+	Text  string
+	There bool // with this very text
+}
+
+// A Problem keeps a plan from being written.
+type Problem struct{ Text, Remedy string }
+
+func (p *Problem) Error() string { return p.Text }
+
+func (p *Plan) problem(remedy, format string, args ...any) {
+	p.Problems = append(p.Problems, Problem{fmt.Sprintf(format, args...), remedy})
+}
+
+func (p *Plan) note(format string, args ...any) {
+	p.Notes = append(p.Notes, fmt.Sprintf(format, args...))
+}
+
+// add adds a file. What is at its path already must be the same.
+func (p *Plan) add(path, text string) {
+	f := File{Path: path, Text: text}
+	info, err := os.Lstat(path)
+	var old []byte
+	if err == nil && info.Mode().IsRegular() {
+		old, err = os.ReadFile(path)
+	}
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		p.problem("", "%v", err)
+	case !info.Mode().IsRegular():
+		p.problem("look at it, and move it away", "%s is there, and is not a regular file", path)
+	case string(old) == text:
+		f.There = true
+	default:
+		p.problem("it is never overwritten: compare it with what this command prints without --write, or move it away (mv FILE FILE.mine)",
+			"%s is there, with other contents", path)
+	}
+	p.Files = append(p.Files, f)
+}
+
+// needFolder reports that a program's folder is missing, which is not made:
+// nobody would read what is in it.
+func (p *Plan) needFolder(dir, program string) {
+	if info, err := os.Stat(dir); err != nil || !info.IsDir() {
+		p.problem("install "+program+"; where its configuration is in another folder, put there what this command prints without --write",
+			"%s is not a folder: %s is not installed, or its configuration is elsewhere", dir, program)
+	}
+}
+
+// remove is the command that undoes a write.
+func (p *Plan) remove() string {
+	words := []string{"rm"}
+	for _, f := range p.Files {
+		words = append(words, f.Path)
+	}
+	return strings.Join(words, " ")
+}
+
+// Write puts the files in their places, and returns the paths of those that
+// were not there: all or, with an error, none. It replaces nothing.
+func (p *Plan) Write() (written []string, err error) {
+	var made []string
+	defer func() {
+		if err == nil {
+			return
+		}
+		for _, path := range slices.Backward(append(made, written...)) {
+			_ = os.Remove(path) // the error that counts is the first
+		}
+		written = nil
+	}()
+	for _, f := range p.Files {
+		if f.There {
+			continue
+		}
+		folders, err := makeFolder(filepath.Dir(f.Path))
+		made = append(made, folders...)
+		if err == nil {
+			err = writeFile(f)
+		}
+		if err != nil {
+			return written, err
+		}
+		written = append(written, f.Path)
+	}
+	return written, nil
+}
+
+// makeFolder returns the folders that it had to make, the outermost first.
+func makeFolder(dir string) (made []string, err error) {
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	made, err = makeFolder(filepath.Dir(dir))
+	if err == nil {
+		err = os.Mkdir(dir, 0o755)
+	}
+	if err != nil {
+		return made, err
+	}
+	return append(made, dir), os.Chmod(dir, 0o755) // whatever the umask
+}
+
+// writeFile makes a file, whole and on disk or not at all. It is linked, and not
+// renamed, since that would replace what someone else has put there meanwhile.
+func writeFile(file File) error {
+	// None of those who read such a folder takes a hidden file.
+	f, err := os.CreateTemp(filepath.Dir(file.Path), ".nftwl-*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	_, err = f.WriteString(file.Text)
+	if err == nil {
+		err = f.Chmod(0o644)
+	}
+	if err == nil {
+		err = f.Sync()
+	}
+	if e := f.Close(); err == nil {
+		err = e
+	}
+	if err == nil {
+		err = os.Link(f.Name(), file.Path)
+	}
+	return err
+}
+
+// shipped is where contrib's files have the program.
+const shipped = "/usr/bin/nftwl"
+
+// read returns a file of contrib's with this program and configuration in it.
+func (o *Options) read(name string) (string, error) {
+	text, err := contrib.Files.ReadFile(name)
+	if err != nil {
+		return "", err
+	}
+	command := o.Executable
+	if o.ConfigPath != "" {
+		command += " --config " + o.ConfigPath
+	}
+	// Comments name the program, too, and are not about its arguments.
+	pairs := []string{"nftwl = " + shipped, "nftwl = " + command}
+	for _, verb := range []string{" login", " serve", " save", " restore", " check"} {
+		pairs = append(pairs, shipped+verb, command+verb)
+	}
+	pairs = append(pairs, shipped, o.Executable)
+	return strings.NewReplacer(pairs...).Replace(string(text)), nil
+}
+
+// checkPaths refuses what one of those who read the files would split, expand
+// or take for a comment, and each in a way of its own.
+func (o *Options) checkPaths() error {
+	for _, path := range []string{o.Executable, o.ConfigPath} {
+		if strings.Trim(path, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._+-") != "" {
+			return &Problem{fmt.Sprintf("%q has a space or another character that Dovecot, systemd or fail2ban would not take as it is", path),
+				"give it a path of letters, digits and / . _ + - alone, such as " + shipped + " and " + config.Path}
+		}
+	}
+	return nil
+}
+
+// checkProgram reports a program that others could replace.
+func (p *Plan) checkProgram(o *Options) {
+	info, err := os.Stat(o.Executable)
+	if err != nil {
+		p.problem("", "%v", err)
+		return
+	}
+	if info.Sys().(*syscall.Stat_t).Uid != 0 || info.Mode()&0o022 != 0 {
+		p.problem(o.installed(), "%s would run as root or with CAP_NET_ADMIN, and others than root can change it", o.Executable)
+	}
+}
+
+// installed is the remedy for a program that is where it was built.
+func (o *Options) installed() string {
+	return "install -m 755 " + o.Executable + " " + shipped + ", and run " + shipped + " setup"
+}
+
+// shell is how an administrator runs this program.
+func (o *Options) shell() string {
+	command := o.Executable
+	if command == shipped {
+		command = "nftwl"
+	}
+	if o.ConfigPath != "" {
+		command += " --config " + o.ConfigPath
+	}
+	return command
+}
+
+// foreignFirewall names the program that the firewall belongs to, if it is one
+// that nothing can be included into.
+func foreignFirewall() string {
+	text, err := os.ReadFile("/etc/ufw/ufw.conf")
+	if err == nil {
+		for line := range strings.Lines(string(text)) {
+			if strings.TrimSpace(strings.ToLower(line)) == "enabled=yes" {
+				return "ufw"
+			}
+		}
+	}
+	// A link that dangles is of one that was removed.
+	if _, err := os.Stat("/etc/systemd/system/multi-user.target.wants/firewalld.service"); err == nil {
+		return "firewalld"
+	}
+	return ""
+}

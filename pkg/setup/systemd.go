@@ -1,0 +1,109 @@
+package setup
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+
+	"nftwl/pkg/config"
+)
+
+const (
+	unitFolder    = "/etc/systemd/system"
+	packageFolder = "/usr/lib/systemd/system"
+	sandboxFolder = "nftwl-.service.d"
+	stateFolder   = "/var/lib/nftwl/" // StateDirectory= of the sandbox
+)
+
+// Systemd plans the units that keep the sets, or those of nftwl serve.
+func Systemd(o *Options) (*Plan, error) {
+	if err := o.checkPaths(); err != nil {
+		return nil, err
+	}
+	names := []string{"nftwl-persist.service", "nftwl-save.service", "nftwl-save.timer", "nftwl-snapshot.service", sandboxFolder + "/sandbox.conf"}
+	if o.Serve {
+		names = []string{"nftwl.service", "nftwl.socket"}
+	}
+	p := new(Plan)
+	if !exists("/run/systemd/system") {
+		p.problem("contrib/openrc has the same for OpenRC; without either, 'nftwl save' and 'nftwl restore' do it, and 'nftwl serve --listen "+socket+"' makes the socket",
+			"systemd does not run here")
+	}
+	p.checkProgram(o)
+	p.checkSandbox(o)
+	var packaged []string
+	for _, name := range names {
+		text, err := o.read("systemd/" + name)
+		if err != nil {
+			return nil, err
+		}
+		path := filepath.Join(unitFolder, name)
+		same, err := os.ReadFile(filepath.Join(packageFolder, name))
+		if err == nil && string(same) == text && !exists(path) {
+			packaged = append(packaged, name)
+			continue
+		}
+		p.add(path, text)
+	}
+	if len(packaged) > 0 {
+		p.note("Installed already, in %s: %s.", packageFolder, strings.Join(packaged, ", "))
+	}
+	if o.Serve {
+		p.Next = []string{
+			"systemctl daemon-reload && systemctl enable --now nftwl",
+			o.shell() + " status     # when it answers, Dovecot may ask it:",
+			o.shell() + " setup dovecot --serve",
+		}
+		p.Undo = []string{
+			"# Dovecot must not ask it any more, or denies every login. Then:",
+			"systemctl disable --now nftwl.service nftwl.socket",
+		}
+	} else {
+		if name := foreignFirewall(); name != "" {
+			p.note("The units follow nftables.service, which is not what loads the firewall here: %s does.", name)
+		}
+		p.Next = []string{
+			"# nftables.service must be enabled and running: the units follow it.",
+			"systemctl daemon-reload && systemctl enable --now nftwl-persist",
+			o.shell() + " doctor",
+		}
+		p.Undo = []string{"systemctl disable nftwl-persist && systemctl stop nftwl-save.timer"}
+	}
+	if len(p.Files) > 0 {
+		p.Undo = append(p.Undo, p.remove())
+	}
+	for _, f := range p.Files {
+		if dir := filepath.Dir(f.Path); filepath.Base(dir) == sandboxFolder {
+			p.Undo = append(p.Undo, "rmdir "+dir)
+		}
+	}
+	p.Undo = append(p.Undo, "systemctl daemon-reload")
+	return p, nil
+}
+
+// checkSandbox reports what a unit would not find, or could not write.
+func (p *Plan) checkSandbox(o *Options) {
+	path := o.ConfigPath
+	if path == "" {
+		path = config.Path
+	}
+	for _, path := range []string{o.Executable, path} {
+		// ProtectHome= and PrivateTmp=
+		for _, hidden := range []string{"/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/"} {
+			if strings.HasPrefix(path, hidden) {
+				remedy := "move it to " + config.Path
+				if path == o.Executable {
+					remedy = o.installed()
+				}
+				p.problem(remedy, "the units have no access to %s, and so not to %s", hidden, path)
+			}
+		}
+	}
+	if info, err := os.Stat(path); err == nil && info.Mode()&0o004 == 0 {
+		p.note("%s must be readable by all, as the units do not run as root: chmod a+r %s", path, path)
+	}
+	if snapshot := filepath.Clean(o.Config.Snapshot); !o.Serve && !strings.HasPrefix(snapshot, stateFolder) {
+		p.problem("put it into that folder ("+path+"), or the units by hand, with another StateDirectory= in sandbox.conf",
+			"snapshot: the units may write in %s alone, and not %s", stateFolder, snapshot)
+	}
+}
