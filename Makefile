@@ -7,10 +7,15 @@ BENCH = build/bench
 # host's ruleset, and it needs no root.
 NAMESPACE = unshare --user --map-root-user --net --mount
 
-.PHONY: build demo test test-deps lint bench soak storm fuzz clean
+.PHONY: build packages demo test test-deps race lint bench soak storm fuzz clean
 
 build:
 	go build -trimpath -o $(BIN) ./cmd/nftwl
+
+# A .deb, an .rpm and an .apk for amd64 and for arm64, in build/packages. The
+# version is git's, or that of `make packages VERSION=1.2.3`.
+packages:
+	sh contrib/packaging/build.sh
 
 # The sets over a login, a save and a restore, in a namespace.
 demo: build
@@ -23,6 +28,10 @@ test: test-deps lint
 
 test-deps:
 	sh testdata/deps.sh
+
+# The same under the race detector, which needs a C compiler.
+race: test-deps
+	CGO_ENABLED=1 go test -race -timeout 60m ./...
 
 lint:
 	test -z "$$(gofmt -l .)" || { gofmt -d .; exit 1; }
@@ -58,6 +67,7 @@ fuzz:
 	go test -run '^$$' -fuzz FuzzParseTimeout -fuzztime $(FUZZTIME) -fuzzminimizetime 1x ./pkg/nftset
 	go test -run '^$$' -fuzz FuzzDecide -fuzztime $(FUZZTIME) -fuzzminimizetime 1x ./pkg/trust
 	go test -run '^$$' -fuzz FuzzParse -fuzztime $(FUZZTIME) -fuzzminimizetime 1x ./pkg/postlogin
+	go test -run '^$$' -fuzz FuzzRead -fuzztime $(FUZZTIME) -fuzzminimizetime 1x ./pkg/ruleset
 
 clean:
 	rm -rf build

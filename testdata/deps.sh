@@ -5,7 +5,8 @@ set -eu
 cd "$(dirname "$0")/.."
 
 packages='nftables netbase iproute2 systemd dovecot-core dovecot-imapd dovecot-pop3d
-	dovecot-submissiond fail2ban ipcalc-ng iputils-ping debootstrap util-linux'
+	dovecot-submissiond fail2ban ipcalc-ng iputils-ping debootstrap util-linux
+	git lintian rpm man-db bash-completion'
 
 missing=
 for package in $packages; do
@@ -39,3 +40,5 @@ if [ "$(id -u)" = 0 ]; then
 	[ -n "${updated-}" ] || [ -n "$(apt-cache madison openrc)" ] || apt-get update --quiet --quiet
 	sh cmd/nftwl/e2e/systemd/testdata/openrc.sh >/dev/null
 fi
+# It has no network in the tests' namespaces.
+sh contrib/packaging/nfpm.sh >/dev/null

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -134,8 +135,15 @@ func newVersion() *cobra.Command {
 	}
 }
 
-// version is what go build noted: a release's tag, or the commit.
+// release is the version that contrib/packaging/build.sh was given; empty where
+// it was given none.
+var release string
+
+// version is the release, or what go build noted: a tag, or the commit.
 func version() string {
+	if release != "" {
+		return release + " " + runtime.Version()
+	}
 	info, ok := debug.ReadBuildInfo()
 	if !ok || info.Main.Version == "" {
 		return "(devel)"

@@ -1,0 +1,351 @@
+package systemd
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"nftwl/pkg/nstest"
+)
+
+// A manager installs packages.
+type manager struct {
+	suffix  string
+	install []string // these end with the file's name
+	upgrade []string
+	remove  []string
+	// What becomes of a package's configuration where the administrator has
+	// another: at an upgrade, and after the removal.
+	aside, saved string
+}
+
+var (
+	dpkg = manager{
+		suffix:  ".deb",
+		install: []string{"dpkg", "--install"},
+		// What unattended upgrades do.
+		upgrade: []string{"dpkg", "--force-confdef", "--force-confold", "--install"},
+		remove:  []string{"dpkg", "--remove", "nftwl"},
+		aside:   "etc/nftwl.yaml.dpkg-dist",
+		saved:   "etc/nftwl.yaml",
+	}
+	rpm = manager{
+		suffix: ".rpm",
+		// There is no shell in rpm's database on Debian.
+		install: []string{"rpm", "--install", "--nodeps"},
+		upgrade: []string{"rpm", "--upgrade", "--nodeps"},
+		remove:  []string{"rpm", "--erase", "nftwl"},
+		aside:   "etc/nftwl.yaml.rpmnew",
+		saved:   "etc/nftwl.yaml.rpmsave",
+	}
+)
+
+func TestPackageDeb(t *testing.T) {
+	t.Parallel()
+	onEach(t, func(t *testing.T, b base) {
+		t.Parallel()
+		m := newUninstalled(t, b)
+		m.livesThrough(dpkg)
+
+		m.run("dpkg", "--purge", "nftwl")
+		m.left("etc/nftwl", "etc/nftwl-defaults.yaml")
+		// Half of a firewall that would not load without.
+		m.run("nft", "--check", "--file", "/etc/nftables.conf")
+		m.logsIn(400)
+	})
+}
+
+// As there is no other tree with rpm than this one's.
+func TestPackageRPM(t *testing.T) {
+	t.Parallel()
+	nstest.Need(t, "rpm", "rpm")
+	m := newUninstalled(t, base{"host", "/"})
+	m.livesThrough(rpm)
+}
+
+// builtPackages makes the packages for this machine, and those of an earlier
+// version with another configuration, and returns the folders of both.
+var builtPackages = sync.OnceValues(func() ([2]string, error) {
+	var dirs [2]string
+	work, err := os.MkdirTemp("", "nftwl-packages-")
+	if err != nil {
+		return dirs, err
+	}
+	// A copy, of which the earlier version is made.
+	script := `
+		cp -r cmd contrib docs pkg go.mod go.sum LICENSE ./*.md "$1"
+		cd "$1"
+		VERSION=1.2.3 sh contrib/packaging/build.sh new "$2"
+		echo '# of an earlier version' >>contrib/packaging/nftwl.yaml
+		VERSION=1.2.3-rc.1 sh contrib/packaging/build.sh old "$2"`
+	cmd := exec.Command("sh", "-euc", script, "sh", work, runtime.GOARCH)
+	cmd.Dir = "../../../.."
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return dirs, fmt.Errorf("%w\n%s", err, out)
+	}
+	return [2]string{filepath.Join(work, "old"), filepath.Join(work, "new")}, nil
+})
+
+// newUninstalled is a machine without nftwl, with a Dovecot that runs and
+// does not know of it, and with the packages in /root.
+func newUninstalled(t *testing.T, b base) *machine {
+	t.Helper()
+	if cache, err := os.UserCacheDir(); err == nil {
+		if found, _ := filepath.Glob(filepath.Join(cache, "nftwl", "nfpm-*", "nfpm")); found == nil {
+			nstest.Skip(t, "no nfpm in %s/nftwl: run contrib/packaging/nfpm.sh", cache)
+		}
+	}
+	m := newMachine(t, b)
+	units, err := filepath.Glob(m.file("etc/systemd/system/nftwl*"))
+	m.must(err)
+	for _, path := range append(units, m.file("usr/bin/nftwl"), m.file("etc/nftwl"), m.file("etc/nftwl.yaml"),
+		m.file("etc/systemd/system/dovecot.service.d"),
+		// Trees made for containers have them: one forbids to start anything,
+		// the others leave documents out.
+		m.file("usr/sbin/policy-rc.d"), m.file("etc/dpkg/dpkg.cfg.d")) {
+		m.must(os.RemoveAll(path))
+	}
+	m.run("systemctl", "daemon-reload")
+
+	// What is installed.
+	if out, err := exec.Command("cp", "-a", filepath.Join(b.root, "var/lib/dpkg"), m.file("var/lib")).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	m.must(os.MkdirAll(m.file("var/log"), 0o755))
+	dirs, err := builtPackages()
+	m.must(err)
+	for i, name := range []string{"old", "new"} {
+		files, err := filepath.Glob(filepath.Join(dirs[i], "*"))
+		m.must(err)
+		for _, file := range files {
+			text, err := os.ReadFile(file)
+			m.must(err)
+			m.write("root/"+name+filepath.Ext(file), string(text))
+		}
+	}
+
+	m.mail()
+	conf, err := os.ReadFile(m.file("etc/dovecot/dovecot.conf"))
+	m.must(err)
+	m.write("etc/dovecot/dovecot.conf", strings.ReplaceAll(string(conf), "!include conf.d/90-nftwl-serve.conf", "!include_try conf.d/90-*.conf"))
+	for _, path := range m.dropIns() {
+		m.must(os.Remove(path))
+	}
+	m.run("systemctl", "enable", "--now", "dovecot")
+	return m
+}
+
+func (m *machine) dropIns() []string {
+	m.Helper()
+	found, err := filepath.Glob(m.file("etc/dovecot/conf.d/90-nftwl*.conf"))
+	m.must(err)
+	return found
+}
+
+// livesThrough installs, uses, upgrades, removes and installs again.
+func (m *machine) livesThrough(p manager) {
+	m.Helper()
+	pkg := func(command []string, version string) string {
+		m.Helper()
+		return m.run(command[0], append(slices.Clone(command[1:]), "/root/"+version+p.suffix)...)
+	}
+	const hint = `"nftwl setup nftables"`
+	ruleset := func() string { return m.run("nft", "--stateless", "list", "ruleset") }
+	m.run("nft", "add table inet filter; add chain inet filter input { type filter hook input priority 0; policy accept; }")
+	rules, etc, mail := ruleset(), m.etc(), m.property("dovecot.service", "MainPID")
+
+	if out := pkg(p.install, "old"); !strings.Contains(out, hint) {
+		m.Errorf("no next step: %s", out)
+	}
+	if now := ruleset(); now != rules {
+		m.Errorf("the rules are now\n%s", now)
+	}
+	now := m.etc()
+	conf := now["nftwl.yaml"]
+	delete(now, "nftwl.yaml")
+	for path, was := range etc {
+		if now[path] != was {
+			m.Errorf("/etc/%s has changed", path)
+		}
+		delete(now, path)
+	}
+	for path := range now {
+		m.Errorf("/etc/%s is new", path)
+	}
+	if !strings.Contains(conf, "# of an earlier version\n") {
+		m.Errorf("/etc/nftwl.yaml: %s", conf)
+	}
+	if units := lines(m.run("systemctl", "list-units", "--all", "--plain", "--no-legend", "nftwl*")); len(units) > 0 {
+		m.Errorf("there are units: %q", units)
+	}
+	for _, line := range lines(m.run("systemctl", "list-unit-files", "--no-legend", "nftwl*")) {
+		if f := strings.Fields(line); f[1] != "disabled" && f[1] != "static" {
+			m.Error(line)
+		}
+	}
+	m.logsIn(1)
+	if pid := m.property("dovecot.service", "MainPID"); pid != mail {
+		m.Error("Dovecot was restarted")
+	}
+
+	// In use, over a boot.
+	m.run("cp", "-r", "/usr/share/nftwl/nftables", "/etc/nftwl")
+	m.run("mv", "/etc/nftwl/nftables.conf", "/etc/nftables.conf")
+	m.run("systemctl", "enable", "--now", "nftables", "nftwl-persist")
+	m.run("systemctl", "enable", "--now", "nftwl")
+	m.settle()
+	const mine = "timeout: 2h\n"
+	m.write("etc/nftwl.yaml", mine)
+	m.run("systemctl", "reload", "nftwl")
+	m.run("cp", "/usr/share/nftwl/dovecot/90-nftwl-serve.conf", "/etc/dovecot/conf.d/")
+	m.run("doveadm", "reload")
+	m.until("a login is trusted", func() error {
+		m.logsIn(2)
+		if _, ok := m.elements()[element{"trusted", client(2), 993}]; !ok {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	m.reboot()
+	m.addresses()
+	m.trusts(2)
+
+	// The upgrade: no login is denied, no unit of the firewall is touched.
+	const entered = "ActiveEnterTimestampMonotonic"
+	server, persist, firewall := m.server(), m.property("nftwl-persist.service", entered), m.property(nftables, entered)
+	n, denied := m.crowd(100, func(turn func(int)) {
+		turn(30)
+		if out := pkg(p.upgrade, "new"); strings.Contains(out, hint) {
+			m.Errorf("the first step again: %s", out)
+		}
+	})
+	for _, err := range denied {
+		m.Error(err)
+	}
+	m.trusts(upTo(n)...)
+	m.trusts(2)
+	if pid := m.server(); pid == server {
+		m.Error("the old server runs on")
+	}
+	for _, unit := range []string{service, socket, "nftwl-persist.service", "nftwl-snapshot.service", "nftwl-save.timer"} {
+		m.state(unit, "active")
+		m.shows(unit, "NeedDaemonReload", "no")
+	}
+	m.shows("nftwl-persist.service", entered, persist)
+	m.shows(nftables, entered, firewall)
+	if now := m.etc()["nftwl.yaml"]; now != mine {
+		m.Errorf("/etc/nftwl.yaml: %s", now)
+	}
+	if text, err := os.ReadFile(m.file(p.aside)); err != nil || strings.Contains(string(text), "earlier") {
+		m.Errorf("the new configuration: %v\n%s", err, text)
+	}
+
+	// The removal, which Dovecot's configuration forbids.
+	for _, name := range []string{"90-nftwl-serve.conf", "90-nftwl.conf"} {
+		for _, path := range m.dropIns() {
+			m.must(os.Remove(path))
+		}
+		m.run("cp", "/usr/share/nftwl/dovecot/"+name, "/etc/dovecot/conf.d/")
+		m.run("doveadm", "reload")
+		if out := m.fails(p.remove[0], p.remove[1:]...); !strings.Contains(out, "EVERY LOGIN") {
+			m.Errorf("it does not say why: %s", out)
+		}
+		m.state(service, "active")
+		m.state(socket, "active")
+		m.logsIn(300)
+	}
+	// As the message says; and a file that Dovecot does not read is none.
+	for _, path := range m.dropIns() {
+		m.must(os.Rename(path, path+".off"))
+	}
+	m.run("doveadm", "reload")
+	want, rules := m.login(1), ruleset()
+	m.run(p.remove[0], p.remove[1:]...)
+	if now := ruleset(); now != rules {
+		m.Errorf("the rules are now\n%s", now)
+	}
+	for _, list := range []string{"list-units --all nftwl*", "list-unit-files nftwl*", "list-units --failed"} {
+		// It fails where it finds no file.
+		if units, err := m.try("systemctl", append(strings.Fields(list), "--plain", "--no-legend")...); units != "" {
+			m.Errorf("%s: %s%v", list, units, err)
+		}
+	}
+	left := []string{
+		"etc/dovecot/conf.d/90-nftwl.conf.off", "etc/nftwl", "etc/nftwl-defaults.yaml", p.saved, p.aside,
+		"var/lib/nftwl", "var/lib/private/nftwl",
+	}
+	m.left(left...)
+	m.logsIn(301)
+	m.run("systemctl", "restart", nftables)
+	m.must(os.Remove(m.file("etc/dovecot/conf.d/90-nftwl.conf.off")))
+
+	// Again, with what was saved at the removal.
+	pkg(p.install, "new")
+	m.run("systemctl", "enable", "--now", "nftwl-persist")
+	m.settle()
+	m.has(want, 0)
+}
+
+// etc is what is in /etc.
+func (m *machine) etc() map[string]string {
+	m.Helper()
+	files := make(map[string]string)
+	root := os.DirFS(m.file("etc"))
+	m.must(fs.WalkDir(root, ".", func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			files[path] = d.Type().String()
+			return err
+		}
+		text, err := fs.ReadFile(root, path)
+		files[path] = string(text)
+		return err
+	}))
+	return files
+}
+
+// left checks which files and folders with our name there are, but for what
+// is in such a folder, and dpkg's notes.
+func (m *machine) left(want ...string) {
+	m.Helper()
+	var got []string
+	for _, dir := range []string{"etc", "usr", "var", "run", "tmp"} {
+		root := m.disk("")
+		if dir == "run" || dir == "tmp" {
+			root = m.file("")
+		}
+		m.must(filepath.WalkDir(filepath.Join(root, dir), func(path string, d fs.DirEntry, err error) error {
+			switch {
+			case errors.Is(err, fs.ErrNotExist):
+				return nil
+			case err != nil:
+				return err
+			case d.Type()&fs.ModeDevice != 0: // hides a file of the tree's
+				return nil
+			}
+			name, _ := filepath.Rel(root, path)
+			if name == "var/lib/dpkg" || name == "run/log" {
+				return fs.SkipDir
+			}
+			if strings.Contains(d.Name(), "nftwl") {
+				got = append(got, name)
+				if d.IsDir() {
+					return fs.SkipDir
+				}
+			}
+			return nil
+		}))
+	}
+	slices.Sort(got)
+	slices.Sort(want)
+	if want = slices.Compact(want); !slices.Equal(got, want) {
+		m.Errorf("left are %q, and not %q", got, want)
+	}
+}

@@ -1,0 +1,146 @@
+#!/bin/sh
+# Makes the packages: a .deb, an .rpm and an .apk for each architecture.
+#
+#   contrib/packaging/build.sh [DIR [ARCH…]]
+#
+# DIR is build/packages, the architectures are amd64 and arm64, as Go calls
+# them. The version is what Go finds in git; VERSION=1.2.3 gives another, and
+# is needed where there is no git. The same sources and Go make the same bytes:
+# what time it is says SOURCE_DATE_EPOCH, or else the commit.
+set -eu
+umask 022
+cd "$(dirname "$0")/../.."
+
+out=${1:-build/packages}
+[ $# = 0 ] || shift
+[ $# != 0 ] || set -- amd64 arm64
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+nfpm=$(sh contrib/packaging/nfpm.sh)
+work=$(mktemp -d)
+mkdir "$work/out" "$work/nfpm"
+trap 'rm -rf "$work"' EXIT
+trap 'exit 1' HUP INT TERM
+
+# Of a tarball, the time at which its files were packed.
+epoch=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || stat -c %Y go.mod)}
+export SOURCE_DATE_EPOCH="$epoch"
+export CGO_ENABLED=0 GOOS=linux GOAMD64=v1 GOARM64=v8.0
+unset GOARCH
+
+# put MODE FILE DESTINATION, below what is the root of a package.
+put() { install -D -m "$1" "$2" "$root/$3"; }
+
+# compressed FILE DESTINATION, as Debian wants it: without name and time.
+compressed() {
+	mkdir -p "$(dirname "$root/$2")"
+	gzip -9nc "$1" >"$root/$2"
+}
+
+# What is the same in all packages of an architecture.
+common() {
+	put 755 "$work/nftwl" usr/bin/nftwl
+	for file in contrib/dovecot/* contrib/nftables/*.nft contrib/nftables/nftables.conf \
+		contrib/fail2ban/*/* contrib/openrc/*; do
+		mode=644
+		! grep -q '^#!' "$file" || mode=755
+		put $mode "$file" "usr/share/nftwl/${file#contrib/}"
+	done
+	for file in contrib/man/*.[58]; do
+		compressed "$file" "usr/share/man/man${file##*.}/${file##*/}.gz"
+	done
+	put 644 "$work/bash" usr/share/bash-completion/completions/nftwl
+	put 644 "$work/fish" usr/share/fish/vendor_completions.d/nftwl.fish
+	for file in README.md CHANGELOG.md SECURITY.md docs/*.md; do
+		put 644 "$file" "usr/share/doc/nftwl/$file"
+	done
+	put 644 "$work/copyright" usr/share/doc/nftwl/copyright
+}
+
+units() {
+	for file in contrib/systemd/nftwl* contrib/systemd/nftwl-.service.d/*; do
+		[ ! -f "$file" ] || put 644 "$file" "usr/lib/systemd/system/${file#contrib/systemd/}"
+	done
+	put 644 contrib/systemd/dovecot.service.d/nftwl.conf usr/share/nftwl/systemd/dovecot.service.d/nftwl.conf
+}
+
+deb() {
+	units
+	put 644 "$work/zsh" usr/share/zsh/vendor-completions/_nftwl
+	put 644 contrib/packaging/lintian-overrides usr/share/lintian/overrides/nftwl
+	{
+		echo "nftwl ($VERSION) unstable; urgency=medium"
+		printf '\n  * See /usr/share/doc/nftwl/CHANGELOG.md.\n\n'
+		echo " -- nftwl authors <nftwl@packages.invalid>  $(LC_ALL=C date -u -d "@$epoch" '+%a, %d %b %Y %H:%M:%S +0000')"
+	} >"$work/changelog"
+	compressed "$work/changelog" usr/share/doc/nftwl/changelog.gz
+}
+
+rpm() {
+	units
+	put 644 "$work/zsh" usr/share/zsh/site-functions/_nftwl
+	put 644 LICENSE usr/share/licenses/nftwl/LICENSE
+}
+
+apk() {
+	put 644 "$work/zsh" usr/share/zsh/site-functions/_nftwl
+	put 644 LICENSE usr/share/licenses/nftwl/LICENSE
+}
+
+for shell in bash zsh fish; do
+	go run ./cmd/nftwl completion "$shell" >"$work/$shell"
+done
+
+# The program contains these, whose licenses want to be passed on with it.
+{
+	cat contrib/packaging/copyright
+	{
+		echo "Go $(go env GOROOT)"
+		go list -deps -f '{{with .Module}}{{if not .Main}}{{.Path}} {{.Dir}}{{end}}{{end}}' ./cmd/nftwl | sort -u
+	} | while read -r module dir; do
+		printf '\nFiles: %s\nCopyright: its authors\nLicense: %s\n' "$module" "$module"
+		if grep -q 'Apache License' "$dir"/LICENSE*; then
+			echo ' Apache License 2.0, as nftwl itself.'
+		else
+			sed -e 's/^[[:space:]]*$/./' -e 's/^/ /' "$dir"/LICENSE*
+		fi
+	done
+} >"$work/copyright"
+
+given=${VERSION-}
+for arch; do
+	if [ -n "$given" ]; then
+		GOARCH=$arch go build -trimpath -buildvcs=false -ldflags "-s -w -X main.release=v${given#v}" -o "$work/nftwl" ./cmd/nftwl
+		version=$given
+	else
+		GOARCH=$arch go build -trimpath -buildvcs=auto -ldflags '-s -w' -o "$work/nftwl" ./cmd/nftwl
+		version=$(go version -m "$work/nftwl" | awk '$1 == "mod" { print $3 }')
+	fi
+	case $version in
+	[0-9v]*) ;;
+	*)
+		echo "build.sh: error: this is not a git checkout, which would tell the version" >&2
+		echo "build.sh: hint: make packages VERSION=1.2.3" >&2
+		exit 1
+		;;
+	esac
+	for format in deb rpm apk; do
+		root=$work/root
+		mkdir "$root"
+		VERSION=$(sh contrib/packaging/version.sh "$format" "$version")
+		export VERSION
+		common
+		"$format"
+		# nfpm takes times and modes from the files.
+		install -m 644 contrib/packaging/* "$work/nfpm"
+		find "$root" "$work/nfpm" -exec touch --no-dereference --date="@$epoch" {} +
+		(
+			cd "$work/nfpm"
+			ROOT=$root ARCH=$arch "$nfpm" package --config nfpm.yaml --packager "$format" --target "$work/out" >/dev/null
+		)
+		rm -r "$root"
+	done
+done
+# At once, and not into sources that are then no longer those of the commit.
+mv "$work/out"/* "$out"
+ls -l "$out"
