@@ -1,0 +1,540 @@
+package dovecot
+
+import (
+	"encoding/json"
+	"errors"
+	"maps"
+	"net/textproto"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/nstest"
+)
+
+// A diagnosis is what the doctor says of a group of checks: by their names,
+// "status: text" as a regular expression.
+type diagnosis map[string]string
+
+// healthy is the diagnosis of Dovecot as shipped.
+var healthy = diagnosis{
+	"dovecot.version":       "ok: Dovecot 2[.][34][.]",
+	"dovecot.protocols":     "ok: after a login, imap, pop3, submission(, sieve)? ask service nftwl",
+	"dovecot.service":       "ok: ",
+	"dovecot.executable":    "ok: /usr/bin/nftwl ",
+	"dovecot.listener":      "ok: ",
+	"dovecot.vsz_limit":     "ok: .*, 1 ?G",
+	"dovecot.user":          "ok: ",
+	"dovecot.privilege":     "ok: ",
+	"dovecot.process_limit": "ok: ",
+	"dovecot.lsm":           "ok: ",
+	"login":                 "ok: a login of 192.0.2.1 and of 2001:db8::1,",
+}
+
+// but returns the diagnosis with others in it; an empty text is of a check that
+// is not made.
+func (d diagnosis) but(others diagnosis) diagnosis {
+	all := maps.Clone(d)
+	maps.Copy(all, others)
+	return all
+}
+
+// notAsked is a diagnosis without a post-login service to look at.
+var notAsked = diagnosis{
+	"dovecot.service": "", "dovecot.executable": "", "dovecot.listener": "", "dovecot.vsz_limit": "",
+	"dovecot.user": "", "dovecot.privilege": "", "dovecot.process_limit": "",
+}
+
+// diagnoses runs `nftwl doctor` by a command, and compares what it says of
+// Dovecot and of a login.
+func diagnoses(t *testing.T, cmd *exec.Cmd, want diagnosis) {
+	t.Helper()
+	cmd.Args = append(cmd.Args, "doctor", "--json")
+	out, err := cmd.Output() // which fails where another group's check does
+	var results []struct{ Check, Status, Text, Remedy, Command string }
+	if e := json.Unmarshal(out, &results); e != nil {
+		t.Fatalf("nftwl doctor: %v, %v\n%s", err, e, out)
+	}
+	seen := map[string]bool{}
+	for _, r := range results {
+		if r.Check != "login" && r.Check != "dovecot" && !strings.HasPrefix(r.Check, "dovecot.") {
+			continue
+		}
+		text := r.Status + ": " + r.Text
+		switch {
+		case seen[r.Check]:
+			t.Errorf("%s is there twice: %s", r.Check, text)
+		case want[r.Check] == "":
+			t.Errorf("%s should not be there: %s", r.Check, text)
+		case !regexp.MustCompile("^(?:" + want[r.Check] + ")").MatchString(text):
+			t.Errorf("%s is %q, want %q", r.Check, text, want[r.Check])
+		}
+		if (r.Status == "warn" || r.Status == "fail") != (r.Remedy != "") || strings.Contains(r.Text+r.Remedy+r.Command, "\n") {
+			t.Errorf("%+v", r)
+		}
+		seen[r.Check] = true
+	}
+	for check, text := range want {
+		if !seen[check] && text != "" {
+			t.Errorf("%s is missing, want %q", check, text)
+		}
+	}
+}
+
+// doctor is a command that runs nftwl where Dovecot runs.
+func (s *server) doctor() *exec.Cmd {
+	cmd := exec.Command("/usr/bin/nftwl")
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: s.d.root}
+	return cmd
+}
+
+// install makes the server's configuration that of the system, which the doctor
+// asks for.
+func (s *server) install() {
+	s.t.Helper()
+	must(s.t, unix.Mount(s.path("dovecot.conf"), filepath.Join(s.d.root, "etc/dovecot/dovecot.conf"), "", unix.MS_BIND, ""))
+}
+
+// capable makes a second nftwl with the capability: struct vfs_cap_data,
+// revision 2, CAP_NET_ADMIN permitted and effective.
+func capable(s *server) {
+	s.t.Helper()
+	b, err := os.ReadFile(nstest.Build(s.t, "cmd/nftwl"))
+	must(s.t, err)
+	s.write("nftwl", string(b), 0o755)
+	xattr := "\x01\x00\x00\x02\x00\x10\x00\x00" + strings.Repeat("\x00", 12)
+	must(s.t, unix.Setxattr(s.path("nftwl"), "security.capability", []byte(xattr), 0))
+}
+
+// What becomes of a login.
+const (
+	trusted = iota
+	untrusted
+	denied
+)
+
+// replace edits the drop-in.
+func replace(old, new string) func(string) string {
+	return func(s string) string { return strings.Replace(s, old, new, 1) }
+}
+
+const (
+	hop       = "#!/bin/sh\nexec \"$@\"\n"
+	second    = dir + "/nftwl" // another one
+	asNobody  = "service nftwl {\n  user = nobody\n}\n"
+	runSecond = "service nftwl {\n  executable = script-login " + second + " login\n}\n"
+)
+
+// Dovecot is broken in each way that is known, and the doctor and a login agree.
+func TestDoctor(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name   string
+		with   with
+		after  func(*server) // Dovecot's start
+		by     string        // the protocol of the login; imap if empty
+		login  int
+		change diagnosis // of the healthy one
+	}{
+		{name: "as shipped"},
+		{
+			name: "no drop-in", login: untrusted,
+			with: with{dropIn: func(string) string { return "" }},
+			change: notAsked.but(diagnosis{
+				"dovecot.protocols": "fail: no mail protocol runs nftwl: logins by imap, pop3, submission(, sieve)? trust no one",
+			}),
+		},
+		{
+			name: "pop3 without", by: "pop3", login: untrusted,
+			with:   with{dropIn: replace("executable = pop3 nftwl", "")},
+			change: diagnosis{"dovecot.protocols": "fail: logins by pop3 trust no one"},
+		},
+		{
+			name: "options of imap",
+			with: with{dropIn: replace("imap nftwl", "imap -t 30 nftwl")},
+		},
+		{
+			name: "two spaces after imap", login: denied,
+			with:   with{dropIn: replace("imap nftwl", "imap  nftwl")},
+			change: diagnosis{"dovecot.protocols": "fail: an empty name .* denies every login by imap"},
+		},
+		{
+			name: "no such service", login: denied,
+			with:   with{dropIn: replace("imap nftwl", "imap nftlw")},
+			change: diagnosis{"dovecot.protocols": "fail: .*nftlw.* denies every login by imap"},
+		},
+		{
+			name: "two spaces after script-login", login: denied,
+			with: with{dropIn: replace(command, strings.Replace(command, " /", "  /", 1))},
+			change: notAsked.but(diagnosis{
+				"dovecot.service": "fail: an empty word .* denies every login",
+			}),
+		},
+		{
+			name: "no script-login", login: denied,
+			with: with{dropIn: replace(command, "executable = /usr/bin/nftwl login")},
+			change: notAsked.but(diagnosis{
+				"dovecot.service": "fail: .* not run by script-login, which denies every login",
+			}),
+		},
+		{
+			name: "no word login", login: denied,
+			with: with{dropIn: replace(command, "executable = script-login /usr/bin/nftwl")},
+			change: notAsked.but(diagnosis{
+				"dovecot.service": "fail: .* no word login .* denies every login",
+			}),
+		},
+		{
+			name: "nftwl between two scripts, and empty words that it passes over",
+			with: with{dropIn: replace(command, "executable = script-login "+dir+"/hop /usr/bin/nftwl  login  "+dir+"/hop"), files: map[string]string{"hop": hop}},
+		},
+		{
+			name: "a value in quotes",
+			with: with{dropIn: replace(command, `executable = "script-login `+dir+`/hop#1 /usr/bin/nftwl login"`), files: map[string]string{"hop#1": hop}},
+		},
+		{
+			name: "another script", login: untrusted,
+			with: with{dropIn: replace(command, "executable = script-login "+dir+"/hop"), files: map[string]string{"hop": hop}},
+			change: notAsked.but(diagnosis{
+				"dovecot.service": "warn: service nftwl runs " + dir + "/hop, and whether that runs nftwl cannot be seen",
+			}),
+		},
+		{
+			name:   "another configuration",
+			with:   with{dropIn: replace(command, "executable = script-login /usr/bin/nftwl --config "+dir+"/other.yaml login"), files: map[string]string{"other.yaml": "timeout: 1d\n"}},
+			change: diagnosis{"dovecot.config": "warn: .*" + dir + "/other.yaml.*/etc/nftwl.yaml"},
+		},
+		{
+			name: "the configuration, named",
+			with: with{dropIn: replace(command, "executable = script-login /usr/bin/nftwl --config=/etc/nftwl.yaml login"), config: "timeout: 1d\n"},
+		},
+		{
+			name: "no vsz_limit", login: denied,
+			with:   with{dropIn: replace("vsz_limit = 1G", "")},
+			change: diagnosis{"dovecot.vsz_limit": "fail: .*, 256 M, which denies every login: fatal error: failed to reserve page summary memory"},
+		},
+		{
+			name:   "a higher default_vsz_limit",
+			with:   with{dropIn: replace("vsz_limit = 1G", ""), dovecot: "default_vsz_limit = 2 G\n"},
+			change: diagnosis{"dovecot.vsz_limit": "ok: .*, 2 ?G"},
+		},
+		{
+			name:   "no limit",
+			with:   with{dropIn: replace("1G", "$NONE")},
+			change: diagnosis{"dovecot.vsz_limit": "ok: .* no vsz_limit"},
+		},
+		{
+			name: "a limit that refers to the default", login: denied,
+			with:   with{dropIn: replace("1G", "$SET:default_vsz_limit")},
+			change: diagnosis{"dovecot.vsz_limit": "fail: .*, 256 M, which denies every login"},
+		},
+		{
+			name: "nftwl is missing", login: denied,
+			with:   with{dropIn: replace(command, "executable = script-login /usr/sbin/nftwl login")},
+			change: diagnosis{"dovecot.executable": "fail: .*/usr/sbin/nftwl.* denies every login"},
+		},
+		{
+			name: "nftwl is not executable", login: denied,
+			with:   with{dovecot: runSecond},
+			after:  func(s *server) { capable(s); must(s.t, os.Chmod(s.path("nftwl"), 0o644)) },
+			change: diagnosis{"dovecot.executable": "fail: " + second + " cannot be executed"},
+		},
+		{
+			name:   "another nftwl",
+			with:   with{dovecot: runSecond},
+			after:  capable,
+			change: diagnosis{"dovecot.executable": "warn: Dovecot runs " + second + ", .* /usr/bin/nftwl"},
+		},
+		{
+			name: "user nobody", login: untrusted,
+			with: with{dovecot: asNobody},
+			change: diagnosis{
+				"dovecot.user":      "fail: .* as nobody, .* no login is trusted",
+				"dovecot.privilege": "",
+			},
+		},
+		{
+			name: "no user",
+			with: with{dropIn: replace("user = root", "")},
+		},
+		{
+			name: "privileges of the mail user", login: untrusted,
+			with: with{dropIn: replace(command, "executable = script-login -d /usr/bin/nftwl login")},
+			change: diagnosis{
+				"dovecot.user":      "fail: .* as the mail user .* no login is trusted",
+				"dovecot.privilege": "",
+			},
+		},
+		{
+			name:  "user nobody, and a file with the capability",
+			with:  with{dovecot: asNobody + runSecond},
+			after: capable,
+			change: diagnosis{
+				"dovecot.executable": "warn: ",
+				"dovecot.user":       "ok: .* nobody, .*" + second,
+			},
+		},
+		{
+			name: "the same, and NoNewPrivileges", login: untrusted,
+			with:  with{dovecot: asNobody + runSecond, wrap: []string{"/usr/bin/setpriv", "--no-new-privs"}},
+			after: capable,
+			change: diagnosis{
+				"dovecot.executable": "warn: ",
+				"dovecot.user":       "ok: .* nobody, .*" + second,
+				"dovecot.privilege":  "fail: .*NoNewPrivileges.* none is trusted",
+			},
+		},
+		{
+			name: "Dovecot without CAP_NET_ADMIN", login: untrusted,
+			with:   with{wrap: withoutNetAdmin},
+			change: diagnosis{"dovecot.privilege": "fail: .* CAP_NET_ADMIN: logins go on, and none is trusted"},
+		},
+		{
+			name: "the same, and a file with the capability", login: denied,
+			with:  with{wrap: withoutNetAdmin, dovecot: runSecond},
+			after: capable,
+			change: diagnosis{
+				"dovecot.executable": "warn: ",
+				"dovecot.privilege":  "fail: .*" + second + ".* every login is denied",
+			},
+		},
+		{
+			name:   "a process_limit that is lower than imap's",
+			with:   with{dropIn: replace("process_limit = 1024", "")},
+			change: diagnosis{"dovecot.process_limit": "warn: service nftwl may have 100 processes, and service imap 1024"},
+		},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			eachDovecot(t, func(t *testing.T, d dovecot) {
+				w := c.with
+				if edit := w.dropIn; edit != nil {
+					names := strings.NewReplacer("$NONE", "unlimited")
+					if d.is23() {
+						names = strings.NewReplacer("$NONE", "0", "$SET:", "$")
+					}
+					w.dropIn = func(s string) string {
+						edited := names.Replace(edit(s))
+						if edited == s {
+							t.Error("the drop-in is as before")
+						}
+						return edited
+					}
+				}
+				s := d.start(t, w)
+				s.install()
+				loadSets(t)
+				if c.after != nil {
+					c.after(s)
+				}
+				diagnoses(t, s.doctor(), healthy.but(c.change))
+				wantNobody(t) // the login that the doctor tries is none here
+
+				p := protocols["imap"]
+				if c.by != "" {
+					p = protocols[c.by]
+				}
+				err := login(client4, p.port, p.visit, "alice", password)
+				if c.login == denied {
+					if !errors.Is(err, errDenied) {
+						t.Errorf("a login: %v, want %v", err, errDenied)
+					}
+				} else if err != nil {
+					t.Errorf("a login: %v", err)
+				}
+				if c.login == trusted {
+					wantTrusted(t, client4, "alice", day)
+				} else {
+					wantNobody(t)
+				}
+			})
+		})
+	}
+}
+
+// A mail process that serves several logins asks as the mail user from its
+// second on.
+func TestDoctorOnListener(t *testing.T) {
+	t.Parallel()
+	eachDovecot(t, func(t *testing.T, d dovecot) {
+		s := d.start(t, with{dovecot: d.settings(manyLogins)})
+		s.mailIsNobodys()
+		s.install()
+		loadSets(t)
+		diagnoses(t, s.doctor(), healthy.but(diagnosis{
+			"dovecot.listener": `fail: the processes of service imap ask as the mail user \((service|restart_request)_count = 100`,
+		}))
+		if err := login(client4, "143", imap, "alice", password); err != nil {
+			t.Errorf("the first login: %v", err)
+		}
+		conn, err := dial(client6, "143")
+		must(t, err)
+		defer conn.Close()
+		go func() { _ = imap(textproto.NewConn(conn), "alice", password) }() // gets no answer
+		re := regexp.MustCompile(`imap\(alice\): Error: net_connect_unix\(/run/dovecot/nftwl\) failed: Permission denied`)
+		poll(t, "Dovecot's log to deny the second login", func() bool { return re.MatchString(s.log()) })
+	})
+}
+
+func TestDoctorOnOwnListener(t *testing.T) {
+	t.Parallel()
+	eachDovecot(t, func(t *testing.T, d dovecot) {
+		s := d.start(t, with{dovecot: d.settings(manyLogins) + "service nftwl {\n  unix_listener nftwl {\n    user = nobody\n  }\n}\n"})
+		s.mailIsNobodys()
+		s.install()
+		loadSets(t)
+		diagnoses(t, s.doctor(), healthy)
+		for _, client := range []string{client4, client6} {
+			if err := login(client, "143", imap, "alice", password); err != nil {
+				t.Errorf("a login: %v", err)
+			}
+			wantTrusted(t, client, "alice", day)
+			nstest.Nft(t, "flush ruleset")
+			loadSets(t)
+		}
+	})
+}
+
+// With the resident server Dovecot has no service, and who asks whom is all
+// that there is to look at.
+func TestDoctorOnServe(t *testing.T) {
+	t.Parallel()
+	eachDovecot(t, func(t *testing.T, d dovecot) {
+		s := d.start(t, with{serve: true})
+		s.install()
+		loadSets(t)
+		diagnoses(t, s.doctor(), healthy.but(notAsked).but(diagnosis{
+			"dovecot.protocols": "ok: after a login, imap, pop3, submission(, sieve)? ask " + socket + "$",
+		}))
+	})
+}
+
+// What is there to look at where nobody can log in.
+func TestDoctorWithoutLogins(t *testing.T) {
+	t.Parallel()
+	eachDovecot(t, func(t *testing.T, d dovecot) {
+		s := d.start(t, with{})
+		s.stop()
+		s.install()
+		diagnoses(t, s.doctor(), healthy.but(diagnosis{"dovecot.privilege": "skip: Dovecot is not running"}))
+
+		// A shell with a limit of its own, above which it cannot try.
+		limited := s.doctor()
+		limited.Path, limited.Args = "/usr/bin/prlimit", []string{"prlimit", "--as=943718400", "/usr/bin/nftwl"}
+		diagnoses(t, limited, healthy.but(diagnosis{
+			"dovecot.privilege": "skip: ",
+			"dovecot.vsz_limit": "skip: a login cannot be tried: setrlimit: operation not permitted",
+		}))
+
+		settings := s.read("dovecot.conf")
+		s.write("dovecot.conf", settings+"protocols = lmtp\n", 0o644)
+		diagnoses(t, s.doctor(), healthy.but(notAsked).but(diagnosis{"dovecot.protocols": "skip: "}))
+		s.write("dovecot.conf", settings+"nonsense = yes\n", 0o644)
+		diagnoses(t, s.doctor(), diagnosis{
+			"dovecot.version":  healthy["dovecot.version"],
+			"dovecot.settings": "fail: doveconf: Fatal: .*nonsense",
+			"login":            healthy["login"],
+		})
+
+		cmd := s.doctor()
+		cmd.Env = []string{"PATH=/nowhere"}
+		diagnoses(t, cmd, diagnosis{"dovecot": "skip: Dovecot is not installed", "login": healthy["login"]})
+	})
+}
+
+// The self-test, where there is no Dovecot to look at.
+func TestDoctorOnLogin(t *testing.T) {
+	t.Parallel()
+	nftwl := nstest.Build(t, "cmd/nftwl")
+	config := func(t *testing.T, text string) string {
+		path := filepath.Join(t.TempDir(), "nftwl.yaml")
+		must(t, os.WriteFile(path, []byte(text), 0o644))
+		return path
+	}
+	check := func(t *testing.T, want string, argv ...string) {
+		t.Helper()
+		nstest.New(t)
+		loadSets(t)
+		before := ruleset(t)
+		cmd := exec.Command(argv[0], argv[1:]...)
+		cmd.Env = []string{"PATH=/nowhere"}
+		diagnoses(t, cmd, diagnosis{"dovecot": "skip: ", "login": want})
+		if after := ruleset(t); after != before {
+			t.Errorf("the ruleset was\n%s\nand is\n%s", before, after)
+		}
+	}
+	for _, c := range []struct{ name, config, want string }{
+		{"defaults", "", healthy["login"]},
+		{"another table", "table: ip6 mail\nipv6_prefix: 64\nports: [993]\n", healthy["login"]},
+		{"one address is ignored", "ignore: [192.0.2.0/24]\n", "ok: a login of 2001:db8::1,"},
+		{"both are", "ignore: [192.0.2.0/24, '2001:db8::/32']\n", "skip: .*ignores"},
+		{"invalid", "tiemout: 1d\n", "skip: .*not valid"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			path := config(t, c.config)
+			check(t, c.want, nftwl, "--config", path)
+		})
+	}
+	t.Run("no more network namespaces", func(t *testing.T) {
+		check(t, "skip: a login cannot be tried in a network namespace of its own: .*no space left on device",
+			nstest.Need(t, "unshare", "util-linux"), "-r", nstest.Need(t, "sh", "dash"), "-c",
+			`echo 0 >/proc/sys/user/max_net_namespaces && exec "$0" "$@"`, nftwl)
+	})
+	t.Run("no CAP_NET_ADMIN", func(t *testing.T) {
+		check(t, "skip: a login cannot be tried: no permission", append(withoutNetAdmin, nftwl)...)
+	})
+	t.Run("another user", func(t *testing.T) {
+		nstest.NeedUsers(t)
+		check(t, healthy["login"], nstest.Need(t, "setpriv", "util-linux"), "--reuid=65534", "--clear-groups", nftwl)
+	})
+	// A login that goes on and trusts no one: nftwl itself, with the defect.
+	t.Run("defect", func(t *testing.T) {
+		tmp := t.TempDir()
+		source := filepath.Join(nstest.Root(t), "cmd/nftwl/login.go")
+		b, err := os.ReadFile(source)
+		must(t, err)
+		defect := strings.Replace(string(b), "_, err = trust.Apply(conn, c, grant)", "", 1)
+		if defect == string(b) {
+			t.Fatal("login.go does not do what is left out here")
+		}
+		must(t, os.WriteFile(filepath.Join(tmp, "login.go"), []byte(defect), 0o644))
+		overlay, err := json.Marshal(map[string]any{"Replace": map[string]string{source: filepath.Join(tmp, "login.go")}})
+		must(t, err)
+		must(t, os.WriteFile(filepath.Join(tmp, "overlay"), overlay, 0o644))
+		cmd := exec.Command("go", "build", "-overlay", filepath.Join(tmp, "overlay"), "-o", filepath.Join(tmp, "nftwl"), "./cmd/nftwl")
+		cmd.Dir = nstest.Root(t)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("go build: %v\n%s", err, out)
+		}
+		check(t, "fail: a login of 192.0.2.1, .*: it goes on, but the address is not trusted", filepath.Join(tmp, "nftwl"))
+	})
+}
+
+// The child of the doctor's makes its sets in no ruleset but its own.
+func TestTryByHand(t *testing.T) {
+	t.Parallel()
+	nstest.New(t)
+	nftwl := nstest.Build(t, "cmd/nftwl")
+	here, err := os.Open("/proc/thread-self/ns/net")
+	must(t, err)
+	defer here.Close()
+	for _, files := range [][]*os.File{nil, {here}} {
+		cmd := exec.Command(nftwl, "doctor", "try", "0", "192.0.2.1")
+		cmd.ExtraFiles = files
+		out, err := cmd.CombinedOutput()
+		if err == nil || cmd.ProcessState.ExitCode() != 3 {
+			t.Errorf("nftwl doctor try: %v\n%s", err, out)
+		}
+		if got := ruleset(t); got != "" {
+			t.Errorf("the ruleset is\n%s", got)
+		}
+	}
+}
