@@ -232,7 +232,7 @@ func TestDoctor(t *testing.T) {
 		},
 		{
 			name: "a limit that refers to the default", login: denied,
-			with:   with{dropIn: replace("1G", "$SET:default_vsz_limit")},
+			with:   with{dropIn: replace("vsz_limit = 1G", "vsz_limit = $SET:default_vsz_limit")},
 			change: diagnosis{"dovecot.vsz_limit": "fail: .*, 256 M, which denies every login"},
 		},
 		{
