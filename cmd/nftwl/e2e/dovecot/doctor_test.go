@@ -227,7 +227,7 @@ func TestDoctor(t *testing.T) {
 		},
 		{
 			name:   "no limit",
-			with:   with{dropIn: replace("1G", "$NONE")},
+			with:   with{dropIn: replace("vsz_limit = 1G", "vsz_limit = $NONE")},
 			change: diagnosis{"dovecot.vsz_limit": "ok: .* no vsz_limit"},
 		},
 		{
