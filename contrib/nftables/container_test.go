@@ -1,8 +1,6 @@
 package nftables_test
 
 import (
-	"io"
-	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -46,34 +44,14 @@ func TestContainer(t *testing.T) {
 				}
 			}`)
 			ip := nstest.Need(t, "ip", "iproute2")
-			var l net.Listener
-			var err error
+			s.internet.Echo(t, 1587)
 			s.internet.Do(func() {
 				for _, via := range [][]string{{"10.9.9.9", "192.0.2.1"}, {"2001:db8:c::9", "2001:db8::1"}} {
-					if err == nil {
-						err = exec.Command(ip, "route", "add", via[0], "via", via[1]).Run()
+					if out, err := exec.Command(ip, "route", "add", via[0], "via", via[1]).CombinedOutput(); err != nil {
+						t.Errorf("ip route: %v: %s", err, out)
 					}
-				}
-				if err == nil {
-					l, err = net.Listen("tcp", ":1587")
 				}
 			})
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { l.Close() })
-			go func() {
-				for {
-					conn, err := l.Accept()
-					if err != nil {
-						return
-					}
-					go func() {
-						defer conn.Close()
-						io.Copy(conn, conn)
-					}()
-				}
-			}()
 
 			for _, who := range families {
 				s.trust(who.user, 128, "1h")

@@ -235,31 +235,10 @@ func serve(t *testing.T, l layout, root string, edits ...edit) *mailserver {
 	s := &mailserver{firewall: install(t, l, root, edits...)}
 	s.up()
 	s.internet = nstest.NewPeer(t, "198.51.100.0/24", "203.0.113.0/24", "2001:db8:a::/48", "2001:db8:b::/48")
-	for _, port := range []int{22, 25, 143, 465, 587, 993, 995, unnamed} {
-		echo(t, port)
+	for _, port := range []uint16{22, 25, 143, 465, 587, 993, 995, unnamed} {
+		nstest.Echo(t, port)
 	}
 	return s
-}
-
-func echo(t *testing.T, port int) {
-	t.Helper()
-	l, err := net.Listen("tcp", ":"+strconv.Itoa(port))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer conn.Close()
-				io.Copy(conn, conn)
-			}()
-		}
-	}()
 }
 
 // A dropped SYN comes again after one second: a connection that is opened

@@ -3,6 +3,7 @@ package nstest
 import (
 	"bytes"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os/exec"
@@ -170,4 +171,44 @@ func FreeBind(fd int, from netip.Addr) error {
 		return nil
 	}
 	return unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_FREEBIND, 1)
+}
+
+// Echo listens on a port of all addresses, in the namespace of the calling
+// goroutine, and sends back what comes in.
+func Echo(t testing.TB, port uint16) {
+	t.Helper()
+	if err := echo(t, port); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Echo is the same on the peer.
+func (p *Peer) Echo(t testing.TB, port uint16) {
+	t.Helper()
+	var err error
+	p.Do(func() { err = echo(t, port) })
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func echo(t testing.TB, port uint16) error {
+	l, err := net.ListenTCP("tcp", net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.Addr{}, port)))
+	if err != nil {
+		return err
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer conn.Close()
+				io.Copy(conn, conn)
+			}()
+		}
+	}()
+	return nil
 }

@@ -130,8 +130,8 @@ func TestWalkAsTheKernel(t *testing.T) {
 			t.Parallel()
 			nstest.New(t)
 			peer := nstest.NewPeer(t, "198.51.100.0/24", "2001:db8:a::/48")
-			for _, port := range []int{80, 443} {
-				echo(t, port)
+			for _, port := range []uint16{80, 443} {
+				nstest.Echo(t, port)
 			}
 			// Connections are tracked from their first packet on.
 			track := "table inet track { chain c { type filter hook input priority -300; ct state new accept; }; }\n"
@@ -211,27 +211,6 @@ func TestWalkAsTheKernel(t *testing.T) {
 			}
 		})
 	}
-}
-
-func echo(t *testing.T, port int) {
-	t.Helper()
-	l, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer conn.Close()
-				io.Copy(conn, conn)
-			}()
-		}
-	}()
 }
 
 // alive tells whether an open connection still carries data.
