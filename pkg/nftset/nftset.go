@@ -13,6 +13,7 @@ package nftset
 import (
 	"fmt"
 	"net/netip"
+	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -237,7 +238,9 @@ func CleanComment(s string) string {
 		switch {
 		case r == '"':
 			r = '\''
-		case r < ' ' || r >= 0x7f && r < 0xa0 || r == utf8.RuneError || unprintable(r):
+		// Also what turns the text around, or does not show: a terminal or a log
+		// would have something else than what is stored.
+		case r == utf8.RuneError || !strconv.IsGraphic(r):
 			r = '?'
 		}
 		if b.Len()+utf8.RuneLen(r) > MaxComment {
@@ -246,11 +249,4 @@ func CleanComment(s string) string {
 		b.WriteRune(r)
 	}
 	return b.String()
-}
-
-// unprintable tells of the runes that change how the text around them is
-// shown: line and paragraph separators and the bidirectional controls.
-// A terminal or a log would show something else than what is stored.
-func unprintable(r rune) bool {
-	return r >= 0x200b && r <= 0x200f || r >= 0x2028 && r <= 0x202e || r >= 0x2066 && r <= 0x2069 || r == 0xfeff
 }

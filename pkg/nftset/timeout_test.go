@@ -74,15 +74,16 @@ func TestParseTable(t *testing.T) {
 
 func TestCleanComment(t *testing.T) {
 	for text, want := range map[string]string{
-		"":                             "",
-		"alice@example.org":            "alice@example.org",
-		`say "hi"`:                     "say 'hi'",
-		"a\nb\x00c\x7fd\u0085":         "a?b?c?d?",
-		"bad\xffutf8":                  "bad?utf8",
-		"left\u202eright\u2028":        "left?right?",
-		"Jürgen 日本":                    "Jürgen 日本",
-		strings.Repeat("x", 200):       strings.Repeat("x", 128),
-		"x" + strings.Repeat("ü", 100): "x" + strings.Repeat("ü", 63),
+		"":                                 "",
+		"alice@example.org":                "alice@example.org",
+		`say "hi"`:                         "say 'hi'",
+		"a\nb\x00c\x7fd\u0085":             "a?b?c?d?",
+		"bad\xffutf8":                      "bad?utf8",
+		"left\u202eright\u2028":            "left?right?",
+		"so\u00adft\u061c\u2060\U000e0041": "so?ft???",
+		"Jürgen 日本":                        "Jürgen 日本",
+		strings.Repeat("x", 200):           strings.Repeat("x", 128),
+		"x" + strings.Repeat("ü", 100):     "x" + strings.Repeat("ü", 63),
 	} {
 		got := CleanComment(text)
 		if got != want {
