@@ -7,6 +7,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"nftwl/pkg/nstest"
 )
@@ -27,6 +28,7 @@ func TestReadmeInstall(t *testing.T) {
 				m := newUninstalled(t, b)
 				m.must(os.Rename(m.file("root/new.deb"), m.file("root/nftwl_1.2.3_amd64.deb")))
 				before := m.etc()
+				start := time.Now()
 				for _, block := range m.section("Install") {
 					switch {
 					case block.language == "nft":
@@ -53,6 +55,7 @@ func TestReadmeInstall(t *testing.T) {
 				m.settle()
 				m.logsIn(1)
 				m.trusts(1)
+				t.Logf("%v from the first command to a trusted login, and doctor in between", time.Since(start).Round(100*time.Millisecond))
 				m.run("systemctl", "reload", "nftables")
 				m.settle()
 				m.trusts(1)
