@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -140,7 +141,11 @@ func (s *session) addresses(args []string, refuse bool) (addrs []netip.Addr, ok 
 				one(line)
 			}
 		}
-		if err := lines.Err(); err != nil {
+		err := lines.Err()
+		if errors.Is(err, bufio.ErrTooLong) {
+			err = errors.New("a line is longer than any address")
+		}
+		if err != nil {
 			printError(fmt.Errorf("standard input: %w", err))
 			ok = false
 		}

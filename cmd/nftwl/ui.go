@@ -131,7 +131,10 @@ func newVersion() *cobra.Command {
 		Short: "Print the version",
 		Long:  "Prints the version, or the commit, that nftwl was built from, and that of Go.",
 		Args:  cobra.NoArgs,
-		Run:   func(*cobra.Command, []string) { fmt.Println("nftwl " + version()) },
+		RunE: func(*cobra.Command, []string) error {
+			_, err := fmt.Println("nftwl " + version())
+			return failed(err)
+		},
 	}
 }
 

@@ -3,6 +3,7 @@
 package config
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -160,6 +161,7 @@ func Parse(data []byte) (*Config, error) {
 	if !utf8.Valid(data) {
 		return nil, fmt.Errorf("%d: not UTF-8", 1+strings.Count(string(data[:invalidAt(data)]), "\n"))
 	}
+	data = bytes.TrimPrefix(data, []byte("\ufeff")) // a mark that some editors put first
 	if err := screen(string(data)); err != nil {
 		return nil, err
 	}

@@ -40,7 +40,7 @@ snapshot: /var/lib/nftwl/sets.nft
 }
 
 func TestParse(t *testing.T) {
-	c, err := Parse([]byte(`
+	c, err := Parse([]byte("\ufeff" + `
 table: ip6 mail
 trusted:
   ipv4: t4
