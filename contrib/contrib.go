@@ -8,4 +8,5 @@ import "embed"
 //
 //go:embed dovecot/*.conf fail2ban/*/*.conf nftables/*.nft nftables/nftables.conf
 //go:embed systemd/nftwl*.service systemd/nftwl*.socket systemd/nftwl*.timer systemd/nftwl-.service.d/*.conf
+//go:embed systemd/standalone/*.service
 var Files embed.FS

@@ -385,6 +385,88 @@ func TestSetupPackagedUnits(t *testing.T) {
 	}
 }
 
+// Where nftables.service is not what loads the firewall, one unit takes the
+// place of the one that follows it.
+func TestSetupStandaloneUnit(t *testing.T) {
+	const folder = "/etc/systemd/system/"
+	const unit = folder + "nftwl-persist.service"
+	contrib := filepath.Join(nstest.Root(t), "contrib/systemd")
+	enabled := func(unit string) func(h *host) {
+		return func(h *host) { h.write(folder+unit, "") }
+	}
+	const ufw, own = "/etc/ufw/ufw.conf", "table: inet nftwl\n"
+	for _, c := range []struct {
+		name, config string
+		prepare      func(h *host)
+		standalone   bool
+	}{
+		{"nothing", "", func(*host) {}, false},
+		{"ufw", "", func(h *host) { h.write(ufw, "ENABLED=yes\n") }, true},
+		{"ufw, disabled", "", func(h *host) { h.write(ufw, "ENABLED=no\n") }, false},
+		{"firewalld", "", enabled("multi-user.target.wants/firewalld.service"), true},
+		{"its table", own, func(*host) {}, true},
+		{"its table in nftables.conf", own, enabled("sysinit.target.wants/nftables.service"), false},
+		{"ufw, and nftables.service", own, func(h *host) {
+			h.write(ufw, "ENABLED=yes\n")
+			enabled("sysinit.target.wants/nftables.service")(h)
+		}, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			h := newHost(t)
+			h.write("/etc/nftwl.yaml", c.config)
+			c.prepare(h)
+			before := h.tree()
+			from, files := contrib, 5
+			if c.standalone {
+				from, files = filepath.Join(contrib, "standalone"), 4
+			}
+			plan := h.setup("systemd")
+			want := h.read(filepath.Join(from, "nftwl-persist.service"))
+			if got := parsePlan(plan); got[unit] != want || len(got) != files {
+				t.Errorf("%d files, and the unit is\n%s", len(got), got[unit])
+			}
+			if missing := "/etc/nftwl/standalone.nft, which is not there yet: "; strings.Contains(plan, missing) != c.standalone {
+				t.Errorf("whether there is something to load:\n%s", plan)
+			}
+			out := h.setup("nftables", "--write")
+			if next := "nftwl setup systemd --write     # "; strings.Contains(out, next) != c.standalone || strings.Contains(out, "Nothing loads it") {
+				t.Errorf("setup nftables says\n%s", out)
+			}
+			rules := h.tree()
+			out = h.setup("systemd", "--write")
+			if h.read(unit) != want || strings.Contains(out, "nftables.service must be enabled") == c.standalone || strings.Contains(out, "not there yet") {
+				t.Errorf("setup systemd says\n%s", out)
+			}
+			_, undo, _ := strings.Cut(out, "\nTo undo it:\n")
+			h.try(nil, "/bin/sh", "-c", undo)
+			h.same(rules)
+
+			// Over a package's unit of the other kind.
+			h.must(unix.Mount("none", "/usr/lib/systemd/system", "tmpfs", 0, "mode=755"))
+			h.must(os.CopyFS("/usr/lib/systemd/system", os.DirFS(contrib)))
+			out = h.setup("systemd", "--write")
+			if c.standalone {
+				if h.read(unit) != want || !strings.HasPrefix(out, "written: "+unit+"\n\nInstalled already, in /usr/lib/systemd/system: nftwl-save.service, ") {
+					t.Errorf("beside a package's units:\n%s", out)
+				}
+				_, undo, _ = strings.Cut(out, "\nTo undo it:\n")
+				h.try(nil, "/bin/sh", "-c", undo)
+			}
+			h.same(rules)
+			h.must(os.RemoveAll("/etc/nftwl"))
+			h.same(before)
+		})
+	}
+	t.Run("no systemd", func(t *testing.T) {
+		h := newHost(t)
+		h.must(os.RemoveAll("/run/systemd"))
+		h.write(ufw, "ENABLED=yes\n")
+		if out := h.setup("nftables"); !strings.Contains(out, "Nothing loads it at boot yet") || strings.Contains(out, "setup systemd --write") {
+			t.Error(out)
+		}
+	})
+}
+
 // Elsewhere installs the program and a configuration where the files of contrib
 // do not have them.
 func (h *host) elsewhere(config string) (program string, args []string) {
@@ -469,9 +551,18 @@ service hello {
 	})
 	t.Run("systemd", func(t *testing.T) {
 		analyze := nstest.Need(t, "systemd-analyze", "systemd")
-		for _, args := range [][]string{{"systemd", "--write"}, {"systemd", "--serve", "--write"}} {
+		for _, c := range []struct {
+			args     []string
+			ufw      string
+			commands int
+		}{
+			{[]string{"systemd", "--write"}, "no", 5},
+			{[]string{"systemd", "--write"}, "yes", 5},
+			{[]string{"systemd", "--serve", "--write"}, "no", 1},
+		} {
 			h, setup := start(t)
-			setup(args...)
+			h.write("/etc/ufw/ufw.conf", "ENABLED="+c.ufw+"\n")
+			setup(c.args...)
 			units, err := filepath.Glob("/etc/systemd/system/nftwl*.*")
 			h.must(err)
 			n := 0
@@ -483,7 +574,7 @@ service hello {
 					t.Errorf("%s: exit %d: %s", unit, code, stderr)
 				}
 				for line := range strings.Lines(h.read(unit)) {
-					if _, run, ok := strings.Cut(line, "=/opt/"); ok && strings.HasPrefix(line, "Exec") {
+					if _, run, ok := strings.Cut(strings.Replace(line, "=-", "=", 1), "=/opt/"); ok && strings.HasPrefix(line, "Exec") {
 						n++
 						if !strings.HasPrefix("/opt/"+run, command+" ") {
 							t.Errorf("%s: %s", unit, line)
@@ -491,7 +582,7 @@ service hello {
 					}
 				}
 			}
-			if want := map[int]int{2: 5, 3: 1}[len(args)]; n != want {
+			if n != c.commands {
 				t.Errorf("%d commands in %q", n, units)
 			}
 		}

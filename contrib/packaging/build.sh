@@ -61,7 +61,10 @@ units() {
 	for file in contrib/systemd/nftwl* contrib/systemd/nftwl-.service.d/*; do
 		[ ! -f "$file" ] || put 644 "$file" "usr/lib/systemd/system/${file#contrib/systemd/}"
 	done
-	put 644 contrib/systemd/dovecot.service.d/nftwl.conf usr/share/nftwl/systemd/dovecot.service.d/nftwl.conf
+	# What an administrator may put in the place of a unit, or beside one.
+	for file in systemd/standalone/nftwl-persist.service systemd/dovecot.service.d/nftwl.conf; do
+		put 644 "contrib/$file" "usr/share/nftwl/$file"
+	done
 }
 
 deb() {

@@ -146,6 +146,7 @@ usr/lib/systemd/system/nftwl-snapshot.service
 usr/lib/systemd/system/nftwl.service
 usr/lib/systemd/system/nftwl.socket
 usr/share/nftwl/systemd/dovecot.service.d/nftwl.conf
+usr/share/nftwl/systemd/standalone/nftwl-persist.service
 `
 
 const common = `etc/nftwl.yaml

@@ -1,17 +1,20 @@
 package doctor
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
+	"nftwl/pkg/config"
 	"nftwl/pkg/nftset"
 	"nftwl/pkg/snapshot"
 )
@@ -23,18 +26,89 @@ func (d *Doctor) checkPersistence(ctx context.Context) {
 	} else if units, err := show(ctx, program, "nftables.service",
 		"nftwl-persist.service", "nftwl-snapshot.service", "nftwl-save.timer", "nftwl-save.service"); err != nil {
 		d.skip("persistence.unit", "%v", err)
-	} else if d.checkPersist(ctx, units[0], units[1]) {
-		d.checkOrder(units[1], units[2])
-		saving = d.checkSave(ctx, units[1], units[2], units[3], units[4])
+	} else {
+		nftables, persist, beforeReload := units[0], units[1], units[2]
+		rules := loaded(ctx, program, persist["Id"])
+		broken := rules != "" && !d.checkLoaded(ctx, rules)
+		inUse := d.checkPersist(ctx, nftables, persist, rules, broken)
+		switch {
+		case inUse && rules == "":
+			d.checkOrder(persist, beforeReload)
+			saving = d.checkSave(ctx, persist, beforeReload, units[3], units[4])
+		case inUse:
+			d.checkAlone(nftables, persist)
+			saving = d.checkSave(ctx, persist, nil, units[3], units[4])
+		}
 	}
 	d.checkSnapshot(saving)
 }
 
-// checkPersist tells whether the unit that keeps the sets is in use.
-func (d *Doctor) checkPersist(ctx context.Context, nftables, persist unit) bool {
+// loaded returns the file of rules that a unit loads itself, or "" where it
+// leaves that to nftables.service.
+func loaded(ctx context.Context, systemctl, name string) string {
+	// What cannot be shown now has been shown by the call before.
+	out, _ := output(ctx, systemctl, "show", "--property=ExecStart", name)
+	_, rest, _ := strings.Cut(string(out), "/nft -f ")
+	file, _, _ := strings.Cut(rest, " ")
+	return file
+}
+
+// standalone is where the rules are that have a table of their own.
+const standalone = "/etc/nftwl/standalone.nft"
+
+// defines tells whether a file of rules has a table. One that includes others
+// may have it there.
+func defines(file string, table nftset.Table) bool {
+	text, _ := os.ReadFile(file) // one that is not there has none
+	for line := range strings.Lines(string(text)) {
+		words := strings.Fields(strings.ReplaceAll(line, "{", " "))
+		switch {
+		case len(words) == 3 && words[0] == "table" && words[1]+" "+words[2] == table.String(),
+			len(words) == 2 && words[0] == "include":
+			return true
+		}
+	}
+	return false
+}
+
+// refusal is why nft does not load a file of rules: its first error.
+func refusal(ctx context.Context, file string) error {
+	nft := find("nft")
+	if nft == "" {
+		return errors.New("nft is not installed")
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, nft, "--check", "--file", file).CombinedOutput()
+	for line := range strings.Lines(string(out)) {
+		if err != nil && strings.Contains(line, "Error: ") {
+			return errors.New(strings.TrimSpace(line))
+		}
+	}
+	return err
+}
+
+// checkPersist tells whether the unit that keeps the sets is in use. It may
+// load rules, too, which may be broken.
+func (d *Doctor) checkPersist(ctx context.Context, nftables, persist unit, rules string, broken bool) bool {
 	const check = "persistence.unit"
-	const lost = "the sets are empty after each reload of nftables and each reboot"
+	const nothing = "after a reboot neither the rules nor the sets are there"
+	lost := "the sets are empty after each reload of nftables and each reboot"
+	reload := "the sets were not restored after the last reload of nftables"
 	enable := remedy{"enable it", "systemctl enable --now nftwl-persist"}
+	wrong := rules == "" && !nftables.startsAtBoot() && defines(standalone, d.config.Table)
+	if wrong {
+		lost = nothing
+		enable = remedy{"take the unit that loads " + standalone + " itself: move away what is in its place in /etc/systemd/system; afterwards: systemctl daemon-reload && systemctl enable --now nftwl-persist",
+			"nftwl setup systemd --write"}
+	}
+	why := persist.why
+	if rules != "" {
+		lost, reload = nothing, "the last reload of nftwl-persist.service failed"
+		if broken {
+			why = func(context.Context) string { return "persistence.rules says why" }
+		}
+	}
 	state := persist["ActiveState"]
 	switch {
 	case persist["LoadState"] == "not-found":
@@ -45,24 +119,29 @@ func (d *Doctor) checkPersist(ctx context.Context, nftables, persist unit) bool 
 		d.warn(check, remedy{"take the unit as it was shipped, then: systemctl enable --now nftwl-persist", "systemctl status nftwl-persist"},
 			"nftwl-persist.service is %s: %s", persist["LoadState"], lost)
 		return false
+	case !persist.startsAtBoot() && rules != "":
+		d.fail(check, enable, "nftwl-persist.service is not enabled: %s", lost)
+		return state == "active"
 	case !persist.startsAtBoot():
 		d.warn(check, enable, "nftwl-persist.service is not enabled: %s", lost)
 		return state == "active"
-	case !nftables.startsAtBoot():
-		d.fail(check, remedy{"enable it too; nftwl-persist.service follows it", "systemctl enable nftables"},
-			"nftables.service is not enabled: after a reboot neither the rules nor the sets are there")
-	case nftables["ActiveState"] != "active":
+	case wrong:
+		d.fail(check, enable, "nftwl-persist.service follows nftables.service, which is not enabled: %s", nothing)
+	case rules == "" && !nftables.startsAtBoot():
+		d.fail(check, remedy{"enable it too; nftwl-persist.service follows it. Where the firewall is ufw's or firewalld's, nftwl setup systemd has another unit", "systemctl enable nftables"},
+			"nftables.service is not enabled: %s", nothing)
+	case rules == "" && nftables["ActiveState"] != "active":
 		d.fail(check, remedy{"mend what it says, then start it: it loads /etc/nftables.conf in place of all rules", nftables.journal()},
 			"nftables.service is %s, and so the sets are not kept", nftables["ActiveState"])
 	case state == "failed":
 		d.fail(check, remedy{"repair or remove the file that it names, then: systemctl start nftwl-persist; nothing is saved until then", persist.journal()},
-			"the sets were not restored: %s", persist.why(ctx))
+			"the sets were not restored: %s", why(ctx))
 	case state != "active":
 		d.fail(check, remedy{"start it", "systemctl start nftwl-persist"},
 			"nftwl-persist.service is %s: %s", state, lost)
 	case persist["ReloadResult"] != "success":
 		d.fail(check, remedy{"repair or remove the file that it names, then: systemctl reload nftwl-persist", persist.journal()},
-			"the sets were not restored after the last reload of nftables: %s", persist.why(ctx))
+			"%s: %s", reload, why(ctx))
 	case persist["NeedDaemonReload"] == "yes":
 		d.warn(check, reloadUnits, "nftwl-persist.service has another file than systemd has read")
 	default:
@@ -98,11 +177,61 @@ func (d *Doctor) checkOrder(persist, beforeReload unit) {
 	d.ok("persistence.order", "the sets are saved before nftables.service flushes them, and restored after")
 }
 
+// checkLoaded tells whether the rules that the unit loads are those of the
+// sets, and load at the next boot, too.
+func (d *Doctor) checkLoaded(ctx context.Context, rules string) bool {
+	const check = "persistence.rules"
+	table := d.config.Table
+	info, err := os.Stat(rules)
+	if err != nil {
+		d.fail(check, remedy{"write it, then: systemctl reload-or-restart nftwl-persist", "nftwl setup nftables --write"},
+			"nftwl-persist.service loads it, and it cannot be read: %v", err)
+		return false
+	}
+	if info.Mode()&0o004 == 0 {
+		d.fail(check, remedy{"let all read it; it holds no secrets", "chmod 644 " + quote(rules)},
+			"%s has mode %04o: nftwl-persist.service, which runs as a user of its own, cannot read it", rules, info.Mode().Perm())
+		return false
+	}
+	if d.valid && !defines(rules, table) {
+		d.fail(check, remedy{words: fmt.Sprintf("put the table that it has into %s; or, where nftables.service loads the rules, take the unit that follows that", cmp.Or(d.ConfigPath, config.Path))},
+			"nftwl-persist.service loads %s, which lacks table %s, where the sets are", rules, table)
+		return false
+	}
+	if d.conn == nil {
+		d.skip(check, "nft cannot be asked about %s", rules)
+		return true
+	}
+	if err := refusal(ctx, rules); err != nil {
+		d.fail(check, remedy{"mend it, or the next boot is without it; then: systemctl reload-or-restart nftwl-persist", "nft -c -f " + quote(rules)},
+			"nft does not load it: %v", err)
+		return false
+	}
+	d.ok(check, "nft loads %s, which has table %s", rules, table)
+	return true
+}
+
+// checkAlone sees that the unit which needs no nftables.service has none beside
+// it, and is early.
+func (d *Doctor) checkAlone(nftables, persist unit) {
+	const check = "persistence.order"
+	switch {
+	case nftables.startsAtBoot() || nftables["ActiveState"] == "active":
+		d.fail(check, remedy{words: "where another program owns the firewall, systemctl disable nftables; else include nftwl/standalone.nft in its file, and take the unit that follows it (nftwl setup systemd)"},
+			"a restart or reload of nftables.service flushes all tables, and nftwl-persist.service does not follow it")
+	case !persist.has("Before", "network-pre.target"):
+		d.fail(check, remedy{"take the unit as it was shipped, without the drop-in or the edit that changes it", "systemctl cat nftwl-persist"},
+			"the network can be up before the rules are: nftwl-persist.service lacks Before=network-pre.target")
+	default:
+		d.ok(check, "the rules and the sets are loaded before the network is up")
+	}
+}
+
 // checkSave tells whether the snapshot has been saved by the timer since it
-// runs, and so must be young.
+// runs, and so must be young. There need be no unit that saves before a reload.
 func (d *Doctor) checkSave(ctx context.Context, persist, beforeReload, timer, save unit) bool {
 	const check = "persistence.save"
-	if beforeReload["ReloadResult"] != "success" {
+	if beforeReload != nil && beforeReload["ReloadResult"] != "success" {
 		d.fail(check, remedy{"mend what it says", beforeReload.journal()},
 			"the sets were not saved before the last reload of nftables: %s", beforeReload.why(ctx))
 		return false

@@ -18,6 +18,7 @@ import (
 const (
 	rulesFolder = "/etc/nftwl"
 	standalone  = "nftables/standalone.nft"
+	ownRules    = rulesFolder + "/standalone.nft"
 )
 
 // Nftables plans the sets and rules as the configuration has them: to be
@@ -32,9 +33,8 @@ func Nftables(o *Options) (*Plan, error) {
 	if err != nil {
 		return nil, err
 	}
-	foreign := foreignFirewall()
+	own, foreign := o.ownTable()
 	table, from := c.Table, config.Default().Table
-	own := foreign != "" || table.Name == "nftwl"
 	if own {
 		names = []string{standalone}
 		from = nftset.Table{Family: nftset.INet, Name: "nftwl"}
@@ -72,6 +72,22 @@ func Nftables(o *Options) (*Plan, error) {
 		"rmdir "+rulesFolder,
 	)
 	return p, nil
+}
+
+// ownTable reports whether the rules are to be in a table of their own, and
+// names the program that the firewall belongs to, where that is known.
+func (o *Options) ownTable() (own bool, foreign string) {
+	foreign = foreignFirewall()
+	return foreign != "" || o.Config.Table.Name == "nftwl", foreign
+}
+
+// unitLoads reports whether nftwl-persist.service is to load that table itself.
+// Where nftables.service is in use, its file includes the rules: what it flushes
+// would be gone otherwise.
+func (o *Options) unitLoads() bool {
+	own, foreign := o.ownTable()
+	used, _ := filepath.Glob(unitFolder + "/*.wants/nftables.service") // the pattern is right
+	return own && (foreign != "" || len(used) == 0)
 }
 
 // An editor makes small changes to a text, each of which must find its place.
@@ -202,7 +218,6 @@ func isEmptyFirewall(text string) bool {
 }
 
 func (p *Plan) nextOwn(o *Options, main ruleset, table nftset.Table, foreign string) {
-	const path = rulesFolder + "/standalone.nft"
 	if table != o.Config.Table {
 		file := o.ConfigPath
 		if file == "" {
@@ -210,20 +225,29 @@ func (p *Plan) nextOwn(o *Options, main ruleset, table nftset.Table, foreign str
 		}
 		p.Next = []string{"# Put this into " + file + ":", "#   table: " + table.String()}
 	}
-	if foreign == "" {
+	p.Undo = []string{"nft delete table " + table.String()}
+	switch {
+	case o.unitLoads() && exists("/run/systemd/system"):
+		p.Next = append(p.Next,
+			"nft -c -f "+ownRules,
+			o.shell()+" setup systemd --write     # a unit loads it, now and at boot",
+		)
+		p.Undo = append([]string{"# First undo that of '" + o.shell() + " setup systemd', whose unit loads it at boot."}, p.Undo...)
+	case foreign != "":
+		p.Next = append(p.Next,
+			"nft -c -f "+ownRules+" && nft -f "+ownRules,
+			"# Nothing loads it at boot yet: let a service of your own do that.",
+		)
+	default:
 		p.Next = append(p.Next,
 			"# Put into "+main.path+":",
 			`#   include "nftwl/standalone.nft"`,
 			"nft -c -f "+main.path,
 			main.load,
 		)
-	} else {
-		p.Next = append(p.Next,
-			"nft -c -f "+path+" && nft -f "+path,
-			"# Nothing loads it at boot yet: let a unit of your own do that. Open the mail",
-			"# ports in "+foreign+", for everyone.",
-		)
+	}
+	if foreign != "" {
+		p.Next = append(p.Next, "# Open the mail ports in "+foreign+", for everyone.")
 	}
 	p.Next = append(p.Next, o.shell()+" doctor")
-	p.Undo = []string{"nft delete table " + table.String()}
 }

@@ -13,6 +13,7 @@ const (
 	packageFolder = "/usr/lib/systemd/system"
 	sandboxFolder = "nftwl-.service.d"
 	stateFolder   = "/var/lib/nftwl/" // StateDirectory= of the sandbox
+	variantFolder = "standalone/"     // in contrib, of units that take the place of others
 )
 
 // Systemd plans the units that keep the sets, or those of nftwl serve.
@@ -20,9 +21,13 @@ func Systemd(o *Options) (*Plan, error) {
 	if err := o.checkPaths(); err != nil {
 		return nil, err
 	}
+	loads := o.unitLoads()
 	names := []string{"nftwl-persist.service", "nftwl-save.service", "nftwl-save.timer", "nftwl-snapshot.service", sandboxFolder + "/sandbox.conf"}
-	if o.Serve {
+	switch {
+	case o.Serve:
 		names = []string{"nftwl.service", "nftwl.socket"}
+	case loads:
+		names = []string{variantFolder + "nftwl-persist.service", "nftwl-save.service", "nftwl-save.timer", sandboxFolder + "/sandbox.conf"}
 	}
 	p := new(Plan)
 	if !exists("/run/systemd/system") {
@@ -37,6 +42,7 @@ func Systemd(o *Options) (*Plan, error) {
 		if err != nil {
 			return nil, err
 		}
+		name = strings.TrimPrefix(name, variantFolder)
 		path := filepath.Join(unitFolder, name)
 		same, err := os.ReadFile(filepath.Join(packageFolder, name))
 		if err == nil && string(same) == text && !exists(path) {
@@ -48,7 +54,8 @@ func Systemd(o *Options) (*Plan, error) {
 	if len(packaged) > 0 {
 		p.note("Installed already, in %s: %s.", packageFolder, strings.Join(packaged, ", "))
 	}
-	if o.Serve {
+	switch {
+	case o.Serve:
 		p.Next = []string{
 			"systemctl daemon-reload && systemctl enable --now nftwl",
 			o.shell() + " status     # when it answers, Dovecot may ask it:",
@@ -58,15 +65,24 @@ func Systemd(o *Options) (*Plan, error) {
 			"# Dovecot must not ask it any more, or denies every login. Then:",
 			"systemctl disable --now nftwl.service nftwl.socket",
 		}
-	} else {
-		if name := foreignFirewall(); name != "" {
-			p.note("The units follow nftables.service, which is not what loads the firewall here: %s does.", name)
+	case loads:
+		if !exists(ownRules) {
+			p.note("nftwl-persist.service loads %s, which is not there yet: %s setup nftables --write", ownRules, o.shell())
 		}
+		p.Next = []string{
+			"# It loads " + ownRules + ", now and at boot.",
+			"nft -c -f " + ownRules,
+			"systemctl daemon-reload && systemctl enable --now nftwl-persist",
+			o.shell() + " doctor",
+		}
+	default:
 		p.Next = []string{
 			"# nftables.service must be enabled and running: the units follow it.",
 			"systemctl daemon-reload && systemctl enable --now nftwl-persist",
 			o.shell() + " doctor",
 		}
+	}
+	if !o.Serve {
 		p.Undo = []string{"systemctl disable nftwl-persist && systemctl stop nftwl-save.timer"}
 	}
 	if len(p.Files) > 0 {

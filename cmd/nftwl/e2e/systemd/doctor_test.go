@@ -222,6 +222,58 @@ func TestDoctorPersistence(t *testing.T) {
 	})
 }
 
+// Where a unit of ours loads the rules.
+func TestDoctorStandalone(t *testing.T) {
+	t.Parallel()
+	onEach(t, func(t *testing.T, b base) {
+		t.Parallel()
+		m := newStandalone(t, b)
+		m.only()
+		m.fill()
+		m.run("systemctl", "start", "nftwl-save")
+		m.healthy()
+		const file = "/etc/nftwl/standalone.nft"
+		const unit = "/etc/systemd/system/nftwl-persist.service"
+		const mended = "cp /run/good " + file
+		const nothing = "after a reboot neither the rules nor the sets are there$"
+		const syntax = "fail: nft does not load it: " + file + `:\d+:\d+-\d+: Error: syntax error`
+		m.run("cp", file, "/run/good")
+		m.tries("persistence", []fault{
+			{"the other unit", func() {
+				m.run("systemctl", "disable", "nftwl-persist")
+				m.diagnoses("not enabled", "persistence", map[string]string{"persistence.unit": "fail: nftwl-persist.service is not enabled: " + nothing})
+				m.commands("mv " + unit + " /run; systemctl daemon-reload")()
+				m.diagnoses("nor is the other unit", "persistence", map[string]string{"persistence.unit": "warn: nftwl-persist.service is not enabled: " + nothing})
+				m.run("systemctl", "enable", "nftwl-persist")
+			}, m.commands("systemctl disable nftwl-persist; mv /run/nftwl-persist.service " + unit + "; systemctl enable nftwl-persist"),
+				map[string]string{"persistence.unit": "fail: nftwl-persist.service follows nftables.service, which is not enabled: " + nothing}},
+			{"nftables.service beside it", m.commands("systemctl enable nftables"), m.commands("systemctl disable nftables"),
+				map[string]string{"persistence.order": "fail: a restart or reload of nftables.service flushes all tables"}},
+			{"late", m.commands("sed -i 's/^Before=network-pre.target /Before=/' " + unit + "; systemctl daemon-reload"),
+				m.commands("sed -i 's/^Before=/&network-pre.target /' " + unit + "; systemctl daemon-reload"),
+				map[string]string{"persistence.order": "fail: .* lacks Before=network-pre.target$"}},
+			{"another table", m.commands("echo 'table: inet filter' >/etc/nftwl.yaml"), m.commands("echo 'table: inet nftwl' >/etc/nftwl.yaml"),
+				map[string]string{
+					"persistence.rules":    "fail: nftwl-persist.service loads " + file + ", which lacks table inet filter",
+					"persistence.snapshot": "fail: .*none of the sets in it is one of table inet filter",
+				}},
+			{"no rules", m.commands("rm " + file), m.commands(mended),
+				map[string]string{"persistence.rules": "fail: nftwl-persist.service loads it, .* " + file + ": no such file"}},
+			{"rules that it cannot read", m.commands("chmod 600 " + file), m.commands("chmod 644 " + file),
+				map[string]string{"persistence.rules": "fail: " + file + " has mode 0600"}},
+			{"a reload that loaded none", func() {
+				m.commands("echo no rule >>" + file)()
+				m.diagnoses("the next boot loads none", "persistence", map[string]string{"persistence.rules": syntax})
+				m.fails("systemctl", "reload", "nftwl-persist")
+			}, m.commands(mended + "; systemctl reload nftwl-persist"),
+				map[string]string{
+					"persistence.rules": syntax,
+					"persistence.unit":  "fail: the last reload of nftwl-persist.service failed: persistence.rules says why$",
+				}},
+		})
+	})
+}
+
 func TestDoctorServe(t *testing.T) {
 	t.Parallel()
 	onEach(t, func(t *testing.T, b base) {

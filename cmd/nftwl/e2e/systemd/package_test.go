@@ -107,7 +107,7 @@ func newUninstalled(t *testing.T, b base) *machine {
 	units, err := filepath.Glob(m.file("etc/systemd/system/nftwl*"))
 	m.must(err)
 	for _, path := range append(units, m.file("usr/bin/nftwl"), m.file("etc/nftwl"), m.file("etc/nftwl.yaml"),
-		m.file("etc/systemd/system/dovecot.service.d"),
+		m.file("etc/systemd/system/dovecot.service.d"), m.file("etc/systemd/system/standalone"),
 		// Trees made for containers have them: one forbids to start anything,
 		// the others leave documents out.
 		m.file("usr/sbin/policy-rc.d"), m.file("etc/dpkg/dpkg.cfg.d")) {
