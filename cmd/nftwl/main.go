@@ -73,7 +73,7 @@ func newRoot() *cobra.Command {
 		Short: "Trust the addresses of a mail server's users in nftables",
 		Long: `nftwl lets a mail server's firewall know its own users. Dovecot runs it after
 each login; it adds the client's address to nftables sets for the mail ports,
-with a timeout, and becomes the mail process.
+with a timeout, and lets the login go on.
 
 Exit status: 0 when all went well, 1 when something failed, 2 when the command
 line was wrong.`,

@@ -159,7 +159,7 @@ what to do about it, where that is known, follows after
 .BR "nftwl: hint:" .
 .SH ENVIRONMENT
 .B nftwl login
-reads these, which Dovecot sets for a post\-login script, and no other:
+reads these, which Dovecot sets for a post\-login script:
 .TP
 .B IP
 The client\(aqs address.
@@ -179,6 +179,11 @@ of the user database.
 .B NFTWL_TIMEOUT
 For how long to trust this user\(aqs addresses; from the extra field
 .IR nftwl_timeout .
+.TP
+.B PATH
+Where
+.I COMMAND
+is looked for, where it has no slash. Dovecot sets none.
 .PP
 The others read:
 .TP

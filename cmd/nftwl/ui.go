@@ -41,7 +41,11 @@ func hintFor(err error) string {
 	}
 	switch e.Err {
 	case nftset.ErrNoTable, nftset.ErrNoSet:
-		return "load the set definitions (nft -f sets.nft), or name the right table and sets in " + config.Path
+		file := "sets.nft"
+		if e.Table.Name == "nftwl" {
+			file = "standalone.nft"
+		}
+		return "load the set definitions (nft -f /etc/nftwl/" + file + "), or name the right table and sets in " + config.Path
 	case nftset.ErrKeyType, nftset.ErrInterval, nftset.ErrMap, nftset.ErrConstant, nftset.ErrNoTimeout:
 		return "define it as: type ipv4_addr . inet_service (or ipv6_addr); flags dynamic,timeout"
 	case nftset.ErrFull:

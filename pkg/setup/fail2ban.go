@@ -44,7 +44,8 @@ func Fail2ban(o *Options) (*Plan, error) {
 		o.shell()+" doctor",
 	)
 	p.Undo = []string{
-		"# Take these jails out of " + local + ", then:",
+		"# Take postfix-lost out of " + local + ", as its filter goes too, and the other",
+		"# jails, unless fail2ban's own actions are to ban for them. Then:",
 		p.remove(),
 		"systemctl restart fail2ban",
 	}
