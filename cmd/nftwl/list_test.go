@@ -295,7 +295,8 @@ func TestListWatch(t *testing.T) {
 	ends := func(t *testing.T, cmd *exec.Cmd, y *tty) {
 		t.Helper()
 		text, code := y.wait(t, cmd)
-		text = strings.TrimPrefix(text[strings.LastIndex(text, "\x1b[J")+len("\x1b[J"):], "^C")
+		text = text[strings.LastIndex(text, "\x1b[J")+len("\x1b[J"):]
+		text = strings.TrimPrefix(strings.TrimPrefix(text, "^C"), `^\`)
 		if text != leave || code != 0 {
 			t.Errorf("exit %d, and the last that it writes is %q", code, text)
 		}
@@ -334,6 +335,13 @@ func TestListWatch(t *testing.T) {
 		if err := cmd.Process.Signal(unix.SIGTERM); err != nil {
 			t.Fatal(err)
 		}
+		ends(t, cmd, y)
+	})
+
+	t.Run("quit", func(t *testing.T) {
+		cmd, y := watching(t, "--watch")
+		y.until(t, "the table", has("trusted: 20"))
+		fmt.Fprint(y.keys, "\x1c") // Ctrl-\
 		ends(t, cmd, y)
 	})
 

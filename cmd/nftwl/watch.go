@@ -44,7 +44,7 @@ func watch(configPath string, lists []list, every time.Duration) error {
 		leave = "\x1b[?7h\x1b[?25h\x1b[?1049l"
 	)
 	signals := make(chan os.Signal, 8)
-	signal.Notify(signals, unix.SIGINT, unix.SIGTERM, unix.SIGTSTP, unix.SIGWINCH)
+	signal.Notify(signals, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGTSTP, unix.SIGWINCH)
 	// Beside the signals, since to read a large set takes long.
 	pictures := make(chan *picture)
 	go func() {
@@ -64,7 +64,7 @@ func watch(configPath string, lists []list, every time.Duration) error {
 				// To this very thread, which so stands still here.
 				_ = unix.Tgkill(unix.Getpid(), unix.Gettid(), unix.SIGSTOP)
 				_, err = io.WriteString(os.Stdout, enter)
-			case unix.SIGINT, unix.SIGTERM:
+			case unix.SIGINT, unix.SIGQUIT, unix.SIGTERM:
 				_, err = io.WriteString(os.Stdout, leave)
 				return failed(err)
 			}
