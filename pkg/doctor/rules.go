@@ -33,8 +33,13 @@ func (d *Doctor) checkRules(ctx context.Context) {
 		d.skip("rules", "the rules cannot be read: %v", err)
 		return
 	}
-	p := &probe{Doctor: d, rules: rules}
+	p := &probe{Doctor: d, rules: rules, passedOver: make(map[*ruleset.Rule]bool)}
 	for _, ipv6 := range []bool{false, true} {
+		// Empty too where IPv6 is in the kernel and switched off.
+		if addresses, _ := os.ReadFile("/proc/thread-self/net/if_inet6"); ipv6 && len(addresses) == 0 {
+			d.skip("rules.ipv6", "IPv6 is off in the kernel")
+			break
+		}
 		if c := d.client(ipv6); c != nil {
 			p.clients = append(p.clients, c)
 		}
@@ -52,6 +57,7 @@ func (d *Doctor) checkRules(ctx context.Context) {
 	p.checkEstablished()
 	p.checkLimit()
 	p.checkStrangers()
+	p.checkUnseen()
 }
 
 func readRules(ctx context.Context, nft string) (*ruleset.Ruleset, error) {
@@ -160,6 +166,8 @@ type probe struct {
 	*Doctor
 	rules   *ruleset.Ruleset
 	clients []*client
+
+	passedOver map[*ruleset.Rule]bool // by one check
 }
 
 // A situation is a packet, and what the sets hold when it comes.
@@ -172,10 +180,16 @@ type situation struct {
 }
 
 func (p *probe) ask(c situation, assume *ruleset.Rule) *ruleset.Trace {
-	return p.rules.Walk(
+	t := p.rules.Walk(
 		ruleset.Packet{Source: c.addr, Port: c.port, Interface: c.device, Established: c.established, Rate: c.rate},
 		map[ruleset.Set][]nftset.Key{c.client.trusted: c.trusted, c.client.banned: c.banned},
 		assume)
+	if assume == nil {
+		for _, rule := range t.PassedOver {
+			p.passedOver[rule] = true
+		}
+	}
+	return t
 }
 
 // A finding is what is wrong; the zero value, nothing.
@@ -205,7 +219,7 @@ func (p *probe) settle(ports []uint16, ask question) finding {
 			if rule := doubt(t, func(r *ruleset.Rule) bool { f, _ := ask(port, r); return f.status == "" }); rule != nil {
 				f = finding{status: Skip, text: fmt.Sprintf("cannot be told, as nftwl does not understand %s; without that rule: %s", rule, f.text)}
 			} else {
-				f.text += fmt.Sprintf(" (rules passed over as not understood: %d)", n)
+				f.text += passedOver(n)
 			}
 		}
 		if of[f] == nil {
@@ -222,6 +236,10 @@ func (p *probe) settle(ports []uint16, ask question) finding {
 		}
 	}
 	return finding{}
+}
+
+func passedOver(n int) string {
+	return fmt.Sprintf(" (rules passed over as not understood: %d)", n)
 }
 
 // doubt returns a rule with which all would be well, if it matched: with more
@@ -252,6 +270,8 @@ func portList(ports []uint16) string {
 
 // conclude reports the worst of the findings, or that all is well.
 func (p *probe) conclude(check, well string, findings ...finding) {
+	n := len(p.passedOver)
+	clear(p.passedOver)
 	for _, status := range []Status{Fail, Warn, Skip} {
 		for _, f := range findings {
 			if f.status == status {
@@ -259,6 +279,9 @@ func (p *probe) conclude(check, well string, findings ...finding) {
 				return
 			}
 		}
+	}
+	if n > 0 {
+		well += passedOver(n)
 	}
 	p.ok(check, "%s", well)
 }
@@ -376,7 +399,7 @@ func (p *probe) checkBanned(c *client) {
 	ask := func(banned []nftset.Key) question {
 		return func(port uint16, assume *ruleset.Rule) (finding, *ruleset.Trace) {
 			t := p.ask(situation{client: c, port: port, banned: banned}, assume)
-			lookedUp = lookedUp || t.Found(c.banned)
+			lookedUp = lookedUp || t.Found(c.banned) || len(t.PassedOver) > 0 // as one of these may jump to the look-up
 			return p.judgeBanned(t, c), t
 		}
 	}
@@ -437,6 +460,11 @@ func (p *probe) checkLimit() {
 		return func(port uint16, assume *ruleset.Rule) (finding, *ruleset.Trace) {
 			t := p.ask(situation{client: c, port: port}, assume)
 			if !t.Accepted {
+				if assume == nil {
+					if rule := doubt(t, func(r *ruleset.Rule) bool { return p.ask(situation{client: c, port: port}, r).Accepted }); rule != nil {
+						return finding{status: Skip, text: fmt.Sprintf("cannot be told, as nftwl does not understand %s", rule)}, new(ruleset.Trace)
+					}
+				}
 				return finding{}, t
 			}
 			well = "strangers above the limit are dropped and banned, each source by itself"
@@ -480,25 +508,50 @@ func added(t *ruleset.Trace, s ruleset.Set) []ruleset.Added {
 // A login by IMAP or POP3 is what makes a stranger known, so somewhere these
 // must be open to him.
 func (p *probe) checkStrangers() {
-	open := make(map[*client]bool)
-	findings := p.both([]uint16{110, 143, 993, 995}, func(c *client) question {
+	ports := []uint16{110, 143, 993, 995}
+	ask := func(c *client) question {
 		return func(port uint16, assume *ruleset.Rule) (finding, *ruleset.Trace) {
 			t := p.ask(situation{client: c, port: port}, assume)
 			if t.Accepted {
-				open[c] = open[c] || assume == nil
 				return finding{}, t
 			}
 			return finding{Fail, end(t) + " drops who is not trusted yet, so nobody new can log in",
 				remedy{"accept new connections to those ports of IMAP or POP3 that are in use", listing(t)}}, t
 		}
-	})
-	for i, c := range p.clients {
-		switch {
-		case open[c]:
-			findings[i] = finding{}
-		case len(open) > 0 && findings[i].status == Fail: // by the other family
-			findings[i].status = Warn
+	}
+	findings := p.both(ports, ask)
+	for _, port := range ports {
+		for i, f := range p.both([]uint16{port}, ask) {
+			// One port that is open is enough, and one that may be is no failure.
+			if f.status == "" || f.status == Skip && findings[i].status == Fail {
+				findings[i] = f
+			}
+		}
+	}
+	if slices.ContainsFunc(findings, func(f finding) bool { return f.status != Fail }) {
+		for i := range findings {
+			if findings[i].status == Fail { // and they get in by the other family
+				findings[i].status = Warn
+			}
 		}
 	}
 	p.conclude("rules.strangers", "strangers can open connections to log in by IMAP or POP3", findings...)
+}
+
+// checkUnseen names what nftwl does not look at. There mostly is nothing, which
+// needs no line.
+func (p *probe) checkUnseen() {
+	var unseen []string
+	for _, ip := range []string{"ip", "ip6"} {
+		names, _ := os.ReadFile("/proc/thread-self/net/" + ip + "_tables_names") // without it, the kernel has none
+		for _, table := range strings.Fields(string(names)) {
+			unseen = append(unseen, fmt.Sprintf("table %s of %stables-legacy", table, ip))
+		}
+	}
+	for _, chain := range p.rules.Ingress {
+		unseen = append(unseen, chain.String()+", of hook ingress")
+	}
+	if len(unseen) > 0 {
+		p.skip("rules.unseen", "nftwl does not look at these, which may drop what the rules accept: %s", strings.Join(unseen, "; "))
+	}
 }

@@ -9,6 +9,9 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
 
 	"nftwl/pkg/nstest"
 )
@@ -208,12 +211,18 @@ func TestRulesBroken(t *testing.T) {
 		{name: "another table drops", more: another(""),
 			want: []string{"fail rules.trusted.ipv4"}, says: "ports 993, 995, 465: the policy of chain in of table ip theirs drops who is trusted, whatever table inet filter accepts"},
 		{name: "another table drops, as far as is known", more: another("meta mark 7 accept\n"),
-			want: []string{"skip rules.trusted.ipv4"}, says: "cannot be told, as nftwl does not understand rule "},
+			want: []string{"skip rules.trusted.ipv4", "skip rules.limit"}, says: "cannot be told, as nftwl does not understand rule "},
 		{name: "nothing is known of a drop", edits: []string{jump, "\t\tmeta mark 7 drop\n" + jump}},
 		{name: "what is not understood is no help", edits: []string{trusted6, "ip6 saddr 2001:db8::1", jump, "\t\tmeta mark 7 accept\n" + jump},
 			want: []string{"fail rules.trusted.ipv6"}, says: "(rules passed over as not understood: 1)"},
 		{name: "look-up that is not understood", edits: []string{trusted6, "meta mark 7 " + trusted6},
 			want: []string{"skip rules.trusted.ipv6"}, says: "cannot be told"},
+		{name: "the rest behind what is not understood", edits: []string{jump, "\t\tmeta mark 7 jump nftwl\n", mailboxes, "\t\tmeta mark 7 tcp dport 993 accept\n"},
+			want: []string{"skip rules.trusted.ipv4", "skip rules.trusted.ipv6", "skip rules.limit", "skip rules.strangers"}, says: "cannot be told"},
+		{name: "strict, as far as is known", edits: []string{"#" + strict, strict, jump, "\t\tmeta mark 7 tcp dport 587 accept\n" + jump},
+			want: []string{"skip rules.limit"}, says: "IPv4, port 587: cannot be told, as nftwl does not understand rule "},
+		{name: "no limit, as far as is known", edits: []string{update4, "", update6, "", "goto nftwl_over_limit", "accept", jump, "\t\tmeta mark 7 accept\n\t\tmeta mark 8 drop\n" + jump},
+			want: []string{"skip rules.limit"}, says: "; without that rule: strangers are let in without a limit"},
 		{name: "open connections are not accepted", edits: []string{"ct state established,related accept", ""},
 			want: []string{"warn rules.established"}, says: "the policy of chain input of table inet filter drops them"},
 		{name: "bans cut connections", edits: []string{"ct state established,related accept", "", jump, jump + "\t\tct state established,related accept\n", "@banned_ipv4 ct state new", "@banned_ipv4"},
@@ -239,6 +248,10 @@ func TestRulesBroken(t *testing.T) {
 			want: []string{"fail rules.strangers"}, says: "IPv4, ports 110, 143, 993, 995: the policy of chain input of table inet filter drops who is not trusted yet"},
 		{name: "strangers cannot log in by IPv6", edits: []string{mailboxes, "ip version 4 " + mailboxes},
 			want: []string{"warn rules.strangers"}, says: "IPv6, ports "},
+		{name: "strangers cannot log in, as far as is known", edits: []string{mailboxes, "\t\tmeta mark 7 tcp dport 993 accept\n"},
+			want: []string{"skip rules.strangers"}, says: "IPv4, port 993: cannot be told, as nftwl does not understand rule "},
+		{name: "strangers cannot log in by IPv4, and by IPv6 as far as is known", edits: []string{mailboxes, "\t\tmeta mark 7 ip6 version 6 tcp dport 993 accept\n"},
+			want: []string{"warn rules.strangers"}, says: "IPv4, ports 110, 143, 993, 995: "},
 		{name: "strict and open", edits: []string{"#" + strict, strict, jump, "\t\ttcp dport 587 accept\n" + jump},
 			want: []string{"fail rules.trusted.ipv4", "fail rules.trusted.ipv6", "fail rules.banned.ipv4", "fail rules.banned.ipv6", "warn rules.limit"},
 			says: "port 587: no rule looks up trusted_ipv4"},
@@ -297,6 +310,79 @@ func TestRulesOfAnInterface(t *testing.T) {
 	}
 	if bad := checkTheRules(t, ""); len(bad) > 0 {
 		t.Errorf("%d checks are not ok", len(bad))
+	}
+}
+
+// What is not looked at is named, where there is any.
+func TestRulesUnseen(t *testing.T) {
+	nstest.New(t)
+	nstest.Nft(t, contributed(t, "nftables.conf"))
+	text := func(check string) string {
+		t.Helper()
+		d, _ := newDoctor(t, "")
+		texts, report := make(map[string]string), d.report
+		d.report = func(r Result) { texts[r.Check] = r.Text; report(r) }
+		d.checkConfig(t.Context())
+		d.checkKernel(t.Context())
+		defer d.conn.Close()
+		d.checkRules(t.Context())
+		return texts[check]
+	}
+	if s := text("rules.unseen"); s != "" {
+		t.Errorf("with nothing unseen: %q", s)
+	}
+	if s := text("rules.trusted.ipv4"); s == "" || strings.Contains(s, "passed over") {
+		t.Errorf("with all rules understood: %q", s)
+	}
+
+	nstest.Nft(t, "insert rule inet filter input meta mark 7 accept; insert rule inet filter input ct state new meta mark 8 accept")
+	for check, n := range map[string]int{"rules.trusted.ipv4": 2, "rules.banned.ipv6": 2, "rules.established": 1} {
+		if s, want := text(check), fmt.Sprintf(" (rules passed over as not understood: %d)", n); !strings.HasSuffix(s, want) {
+			t.Errorf("%s says %q, want %q", check, s, want)
+		}
+	}
+	nstest.Nft(t, "table netdev x { chain c { type filter hook ingress device lo priority 0; tcp dport 993 drop; }; }")
+	if s := text("rules.unseen"); !strings.HasSuffix(s, ": chain c of table netdev x, of hook ingress") {
+		t.Errorf("with a chain of hook ingress: %q", s)
+	}
+
+	// As iptables-legacy does it, asking makes the table: IPT_SO_GET_INFO of
+	// linux/netfilter_ipv4/ip_tables.h.
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	info := [84]byte{}
+	copy(info[:], "filter")
+	size := uint32(len(info))
+	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_IP, 64, uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0)
+	switch errno {
+	case 0:
+	case unix.ENOPROTOOPT, unix.ENOENT:
+		nstest.Skip(t, "the kernel has no iptables-legacy: modprobe iptable_filter")
+	default:
+		t.Fatal(errno)
+	}
+	if s := text("rules.unseen"); !strings.Contains(s, ": table filter of iptables-legacy; chain c ") {
+		t.Errorf("with iptables-legacy: %q", s)
+	}
+}
+
+// Where nobody comes by IPv6, rules for IPv4 are enough.
+func TestRulesWithoutIPv6(t *testing.T) {
+	nstest.New(t)
+	nstest.Nft(t, contributed(t, "nftables.conf", "\t\tjump nftwl\n", "\t\tip version 4 jump nftwl\n"))
+	if bad := checkTheRules(t, ""); len(bad) == 0 {
+		t.Error("all is well with IPv6 and without rules for it")
+	}
+	for _, which := range []string{"all", "default"} {
+		if err := os.WriteFile("/proc/sys/net/ipv6/conf/"+which+"/disable_ipv6", []byte("1"), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if bad := checkTheRules(t, ""); len(bad) != 1 || bad[0].Status != Skip || bad[0].Check != "rules.ipv6" {
+		t.Errorf("not ok: %v", bad)
 	}
 }
 

@@ -24,6 +24,10 @@ var Arguments = []string{"--json", "--terse", "--numeric-protocol"}
 
 // Ruleset is what is known of the rules. The zero value is an empty one.
 type Ruleset struct {
+	// Ingress are the chains that may drop a packet before the others see it.
+	// No packet is walked through them.
+	Ingress []*Chain
+
 	chains map[Set]*Chain
 	base   []*Chain // that see a packet to this machine, in the order of the kernel
 	sets   map[Set]*set
@@ -117,8 +121,11 @@ func (r *Ruleset) Read(data []byte) error {
 				dormant[o.Family+" "+o.Name] = o.Flags == "dormant"
 			case "chain":
 				c := r.chain(name)
-				sees := o.Hook == "prerouting" || o.Hook == "input"
-				if sees && o.Type == "filter" && slices.Contains([]string{"inet", "ip", "ip6"}, o.Family) && !dormant[name.Table] {
+				switch sees := o.Hook == "prerouting" || o.Hook == "input"; {
+				case o.Type != "filter" || dormant[name.Table]:
+				case o.Hook == "ingress":
+					r.Ingress = append(r.Ingress, c)
+				case sees && slices.Contains([]string{"inet", "ip", "ip6"}, o.Family):
 					c.hook, c.priority, c.drop = o.Hook, o.Prio, o.Policy == "drop"
 					r.base = append(r.base, c)
 				}

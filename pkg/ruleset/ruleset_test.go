@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"os/exec"
 	"slices"
+	"syscall"
 	"testing"
 
 	"nftwl/pkg/nftset"
@@ -53,6 +54,22 @@ func TestTrace(t *testing.T) {
 	want := fmt.Sprintf(`rule %d ("banned") in chain input of table inet filter`, end.Rule.Handle)
 	if end.Rule.String() != want {
 		t.Errorf("the rule is %s, want %s", end.Rule, want)
+	}
+}
+
+// nft 1.0.6 does not know this statement, and leaves it out.
+func TestLast(t *testing.T) {
+	nstest.New(t)
+	trixie := nstest.Trixie(t)
+	cmd := exec.Command("/usr/sbin/nft", "table inet filter { chain input { type filter hook input priority filter; tcp dport 587 last drop; }; }")
+	cmd.Dir, cmd.SysProcAttr = "/", &syscall.SysProcAttr{Chroot: trixie}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("nft: %v\n%s", err, out)
+	}
+	for _, root := range []string{"/", trixie} {
+		if trace := read(t, root).Walk(Packet{Source: client4, Port: 587}, nil, nil); trace.Accepted {
+			t.Errorf("as nft of %s prints it: %+v", root, trace)
+		}
 	}
 }
 

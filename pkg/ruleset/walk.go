@@ -181,7 +181,7 @@ func (w *walk) evaluate(rule *Rule) verdict {
 			v, met = w.vmap(object(body))
 		case "accept", "drop", "reject", "return", "jump", "goto":
 			v = w.verdict(word, body)
-		case "continue", "counter", "log", "mangle", "notrack", "ct helper", "ct timeout", "ct expectation", "secmark", "comment":
+		case "continue", "counter", "last", "log", "mangle", "notrack", "ct helper", "ct timeout", "ct expectation", "secmark", "comment":
 		case "xt": // an extension of iptables's, of which nft prints no more than the name
 			if name := object(body)["name"]; name != "comment" && name != "LOG" && name != "NFLOG" {
 				met = unknown
