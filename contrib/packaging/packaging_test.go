@@ -115,6 +115,10 @@ func untar(t *testing.T, from io.Reader) map[string]file {
 		if mode.IsDir() && mode.Perm() != 0o755 || h.Uid != 0 || h.Gid != 0 {
 			t.Errorf("%s is of %d:%d, with mode %v", h.Name, h.Uid, h.Gid, mode)
 		}
+		// Go's own bits, such as that of a folder. apk takes no such number.
+		if h.Mode > 0o7777 {
+			t.Errorf("%s has the mode %#o", h.Name, h.Mode)
+		}
 		text, err := io.ReadAll(r)
 		if err != nil {
 			t.Fatal(err)
@@ -166,7 +170,7 @@ func wanted(t *testing.T, format string) []string {
 	case "rpm":
 		list += units + "usr/share/licenses/nftwl/LICENSE\nusr/share/zsh/site-functions/_nftwl\n"
 	case "apk":
-		list += ".PKGINFO\n.post-install\n.pre-deinstall\nusr/share/licenses/nftwl/LICENSE\nusr/share/zsh/site-functions/_nftwl\n"
+		list += ".PKGINFO\n.post-deinstall\n.post-install\n.pre-deinstall\nusr/share/licenses/nftwl/LICENSE\nusr/share/zsh/site-functions/_nftwl\n"
 	}
 	names := strings.Fields(list)
 	root := nstest.Root(t)

@@ -71,6 +71,140 @@ func TestPackageRPM(t *testing.T) {
 	m.livesThrough(rpm)
 }
 
+// Dovecot's configuration can name the program and the socket in many ways.
+func TestPackageNamed(t *testing.T) {
+	t.Parallel()
+	onEach(t, func(t *testing.T, b base) {
+		t.Parallel()
+		m := newUninstalled(t, b)
+		m.run("dpkg", "--install", "/root/new.deb")
+		const moved, own, bare = "/run/mail/post-login", "/run/own/post-login", "nftwl-login"
+		m.write("etc/systemd/system/nftwl.socket.d/moved.conf", "[Socket]\nListenStream=\nListenStream="+moved+"\n")
+		m.write("etc/systemd/system/own.service", "[Service]\nRuntimeDirectory=own\nExecStart=/usr/bin/nftwl serve --listen="+own+"\n")
+		m.write("etc/systemd/system/bare.service", "[Service]\nExecStart=/usr/bin/nftwl serve --listen /run/dovecot/"+bare+"\n")
+		m.run("systemctl", "daemon-reload")
+		m.run("systemctl", "start", "nftwl.socket", "own", "bare")
+		for _, socket := range []string{"run/own/post-login", "run/dovecot/" + bare} {
+			m.until(socket, func() error {
+				_, err := os.Stat(m.file(socket))
+				return err
+			})
+		}
+		const program, socket = "/usr/bin/nftwl", "/run/nftwl/post-login"
+		for i, c := range []struct{ file, from, to string }{
+			{"90-nftwl.conf", program, "/bin/nftwl"},
+			{"90-nftwl-serve.conf", socket, moved},
+			{"90-nftwl-serve.conf", socket, "/var" + moved},
+			{"90-nftwl-serve.conf", socket, own},
+			{"90-nftwl-serve.conf", socket, bare},
+		} {
+			m.run("sh", "-euc", `rm -f /etc/dovecot/conf.d/90-nftwl*
+				sed "s,$2,$3," "/usr/share/nftwl/dovecot/$1" >/etc/dovecot/conf.d/90-nftwl.conf
+				doveadm reload`, "sh", c.file, c.from, c.to)
+			if out := m.fails("dpkg", "--remove", "nftwl"); !strings.Contains(out, "names "+c.to+": without it") {
+				t.Errorf("%s: it does not say why: %s", c.to, out)
+			}
+			m.logsIn(1 + i)
+		}
+		// Another's, of which the package has no part.
+		m.run("sh", "-euc", `cp /bin/true /usr/local/bin/nftwl
+			sed -i -e "s,/usr/bin/nftwl,/usr/local/bin/nftwl," /usr/share/nftwl/dovecot/90-nftwl.conf
+			mv /usr/share/nftwl/dovecot/90-nftwl.conf /etc/dovecot/conf.d/`)
+		m.run("dpkg", "--remove", "nftwl")
+	})
+}
+
+// apk is not in Debian: what it does is done here step by step, in its order,
+// and whatever its scripts say.
+func TestPackageAPK(t *testing.T) {
+	t.Parallel()
+	m := newUninstalled(t, base{"host", "/"})
+	m.run("sh", "-euc", "mkdir /root/apk; cd /root/apk; tar --warning=no-unknown-keyword -xzf ../new.apk; cp -a usr /")
+	remove := func() string {
+		m.Helper()
+		return m.run("sh", "-uc", `
+			cd /root/apk
+			./.pre-deinstall 1.2.3
+			find usr -type f | sed s,^,/, | xargs rm
+			find usr -depth -type d | sed s,^,/, | xargs rmdir 2>/dev/null
+			./.post-deinstall 1.2.3`)
+	}
+	m.run("rm", "/usr/bin/systemctl") // which Alpine has not
+	const conf = "/etc/dovecot/conf.d/90-nftwl.conf"
+	m.run("cp", "/usr/share/nftwl/dovecot/90-nftwl.conf", conf)
+	m.run("doveadm", "reload")
+	if out := remove(); !strings.Contains(out, "EVERY LOGIN") || !strings.Contains(out, "/usr/bin/nftwl stays") {
+		t.Errorf("it does not say what it does: %s", out)
+	}
+	m.logsIn(1)
+	m.left("etc/nftwl-defaults.yaml", conf[1:], "run/dovecot/nftwl", "usr/bin/nftwl")
+
+	// What an earlier removal has left, which came to no end.
+	m.run("rm", conf)
+	m.run("doveadm", "reload")
+	m.run("sh", "-euc", "cp -a /root/apk/usr /; cp /usr/bin/nftwl /usr/bin/.nftwl.kept")
+	if out := remove(); out != "" {
+		t.Errorf("it says %s", out)
+	}
+	m.left("etc/nftwl-defaults.yaml")
+	m.logsIn(2)
+}
+
+// The administrator's own unit loads the firewall at boot, and does so without
+// the package, too.
+func TestPackageStandalone(t *testing.T) {
+	t.Parallel()
+	nstest.Need(t, "rpm", "rpm")
+	for _, p := range []manager{dpkg, rpm} {
+		t.Run(p.install[0], func(t *testing.T) {
+			t.Parallel()
+			m := newUninstalled(t, base{"host", "/"})
+			m.run(p.install[0], append(slices.Clone(p.install[1:]), "/root/new"+p.suffix)...)
+			m.write("etc/nftwl.yaml", "table: inet nftwl\n")
+			m.write(defaults, "table: inet nftwl\n")
+			m.write("etc/ufw/ufw.conf", "ENABLED=yes\n")
+			m.write("etc/theirs.nft", theirs)
+			m.write("etc/systemd/system/theirs.service", theirService)
+			m.run("rm", "-f", "/etc/nftables.conf")
+			m.run("nftwl", "setup", "nftables", "--write")
+			m.run("nftwl", "setup", "systemd", "--write")
+			// It may, and what its end does is the administrator's affair.
+			m.run("sed", "-i", "-e", "/^RefuseManualStop/d", "-e", "s,^ExecStop=.*,ExecStop=/usr/sbin/nft delete table inet nftwl,", "/etc/systemd/system/"+persist)
+			m.run("systemctl", "daemon-reload")
+			m.run("systemctl", "enable", "--now", "theirs", "nftwl-persist")
+			m.settle()
+			m.fill()
+			m.run(p.remove[0], p.remove[1:]...)
+			snapshot := m.snapshot()
+			if p.suffix == dpkg.suffix {
+				m.run("dpkg", "--purge", "nftwl")
+			}
+			m.same(snapshot, "the removal")
+			m.loaded()
+			m.reboot()
+			m.loaded()
+			// It says that the sets could not be restored.
+			m.state(persist, "failed")
+		})
+	}
+}
+
+// Jails that would ban nobody are worth a word.
+func TestPackageFail2ban(t *testing.T) {
+	t.Parallel()
+	nstest.Need(t, "fail2ban-client", "fail2ban")
+	m := newUninstalled(t, base{"host", "/"})
+	m.run("dpkg", "--install", "/root/new.deb")
+	m.run("cp", "-r", "/usr/share/nftwl/fail2ban", "/etc")
+	for _, enabled := range []bool{false, true} {
+		m.run("dpkg", "--install", "/root/new.deb")
+		m.write("etc/fail2ban/jail.d/mail.local", fmt.Sprintf("[dovecot]\nenabled = %v\nbackend = polling\nlogpath = /dev/null\n", enabled))
+		if out := m.run("dpkg", "--remove", "nftwl"); strings.Contains(out, "ban NOBODY") != enabled {
+			t.Errorf("a jail is enabled: %v, and it says %s", enabled, out)
+		}
+	}
+}
+
 // builtPackages makes the packages for this machine, and those of an earlier
 // version with another configuration, and returns the folders of both.
 var builtPackages = sync.OnceValues(func() ([2]string, error) {
