@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strconv"
 	"strings"
 
@@ -39,7 +40,14 @@ Exit status: 0 when nothing failed, 1 when something did.`,
 			}
 			ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 			defer stop()
-			d := &doctor.Doctor{Executable: exe, ConfigPath: *configPath, Socket: socketPath}
+			context.AfterFunc(ctx, stop) // the next one kills, whatever the doctor is at
+			path := *configPath
+			if path != "" { // as the others name it, to compare with them
+				if path, err = filepath.Abs(path); err != nil {
+					return failed(err)
+				}
+			}
+			d := &doctor.Doctor{Executable: exe, ConfigPath: path, Socket: socketPath}
 			results := []doctor.Result{}
 			broken := false
 			d.Run(ctx, func(r doctor.Result) {

@@ -633,12 +633,14 @@ func TestSetupPaths(t *testing.T) {
 	}
 
 	// Others must not get to write what root runs.
-	h.must(os.Chmod(program, 0o775))
-	_, stderr, code = h.try(nil, program, "setup", "dovecot", "--write")
-	if code != 1 || !strings.Contains(stderr, "others than root can change it") {
-		t.Errorf("exit %d: %s", code, stderr)
+	for _, path := range []string{program, filepath.Dir(program)} {
+		h.must(os.Chmod(path, 0o775))
+		_, stderr, code = h.try(nil, program, "setup", "dovecot", "--write")
+		if code != 1 || !strings.Contains(stderr, "others than root can change it: "+path+" has mode 0775\n") {
+			t.Errorf("exit %d: %s", code, stderr)
+		}
+		h.must(os.Chmod(path, 0o755))
 	}
-	h.must(os.Chmod(program, 0o755))
 	h.must(os.Chmod("/etc/mail/nftwl.yaml", 0o640))
 	if out := h.run(program, "--config", "/etc/mail/nftwl.yaml", "setup", "systemd"); !strings.Contains(out, ": chmod a+r /etc/mail/nftwl.yaml\n") {
 		t.Errorf("that the units cannot read the configuration is not said:\n%s", out)

@@ -33,8 +33,9 @@ func (d *Doctor) checkConfig(context.Context) {
 	}
 	d.ok("config", "%s is valid", path)
 
-	// It holds no secrets. Who can write it says whom the firewall trusts; and
+	// Who can write it says whom the firewall trusts; and
 	// the units read it as a user of their own.
+	readable := remedy{"let all read it; it holds no secrets", "chmod 644 " + quote(path)}
 	owner := info.Sys().(*syscall.Stat_t).Uid
 	switch mode := info.Mode().Perm(); {
 	case owner != 0:
@@ -43,9 +44,10 @@ func (d *Doctor) checkConfig(context.Context) {
 	case mode&0o022 != 0:
 		d.fail("config.mode", remedy{"let root alone write it", "chmod 644 " + quote(path)},
 			"%s has mode %04o: others than root can write it", path, mode)
+	case mode&0o004 == 0 && systemctl() != "":
+		d.fail("config.mode", readable, "%s has mode %04o: the units of nftwl, which run as a user of their own, cannot read it", path, mode)
 	case mode&0o004 == 0:
-		d.fail("config.mode", remedy{"let all read it; it holds no secrets", "chmod 644 " + quote(path)},
-			"%s has mode %04o: the units of nftwl, which run as a user of their own, cannot read it", path, mode)
+		d.warn("config.mode", readable, "%s has mode %04o: where nftwl does not run as root, it cannot read it", path, mode)
 	default:
 		d.ok("config.mode", "%s is root's, with mode %04o", path, mode)
 	}

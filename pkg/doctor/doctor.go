@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -99,6 +100,9 @@ func (d *Doctor) fail(check string, r remedy, format string, args ...any) {
 // patience is how long a program of the system may take to say something.
 const patience = 10 * time.Second
 
+// errNoAnswer is about a program that may be well, and has not said so.
+var errNoAnswer = errors.New("no answer")
+
 // find returns the path of a program of the system, or "". It looks where root
 // finds programs too, since a user's PATH often lacks that.
 func find(program string) string {
@@ -121,11 +125,38 @@ func output(ctx context.Context, program string, args ...string) ([]byte, error)
 	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Env = append(cmd.Environ(), "LC_ALL=C")
 	cmd.WaitDelay = time.Second // or a child of its that holds the pipe is waited for
-	out, err := cmd.Output()
-	if err == nil {
-		return out, nil
+	var out, errs capped
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	err := cmd.Run()
+	var exit *exec.ExitError
+	switch {
+	case err == nil:
+		return out.text, nil
+	case out.full || errs.full:
+		err = fmt.Errorf("%w that ends within %d MiB", errNoAnswer, maxOutput>>20)
+	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+		err = fmt.Errorf("%w within %v", errNoAnswer, patience)
+	case errors.As(err, &exit):
+		exit.Stderr = errs.text
 	}
-	return out, fmt.Errorf("%s: %w", filepath.Base(program), said(err))
+	return out.text, fmt.Errorf("%s: %w", filepath.Base(program), said(err))
+}
+
+// maxOutput is more than a ruleset or a configuration ever has, in bytes.
+const maxOutput = 64 << 20
+
+// capped keeps what a program writes up to a limit, where the program ends.
+type capped struct {
+	text []byte
+	full bool
+}
+
+func (c *capped) Write(p []byte) (int, error) {
+	if c.full = len(c.text)+len(p) > maxOutput; c.full {
+		return 0, errNoAnswer
+	}
+	c.text = append(c.text, p...)
+	return len(p), nil
 }
 
 // said replaces the exit status of a program by the last line that it wrote to
@@ -139,6 +170,21 @@ func said(err error) error {
 		}
 	}
 	return err
+}
+
+// procStatus returns what the kernel says of a process: see
+// proc_pid_status(5).
+func procStatus(pid string) (map[string]string, error) {
+	text, err := os.ReadFile(filepath.Join("/proc", pid, "status"))
+	if err != nil {
+		return nil, err
+	}
+	status := make(map[string]string)
+	for line := range strings.Lines(string(text)) {
+		key, value, _ := strings.Cut(line, ":")
+		status[key] = strings.TrimSpace(value)
+	}
+	return status, nil
 }
 
 // quote makes a word for a shell of a path.

@@ -1,12 +1,16 @@
 package doctor
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -31,6 +35,7 @@ func TestConfig(t *testing.T) {
 		name, text string
 		mode       os.FileMode
 		uid        int
+		systemd    bool
 		want       []string
 	}{
 		{name: "well", text: "timeout: 2d\n", mode: 0o644},
@@ -39,7 +44,8 @@ func TestConfig(t *testing.T) {
 		{name: "another's", mode: 0o644, uid: 1000, want: []string{"fail config.mode: belongs to user 1000"}},
 		{name: "writable by a group", mode: 0o664, want: []string{"fail config.mode: has mode 0664: others than root can write it"}},
 		{name: "writable by all", mode: 0o646, want: []string{"fail config.mode: has mode 0646: others than root can write it"}},
-		{name: "not readable by all", mode: 0o640, want: []string{"fail config.mode: has mode 0640: the units of nftwl"}},
+		{name: "not readable by all", mode: 0o640, want: []string{"warn config.mode: has mode 0640: where nftwl does not run as root"}},
+		{name: "not readable by units", mode: 0o640, systemd: true, want: []string{"fail config.mode: has mode 0640: the units of nftwl"}},
 	} {
 		t.Run(v.name, func(t *testing.T) {
 			d, results := newDoctor(t, v.text)
@@ -51,6 +57,18 @@ func TestConfig(t *testing.T) {
 			}
 			if err := os.Chmod(d.ConfigPath, v.mode); err != nil {
 				t.Fatal(err)
+			}
+			nstest.New(t)
+			for _, err := range []error{unix.Unshare(unix.CLONE_NEWNS), unix.Mount("tmpfs", "/run", "tmpfs", 0, "")} {
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			if v.systemd {
+				nstest.Need(t, "systemctl", "systemd")
+				if err := os.MkdirAll("/run/systemd/system", 0o755); err != nil {
+					t.Fatal(err)
+				}
 			}
 			d.checkConfig(t.Context())
 			expect(t, *results, v.want...)
@@ -109,6 +127,74 @@ func TestKernel(t *testing.T) {
 	d.checkSets(t.Context())
 	d.checkRules(t.Context())
 	expect(t, *results, "skip kernel: Linux ", "fail kernel.privilege: CAP_NET_ADMIN is missing", "skip sets: ", "skip rules: ")
+}
+
+// A filter of system calls can deny the socket itself.
+func TestKernelWithoutSocket(t *testing.T) {
+	nstest.New(t)
+	filter := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS}, // nr of struct seccomp_data, include/uapi/linux/seccomp.h
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.SYS_SOCKET, Jf: 1},
+		{Code: unix.BPF_RET, K: unix.SECCOMP_RET_ERRNO | uint32(unix.EPERM)},
+		{Code: unix.BPF_RET, K: unix.SECCOMP_RET_ALLOW},
+	}
+	program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+	// It holds for the thread, which goes with the test.
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Prctl(unix.PR_SET_SECCOMP, unix.SECCOMP_MODE_FILTER, uintptr(unsafe.Pointer(&program)), 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	d, results := newDoctor(t, "")
+	d.checkKernel(t.Context())
+	expect(t, *results, "skip kernel: Linux ", "fail kernel.privilege: no permission")
+	if d.conn != nil {
+		t.Error("there is a connection")
+	}
+}
+
+func TestOutput(t *testing.T) {
+	for _, v := range []struct {
+		name, script string
+		patience     time.Duration
+		mute         bool   // the error is errNoAnswer
+		want         string // the error
+	}{
+		{"well", "echo said; echo not this >&2", time.Minute, false, ""},
+		{"failed", "echo said; echo why >&2; exit 1", time.Minute, false, "sh: why"},
+		{"failed in silence", "echo said; exit 1", time.Minute, false, "sh: exit status 1"},
+		{"hangs", "echo said; exec sleep 60", time.Second / 2, true, "sh: no answer within 10s"},
+		{"no end", "head -c 100M /dev/zero", time.Minute, true, "sh: no answer that ends within 64 MiB"},
+		{"no end on stderr", "head -c 100M /dev/zero >&2", time.Minute, true, "sh: no answer that ends within 64 MiB"},
+	} {
+		t.Run(v.name, func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(t.Context(), v.patience)
+			defer cancel()
+			out, err := output(ctx, "sh", "-c", v.script)
+			if got := fmt.Sprint(err); (err != nil || v.want != "") && got != v.want || errors.Is(err, errNoAnswer) != v.mute {
+				t.Errorf("the error is %q, want %q", got, v.want)
+			}
+			if strings.Contains(v.script, "said") && string(out) != "said\n" || len(out) > maxOutput {
+				t.Errorf("%d bytes: %.20q", len(out), out)
+			}
+		})
+	}
+}
+
+// What hangs says nothing of the settings.
+func TestDoveconfHangs(t *testing.T) {
+	nstest.Need(t, "dovecot", "dovecot-core")
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "doveconf"), []byte("#!/bin/sh\nexec sleep 60\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	defer cancel()
+	d, results := newDoctor(t, "")
+	d.checkDovecot(ctx)
+	expect(t, *results, "warn dovecot.settings: doveconf: no answer within 10s")
 }
 
 func TestAtLeast(t *testing.T) {

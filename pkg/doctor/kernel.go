@@ -27,11 +27,10 @@ func (d *Doctor) checkKernel(context.Context) {
 		d.skip("kernel", "Linux %s", release)
 		d.fail("kernel.privilege", remedy{"run it as root; most of what follows needs that", "sudo nftwl doctor"},
 			"no permission to read the sets and rules (CAP_NET_ADMIN is missing)")
-		conn.Close()
-		return
+	} else if err != nil {
+		d.fail("kernel", remedy{"load the module, or take a kernel that has it", "modprobe nf_tables"}, "Linux %s: nftables: %v", release, err)
 	}
 	if err != nil {
-		d.fail("kernel", remedy{"load the module, or take a kernel that has it", "modprobe nf_tables"}, "Linux %s: nftables: %v", release, err)
 		if conn != nil {
 			conn.Close()
 		}

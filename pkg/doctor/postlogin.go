@@ -1,13 +1,11 @@
 package doctor
 
 import (
-	"bufio"
 	"bytes"
 	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -18,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nftwl/pkg/config"
+	"nftwl/pkg/setup"
 )
 
 // postLogin is a post-login service, and those who ask it.
@@ -25,7 +24,10 @@ type postLogin struct {
 	*settings
 	listener *settings
 	askers   []*settings // services
+	user     string      // whom it starts programs as
 }
+
+func (p *postLogin) root() bool { return p.user == "root" || p.user == "0" }
 
 // checkPostLogin checks a service that runs nftwl login.
 func (d *Doctor) checkPostLogin(ctx context.Context, dovecot *settings, p *postLogin) {
@@ -35,10 +37,17 @@ func (d *Doctor) checkPostLogin(ctx context.Context, dovecot *settings, p *postL
 			"%s is not run by script-login, which denies every login: executable = %s", p.name, p.values["executable"])
 		return
 	}
+	if chroot := p.values["chroot"]; chroot != "" {
+		d.fail("dovecot.service", reload("take chroot = %s out of %s", chroot, p.name),
+			"%s has chroot = %s, where it does not find what it is to execute, which denies every login", p.name, chroot)
+		return
+	}
 	words = words[1:]
-	drops := false // privileges, for those of the mail user
+	p.user = cmp.Or(p.values["user"], "root")
 	for len(words) > 0 && strings.HasPrefix(words[0], "-") {
-		drops = drops || words[0] == "-d"
+		if words[0] == "-d" {
+			p.user = "the mail user (script-login -d)"
+		}
 		words = words[1:]
 	}
 	// Another program can come first, and then executes nftwl.
@@ -56,11 +65,15 @@ func (d *Doctor) checkPostLogin(ctx context.Context, dovecot *settings, p *postL
 			"an empty word before nftwl in the executable of %s denies every login", p.name)
 		return
 	}
-	path, configPath, ok := parseLogin(words[i:])
-	if !filepath.IsAbs(path) {
-		path = filepath.Join(dovecot.values["libexec_dir"], path) // as script-login does
+	absolute := func(path string) string {
+		if !filepath.IsAbs(path) {
+			path = filepath.Join(dovecot.values["libexec_dir"], path) // as script-login does
+		}
+		return path
 	}
-	if !ok {
+	configPath, rest := parseLogin(words[i+1:])
+	path := absolute(words[i])
+	if len(rest) == 0 || rest[0] != "login" {
 		d.fail("dovecot.service", reload("executable = script-login %s login in %s", path, p.name),
 			"the executable of %s has no word login after nftwl, which denies every login: %s", p.name, p.values["executable"])
 		return
@@ -71,18 +84,34 @@ func (d *Doctor) checkPostLogin(ctx context.Context, dovecot *settings, p *postL
 			"logins are trusted by %s, and the doctor looks at %s", cmp.Or(configPath, config.Path), doctors)
 	}
 
-	d.checkExecutable(path)
+	d.checkExecutable(p, path)
+	var scripts []string
+	if i > 0 {
+		scripts = append(scripts, absolute(words[0]))
+	}
+	if len(rest) > 1 {
+		// As nftwl finds it, to which Dovecot gives no PATH. From where a path
+		// with a slash begins cannot be seen.
+		switch script := rest[1]; {
+		case filepath.IsAbs(script):
+			scripts = append(scripts, script)
+		case !strings.Contains(script, "/") && unix.Access("/bin/"+script, unix.X_OK) == nil:
+			scripts = append(scripts, "/bin/"+script)
+		case !strings.Contains(script, "/"):
+			scripts = append(scripts, "/usr/bin/"+script)
+		}
+	}
+	d.checkScripts(p, scripts)
 	d.checkListener(p)
 	d.checkVszLimit(ctx, dovecot, p)
-	d.checkPrivilege(dovecot, p, path, drops)
+	d.checkPrivilege(dovecot, p, path)
 	d.checkProcessLimit(dovecot, p)
 }
 
-// parseLogin takes the words of nftwl's own apart as nftwl does, which passes
-// over empty ones: its path, the configuration and the word login.
-func parseLogin(words []string) (path, configPath string, ok bool) {
-	path = words[0]
-	words = slices.DeleteFunc(slices.Clone(words[1:]), func(word string) bool { return word == "" })
+// parseLogin takes nftwl's arguments apart as nftwl does, which passes over
+// empty ones: the configuration, and from the word login on the rest.
+func parseLogin(words []string) (configPath string, rest []string) {
+	words = slices.DeleteFunc(slices.Clone(words), func(word string) bool { return word == "" })
 	for len(words) > 0 {
 		if file, ok := strings.CutPrefix(words[0], "--config="); ok {
 			configPath, words = file, words[1:]
@@ -92,33 +121,65 @@ func parseLogin(words []string) (path, configPath string, ok bool) {
 			break
 		}
 	}
-	return path, configPath, len(words) > 0 && words[0] == "login"
+	return configPath, words
 }
 
-func (d *Doctor) checkExecutable(path string) {
+func (d *Doctor) checkExecutable(p *postLogin, path string) {
 	const check = "dovecot.executable"
+	if !d.checkProgram(check, p, path, remedy{"install nftwl there", "install -m 755 " + quote(d.Executable) + " " + quote(path)}) {
+		return
+	}
 	info, err := os.Stat(path)
 	own, e := os.Stat(d.Executable)
-	switch {
-	case err != nil:
-		d.fail(check, remedy{"install nftwl there", "install -m 755 " + quote(d.Executable) + " " + quote(path)},
-			"%v, which denies every login", err)
-	case !info.Mode().IsRegular() || unix.Access(path, unix.X_OK) != nil:
-		d.fail(check, remedy{"make it executable", "chmod 755 " + quote(path)}, "%s cannot be executed, which denies every login", path)
-	case e != nil || !os.SameFile(info, own):
+	if err != nil || e != nil || !os.SameFile(info, own) {
 		d.warn(check, remedy{"ask that one's doctor, or remove one of the two", quote(path) + " doctor"},
 			"Dovecot runs %s, which is not the %s that looks", path, d.Executable)
-	default:
-		d.ok(check, "%s is this program", path)
+		return
 	}
+	d.ok(check, "%s is this program", path)
+}
+
+// checkScripts checks the other programs that a login goes through.
+func (d *Doctor) checkScripts(p *postLogin, paths []string) {
+	const check = "dovecot.script"
+	for _, path := range paths {
+		if !d.checkProgram(check, p, path, reload("put it there, or take it out of executable = %s in %s", p.values["executable"], p.name)) {
+			return
+		}
+	}
+	if paths != nil {
+		d.ok(check, "%s can be executed", strings.Join(paths, " and "))
+	}
+}
+
+// checkProgram reports a program that cannot be executed, or should not be.
+func (d *Doctor) checkProgram(check string, p *postLogin, path string, missing remedy) bool {
+	info, err := os.Stat(path)
+	if err != nil {
+		d.fail(check, missing, "%v, which denies every login", err)
+		return false
+	}
+	if !info.Mode().IsRegular() || unix.Access(path, unix.X_OK) != nil {
+		d.fail(check, remedy{"make it executable", "chmod 755 " + quote(path)}, "%s cannot be executed, which denies every login", path)
+		return false
+	}
+	if err := setup.OnlyRoots(path); err != nil && p.root() {
+		d.fail(check, remedy{words: "let root alone write it and each folder above it, or move it to where that is so, such as /usr/bin"},
+			"Dovecot runs %s as root, and others than root can change it: %v", path, err)
+		return false
+	}
+	return true
 }
 
 // checkListener checks that a mail process may still ask when it no longer is
 // root: with drop_priv_before_exec, or from its second login on.
 func (d *Doctor) checkListener(p *postLogin) {
 	const check = "dovecot.listener"
-	mode, _ := strconv.ParseUint(p.listener.values["mode"], 8, 32) // 2.4 leaves the default out
-	own := cmp.Or(p.listener.values["user"], "root") != "root" || p.listener.values["group"] != ""
+	mode, _ := strconv.ParseUint(cmp.Or(p.listener.values["mode"], "0600"), 8, 32) // 2.4 leaves the default out
+	// It takes the right to write to connect, see unix(7).
+	may := mode&0o002 != 0 ||
+		mode&0o020 != 0 && p.listener.values["group"] != "" ||
+		mode&0o200 != 0 && cmp.Or(p.listener.values["user"], "root") != "root"
 	for _, asker := range p.askers {
 		count := "service_count"
 		if _, ok := asker.values[count]; !ok {
@@ -127,7 +188,7 @@ func (d *Doctor) checkListener(p *postLogin) {
 		if asker.values["drop_priv_before_exec"] != "yes" && cmp.Or(asker.values[count], "1") == "1" {
 			continue
 		}
-		if !own && mode&0o002 == 0 {
+		if !may {
 			d.fail(check, reload("in %s of %s, user = the mail user; or in %s, %s = 1", p.listener.name, p.name, asker.name, count),
 				"the processes of %s ask as the mail user (%s = %s, drop_priv_before_exec = %s), and may not: those logins are denied",
 				asker.name, count, asker.values[count], asker.values["drop_priv_before_exec"])
@@ -157,21 +218,16 @@ func (d *Doctor) checkVszLimit(ctx context.Context, dovecot *settings, p *postLo
 }
 
 // checkPrivilege checks that what the service starts may write to nftables.
-func (d *Doctor) checkPrivilege(dovecot *settings, p *postLogin, path string, drops bool) {
-	user := cmp.Or(p.values["user"], "root")
-	if drops {
-		user = "the mail user (script-login -d)"
-	}
-	root := user == "root" || user == "0"
+func (d *Doctor) checkPrivilege(dovecot *settings, p *postLogin, path string) {
 	capable := hasFileCapability(path)
 	switch {
-	case root:
+	case p.root():
 		d.ok("dovecot.user", "%s runs as root", p.name)
 	case capable:
-		d.ok("dovecot.user", "%s runs as %s, and %s has the capability CAP_NET_ADMIN", p.name, user, path)
+		d.ok("dovecot.user", "%s runs as %s, and %s has the capability CAP_NET_ADMIN", p.name, p.user, path)
 	default:
 		d.fail("dovecot.user", reload("user = root in %s", p.name),
-			"%s runs as %s, and only root, or a file with the capability CAP_NET_ADMIN, may write to nftables: no login is trusted", p.name, user)
+			"%s runs as %s, and only root, or a file with the capability CAP_NET_ADMIN, may write to nftables: no login is trusted", p.name, p.user)
 		return
 	}
 
@@ -196,7 +252,7 @@ func (d *Doctor) checkPrivilege(dovecot *settings, p *postLogin, path string, dr
 		d.fail(check, allow, "the running Dovecot (%d) must not have CAP_NET_ADMIN, which %s asks for: every login is denied", pid, path)
 	case bounding&(1<<unix.CAP_NET_ADMIN) == 0:
 		d.fail(check, allow, "the running Dovecot (%d) must not have CAP_NET_ADMIN: logins go on, and none is trusted", pid)
-	case status["NoNewPrivs"] == "1" && !root:
+	case status["NoNewPrivs"] == "1" && !p.root():
 		d.fail(check, remedy{words: "NoNewPrivileges=no in Dovecot's unit, or user = root in " + p.name},
 			"the running Dovecot (%d) gains no privileges from files (NoNewPrivileges): logins go on, and none is trusted", pid)
 	default:
@@ -225,20 +281,12 @@ func masterStatus(pidFile string) (status map[string]string, pid int, err error)
 		pid, err = strconv.Atoi(string(bytes.TrimSpace(b)))
 	}
 	if err == nil {
-		b, err = os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		status, err = procStatus(strconv.Itoa(pid))
 	}
-	if err != nil {
-		return nil, pid, err
+	if err == nil && status["Name"] != "dovecot" { // the file is an old one
+		err = fs.ErrNotExist
 	}
-	status = map[string]string{}
-	for lines := bufio.NewScanner(bytes.NewReader(b)); lines.Scan(); {
-		key, value, _ := strings.Cut(lines.Text(), ":")
-		status[key] = strings.TrimSpace(value)
-	}
-	if status["Name"] != "dovecot" { // the file is an old one
-		return nil, pid, fs.ErrNotExist
-	}
-	return status, pid, nil
+	return status, pid, err
 }
 
 // checkProcessLimit compares with the mail services, each login by which is a

@@ -45,7 +45,14 @@ func (d *Doctor) checkServe(ctx context.Context) {
 		return
 	}
 	for _, path := range paths {
-		d.checkSocket(path, denied)
+		start := startSocket
+		switch {
+		case systemctl() == "":
+			start.command = "nftwl serve --listen " + quote(path)
+		case socket["LoadState"] == "loaded" && !socket.has("Listen", path):
+			start.command = "" // by a unit of the administrator's
+		}
+		d.checkSocket(path, start, denied)
 	}
 	// The question has started the service where it was not running.
 	if service["LoadState"] == "loaded" {
@@ -73,9 +80,12 @@ func silent(path string) bool {
 // cannot start, a question would make the socket fail, or wait in it.
 func (d *Doctor) checkServeUnits(ctx context.Context, socket, service unit, denied string) bool {
 	const check = "serve.unit"
+	listens := func(path string) bool { return socket.has("Listen", path) }
 	switch {
 	case socket["LoadState"] == "not-found":
 		d.skip(check, "nftwl.socket is not installed; see that nftwl serve starts at boot, and before Dovecot")
+	case socket["LoadState"] == "loaded" && d.asked != nil && !slices.ContainsFunc(d.asked, listens):
+		d.skip(check, "Dovecot asks %s, and nftwl.socket does not listen there; see that what does starts at boot, and before Dovecot", strings.Join(d.asked, ", "))
 	case service["LoadState"] != "loaded":
 		d.fail(check, remedy{"install the unit, or unmask it", "systemctl status nftwl.service"},
 			"nftwl.service is %s, so nothing answers on nftwl.socket%s", service["LoadState"], denied)
@@ -99,7 +109,7 @@ func (d *Doctor) checkServeUnits(ctx context.Context, socket, service unit, deni
 
 var reloadUnits = remedy{"have systemd read the files again", "systemctl daemon-reload"}
 
-func (d *Doctor) checkSocket(path, denied string) {
+func (d *Doctor) checkSocket(path string, start remedy, denied string) {
 	const check = "serve.socket"
 	stats, err := resident.Ask(path)
 	if errors.Is(err, unix.EACCES) {
@@ -107,10 +117,6 @@ func (d *Doctor) checkSocket(path, denied string) {
 		return
 	}
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED) {
-		start := startSocket
-		if systemctl() == "" {
-			start.command = "nftwl serve --listen " + quote(path)
-		}
 		d.fail(check, start, "nothing listens on %s%s", path, denied)
 		return
 	}
@@ -176,15 +182,10 @@ func (d *Doctor) checkSocketMode(path string) {
 // checkSandbox looks at the process, and not at what the unit says by now.
 func (d *Doctor) checkSandbox(service unit) {
 	const check, netAdmin = "serve.sandbox", 1 << unix.CAP_NET_ADMIN
-	text, err := os.ReadFile(filepath.Join("/proc", service["MainPID"], "status"))
+	is, err := procStatus(service["MainPID"])
 	if err != nil {
 		d.skip(check, "%v", err)
 		return
-	}
-	is := make(map[string]string) // see proc_pid_status(5)
-	for line := range strings.Lines(string(text)) {
-		key, value, _ := strings.Cut(line, ":")
-		is[key] = strings.TrimSpace(value)
 	}
 	effective, err := strconv.ParseUint(is["CapEff"], 16, 64)
 	bounding, e := strconv.ParseUint(is["CapBnd"], 16, 64)

@@ -22,7 +22,7 @@ func systemctl() string {
 type unit map[string]string
 
 // properties are those that the checks look at; a unit has those of its type.
-const properties = "Id,LoadState,ActiveState,SubState,UnitFileState,NeedDaemonReload,Result,ReloadResult," +
+const properties = "Id,LoadState,ActiveState,SubState,UnitFileState,NeedDaemonReload,Result,ReloadResult,Listen," +
 	"After,Before,Requisite,BindsTo,ReloadPropagatedFrom," +
 	"MainPID,ExecMainExitTimestamp,ExecMainExitTimestampMonotonic,ActiveEnterTimestampMonotonic"
 
@@ -37,6 +37,9 @@ func show(ctx context.Context, systemctl string, names ...string) ([]unit, error
 		u := make(unit)
 		for line := range strings.SplitSeq(block, "\n") {
 			key, value, _ := strings.Cut(line, "=")
+			if before := u[key]; before != "" { // as for each socket that it listens on
+				value = before + " " + value
+			}
 			u[key] = value
 		}
 		units = append(units, u)

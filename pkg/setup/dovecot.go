@@ -81,7 +81,9 @@ func includesFolder(path string) bool {
 func (p *Plan) notePostLogin(o *Options) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, "doveconf", "-n").Output()
+	cmd := exec.CommandContext(ctx, "doveconf", "-n")
+	cmd.WaitDelay = time.Second // or a child of its that holds the pipe is waited for
+	out, err := cmd.Output()
 	switch {
 	case errors.Is(err, exec.ErrNotFound):
 		return

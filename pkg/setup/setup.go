@@ -201,14 +201,41 @@ func (o *Options) checkPaths() error {
 
 // checkProgram reports a program that others could replace.
 func (p *Plan) checkProgram(o *Options) {
-	info, err := os.Stat(o.Executable)
+	if err := OnlyRoots(o.Executable); err != nil {
+		p.problem(o.installed(), "%s would run as root or with CAP_NET_ADMIN, and others than root can change it: %v", o.Executable, err)
+	}
+}
+
+// OnlyRoots returns an error where others than root can change a program, or
+// put another in its place. Who owns the root folder, who in a user namespace
+// is not always root, could do so with any.
+func OnlyRoots(program string) error {
+	target, err := filepath.EvalSymlinks(program)
 	if err != nil {
-		p.problem("", "%v", err)
-		return
+		return err
 	}
-	if info.Sys().(*syscall.Stat_t).Uid != 0 || info.Mode()&0o022 != 0 {
-		p.problem(o.installed(), "%s would run as root or with CAP_NET_ADMIN, and others than root can change it", o.Executable)
+	top, err := os.Stat("/")
+	if err != nil {
+		return err
 	}
+	owner := func(info fs.FileInfo) uint32 { return info.Sys().(*syscall.Stat_t).Uid }
+	for _, path := range []string{program, target} {
+		for below := ""; path != below; path, below = filepath.Dir(path), path {
+			info, err := os.Lstat(path)
+			if err != nil {
+				return err
+			}
+			if uid := owner(info); uid != 0 && uid != owner(top) {
+				return fmt.Errorf("%s belongs to user %d", path, uid)
+			}
+			mode := info.Mode()
+			sticky := mode.IsDir() && mode&fs.ModeSticky != 0 // what is in it is its owner's
+			if mode&0o022 != 0 && !sticky && mode&fs.ModeSymlink == 0 {
+				return fmt.Errorf("%s has mode %04o", path, mode.Perm())
+			}
+		}
+	}
+	return nil
 }
 
 // installed is the remedy for a program that is where it was built.

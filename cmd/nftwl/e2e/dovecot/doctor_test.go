@@ -118,6 +118,7 @@ const (
 	trusted = iota
 	untrusted
 	denied
+	deniedAfter // it was trusted
 )
 
 // replace edits the drop-in.
@@ -192,12 +193,63 @@ func TestDoctor(t *testing.T) {
 			}),
 		},
 		{
-			name: "nftwl between two scripts, and empty words that it passes over",
-			with: with{dropIn: replace(command, "executable = script-login "+dir+"/hop /usr/bin/nftwl  login  "+dir+"/hop"), files: map[string]string{"hop": hop}},
+			name:   "nftwl between two scripts, and empty words that it passes over",
+			with:   with{dropIn: replace(command, "executable = script-login "+dir+"/hop /usr/bin/nftwl  login  "+dir+"/hop"), files: map[string]string{"hop": hop}},
+			change: diagnosis{"dovecot.script": "ok: " + dir + "/hop and " + dir + "/hop can be executed"},
 		},
 		{
-			name: "a value in quotes",
-			with: with{dropIn: replace(command, `executable = "script-login `+dir+`/hop#1 /usr/bin/nftwl login"`), files: map[string]string{"hop#1": hop}},
+			name: "a script that is missing", login: deniedAfter,
+			with:   with{dropIn: replace(command, command+"  "+dir+"/hop")},
+			change: diagnosis{"dovecot.script": "fail: .*" + dir + "/hop: no such file .* denies every login"},
+		},
+		{
+			name: "a script that is not executable", login: deniedAfter,
+			with:   with{dropIn: replace(command, command+" "+dir+"/hop"), files: map[string]string{"hop": hop}},
+			after:  func(s *server) { must(s.t, os.Chmod(s.path("hop"), 0o644)) },
+			change: diagnosis{"dovecot.script": "fail: " + dir + "/hop cannot be executed, which denies every login"},
+		},
+		{
+			name: "a program before nftwl that is missing", login: denied,
+			with:   with{dropIn: replace(command, "executable = script-login hop /usr/bin/nftwl login")},
+			change: diagnosis{"dovecot.script": "fail: .*/usr/lib/dovecot/hop: no such file .* denies every login"},
+		},
+		{
+			name:   "a program of the system",
+			with:   with{dropIn: replace(command, command+" env")},
+			change: diagnosis{"dovecot.script": "ok: /bin/env can be executed"},
+		},
+		{
+			name: "a program that the system lacks", login: deniedAfter,
+			with:   with{dropIn: replace(command, command+" hop")},
+			change: diagnosis{"dovecot.script": "fail: .*/usr/bin/hop: no such file .* denies every login"},
+		},
+		{
+			name: "chroot", login: denied,
+			with:   with{dovecot: "service nftwl {\n  chroot = empty\n}\n"},
+			change: notAsked.but(diagnosis{"dovecot.service": "fail: service nftwl has chroot = empty, .* denies every login"}),
+		},
+		{
+			name:   "a program that everyone can write",
+			with:   with{dovecot: runSecond},
+			after:  func(s *server) { capable(s); must(s.t, os.Chmod(s.path("nftwl"), 0o777)) },
+			change: diagnosis{"dovecot.executable": "fail: Dovecot runs " + second + " as root, .*: " + second + " has mode 0777"},
+		},
+		{
+			name:   "a script of another's",
+			with:   with{dropIn: replace(command, command+" "+dir+"/hop"), files: map[string]string{"hop": hop}},
+			after:  func(s *server) { must(s.t, os.Chown(s.path("hop"), 1000, 0)) },
+			change: diagnosis{"dovecot.script": "fail: Dovecot runs " + dir + "/hop as root, .*: " + dir + "/hop belongs to user 1000"},
+		},
+		{
+			name:   "a program in a folder of another's",
+			with:   with{dovecot: runSecond},
+			after:  func(s *server) { capable(s); must(s.t, os.Chown(s.path(""), 1000, 0)) },
+			change: diagnosis{"dovecot.executable": "fail: Dovecot runs " + second + " as root, .*: " + dir + " belongs to user 1000"},
+		},
+		{
+			name:   "a value in quotes",
+			with:   with{dropIn: replace(command, `executable = "script-login `+dir+`/hop#1 /usr/bin/nftwl login"`), files: map[string]string{"hop#1": hop}},
+			change: diagnosis{"dovecot.script": "ok: " + dir + "/hop#1 can be executed"},
 		},
 		{
 			name: "another script", login: untrusted,
@@ -342,14 +394,14 @@ func TestDoctor(t *testing.T) {
 					p = protocols[c.by]
 				}
 				err := login(client4, p.port, p.visit, "alice", password)
-				if c.login == denied {
+				if c.login == denied || c.login == deniedAfter {
 					if !errors.Is(err, errDenied) {
 						t.Errorf("a login: %v, want %v", err, errDenied)
 					}
 				} else if err != nil {
 					t.Errorf("a login: %v", err)
 				}
-				if c.login == trusted {
+				if c.login == trusted || c.login == deniedAfter {
 					wantTrusted(t, client4, "alice", day)
 				} else {
 					wantNobody(t)
@@ -363,42 +415,82 @@ func TestDoctor(t *testing.T) {
 // second on.
 func TestDoctorOnListener(t *testing.T) {
 	t.Parallel()
-	eachDovecot(t, func(t *testing.T, d dovecot) {
-		s := d.start(t, with{dovecot: d.settings(manyLogins)})
-		s.mailIsNobodys()
-		s.install()
-		loadSets(t)
-		diagnoses(t, s.doctor(), healthy.but(diagnosis{
-			"dovecot.listener": `fail: the processes of service imap ask as the mail user \((service|restart_request)_count = 100`,
-		}))
-		if err := login(client4, "143", imap, "alice", password); err != nil {
-			t.Errorf("the first login: %v", err)
-		}
-		conn, err := dial(client6, "143")
-		must(t, err)
-		defer conn.Close()
-		go func() { _ = imap(textproto.NewConn(conn), "alice", password) }() // gets no answer
-		re := regexp.MustCompile(`imap\(alice\): Error: net_connect_unix\(/run/dovecot/nftwl\) failed: Permission denied`)
-		poll(t, "Dovecot's log to deny the second login", func() bool { return re.MatchString(s.log()) })
-	})
+	for _, listener := range []string{"", "group = nogroup", "user = nobody\n    mode = 0460"} {
+		t.Run(listener, func(t *testing.T) {
+			t.Parallel()
+			eachDovecot(t, func(t *testing.T, d dovecot) { d.deniesSecondLogin(t, listener) })
+		})
+	}
+}
+
+func (d dovecot) deniesSecondLogin(t *testing.T, listener string) {
+	s := d.start(t, with{dovecot: d.settings(manyLogins) + onListener(listener)})
+	s.mailIsNobodys()
+	s.install()
+	loadSets(t)
+	diagnoses(t, s.doctor(), healthy.but(diagnosis{
+		"dovecot.listener": `fail: the processes of service imap ask as the mail user \((service|restart_request)_count = 100`,
+	}))
+	if err := login(client4, "143", imap, "alice", password); err != nil {
+		t.Errorf("the first login: %v", err)
+	}
+	conn, err := dial(client6, "143")
+	must(t, err)
+	defer conn.Close()
+	go func() { _ = imap(textproto.NewConn(conn), "alice", password) }() // gets no answer
+	re := regexp.MustCompile(`imap\(alice\): Error: net_connect_unix\(/run/dovecot/nftwl\) failed: Permission denied`)
+	poll(t, "Dovecot's log to deny the second login", func() bool { return re.MatchString(s.log()) })
+}
+
+// onListener has settings of the post-login service's listener.
+func onListener(settings string) string {
+	return "service nftwl {\n  unix_listener nftwl {\n    " + settings + "\n  }\n}\n"
 }
 
 func TestDoctorOnOwnListener(t *testing.T) {
 	t.Parallel()
+	for _, listener := range []string{"user = nobody", "group = nogroup\n    mode = 0660", "mode = 0666"} {
+		t.Run(listener, func(t *testing.T) {
+			t.Parallel()
+			eachDovecot(t, func(t *testing.T, d dovecot) {
+				s := d.start(t, with{dovecot: d.settings(manyLogins) + onListener(listener)})
+				s.mailIsNobodys()
+				s.install()
+				loadSets(t)
+				diagnoses(t, s.doctor(), healthy)
+				for _, client := range []string{client4, client6} {
+					if err := login(client, "143", imap, "alice", password); err != nil {
+						t.Errorf("a login: %v", err)
+					}
+					wantTrusted(t, client, "alice", day)
+					nstest.Nft(t, "flush ruleset")
+					loadSets(t)
+				}
+			})
+		})
+	}
+}
+
+// A configuration is the one that Dovecot's login has, however it is named; and
+// who is not root is told so, rather than that Dovecot's settings are wrong.
+func TestDoctorByHand(t *testing.T) {
+	t.Parallel()
 	eachDovecot(t, func(t *testing.T, d dovecot) {
-		s := d.start(t, with{dovecot: d.settings(manyLogins) + "service nftwl {\n  unix_listener nftwl {\n    user = nobody\n  }\n}\n"})
-		s.mailIsNobodys()
+		s := d.start(t, with{config: "timeout: 1d\n"})
 		s.install()
 		loadSets(t)
-		diagnoses(t, s.doctor(), healthy)
-		for _, client := range []string{client4, client6} {
-			if err := login(client, "143", imap, "alice", password); err != nil {
-				t.Errorf("a login: %v", err)
-			}
-			wantTrusted(t, client, "alice", day)
-			nstest.Nft(t, "flush ruleset")
-			loadSets(t)
-		}
+		cmd := s.doctor()
+		cmd.Dir = "/etc"
+		cmd.Args = append(cmd.Args, "--config", "nftwl.yaml")
+		diagnoses(t, cmd, healthy)
+
+		cmd = s.doctor()
+		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: 65534, Gid: 65534}
+		diagnoses(t, cmd, diagnosis{
+			"dovecot.version":  healthy["dovecot.version"],
+			"dovecot.settings": "skip: only root ",
+			"login":            "(ok: a login|skip: .*operation not permitted)", // no user namespaces in a chroot
+		})
 	})
 }
 

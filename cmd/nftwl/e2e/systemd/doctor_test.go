@@ -402,5 +402,27 @@ func TestDoctorServe(t *testing.T) {
 		})
 		m.run("systemctl", "enable", "--now", "nftwl")
 		m.diagnoses("Dovecot asks", "serve", nil)
+
+		// A unit of the administrator's own, in place of both.
+		m.run("systemctl", "disable", "--now", "nftwl.service", "nftwl.socket")
+		const own = "/run/mail-trust/post-login"
+		m.write("etc/systemd/system/mail-trust.service", "[Service]\nRuntimeDirectory=mail-trust\nExecStart=/usr/bin/nftwl serve --listen "+own+"\n[Install]\nWantedBy=multi-user.target\n")
+		m.commands("sed -i 's,/run/nftwl/post-login," + own + ",' /etc/dovecot/conf.d/90-nftwl-serve.conf; systemctl enable --now mail-trust")()
+		m.until("it listens", func() error { return unix.Access(m.file(own), unix.F_OK) })
+		elsewhere := map[string]string{
+			"serve.unit":    "skip: Dovecot asks " + own + ", and nftwl.socket does not listen there",
+			"serve.socket":  "ok: " + own + " answers",
+			"serve.sandbox": "skip: nftwl.service is inactive",
+		}
+		m.diagnoses("Dovecot asks another socket", "serve", elsewhere)
+		m.run("systemctl", "stop", "mail-trust")
+		elsewhere["serve.socket"] = "fail: nothing listens on " + own + ", and Dovecot denies every login$"
+		m.diagnoses("where nobody listens", "serve", elsewhere)
+
+		// Where nftwl.socket is to listen there, it should.
+		m.write("etc/systemd/system/nftwl.socket.d/own.conf", "[Socket]\nListenStream=\nListenStream="+own+"\nListenStream=/run/other\n")
+		m.run("systemctl", "daemon-reload")
+		elsewhere["serve.unit"] = "fail: nftwl.socket is not enabled"
+		m.diagnoses("where nftwl.socket should listen", "serve", elsewhere)
 	})
 }
