@@ -52,7 +52,24 @@ func ruleset(t testing.TB) string {
 
 // rulesetBy is the same of another version of nft. Each reads what it loaded
 // itself: 1.0.6 does not survive the comment of a set that 1.1.3 made.
+//
+// It lists until two lists agree: while the kernel resizes a set that has just
+// been filled, elements come twice, or not at all.
 func rulesetBy(t testing.TB, nft ...string) string {
+	t.Helper()
+	last := listBy(t, nft...)
+	for range 20 {
+		again := listBy(t, nft...)
+		if again == last {
+			return again
+		}
+		last = again
+	}
+	t.Fatal("no two lists of nft's agree")
+	return ""
+}
+
+func listBy(t testing.TB, nft ...string) string {
 	t.Helper()
 	var doc struct{ Nftables []any }
 	if err := json.Unmarshal([]byte(run(t, append(nft, "-j", "list", "ruleset")...)), &doc); err != nil {
