@@ -314,15 +314,7 @@ service imap-login {
 		if w.serve {
 			must(t, s.resident.Process.Signal(syscall.SIGSTOP))
 		}
-		results := make(chan error)
-		for range count {
-			c, err := dial(client4, "143") // here: another thread is in another namespace
-			must(t, err)
-			go func() {
-				defer c.Close()
-				results <- imap(textproto.NewConn(c), "alice", password)
-			}()
-		}
+		results := loginsAtOnce(t, count)
 		if w.serve {
 			poll(t, "all logins to ask nftwl at once", func() bool {
 				return len(loggedIn.FindAllString(s.log(), -1)) == count
@@ -346,6 +338,22 @@ service imap-login {
 		wantTrusted(t, client4, "alice", day)
 		s.wantComplaints()
 	})
+}
+
+// loginsAtOnce has one client log in so many times at once, and returns what
+// becomes of each.
+func loginsAtOnce(t *testing.T, count int) <-chan error {
+	t.Helper()
+	results := make(chan error)
+	for range count {
+		c, err := dial(client4, "143") // here: another thread is in another namespace
+		must(t, err)
+		go func() {
+			defer c.Close()
+			results <- imap(textproto.NewConn(c), "alice", password)
+		}()
+	}
+	return results
 }
 
 // loggedIn is how either Dovecot logs a login, before the post-login service

@@ -1,7 +1,6 @@
 package dovecot
 
 import (
-	"net/textproto"
 	"os"
 	"os/exec"
 	"regexp"
@@ -83,15 +82,7 @@ func TestProcessLimitReached(t *testing.T) {
 		loadSets(t)
 		must(t, os.Mkdir(s.path("held"), 0o755))
 		must(t, unix.Mkfifo(s.path("go"), 0o600))
-		results := make(chan error)
-		for range count {
-			c, err := dial(client4, "143") // here: another thread is in another namespace
-			must(t, err)
-			go func() {
-				defer c.Close()
-				results <- imap(textproto.NewConn(c), "alice", password)
-			}()
-		}
+		results := loginsAtOnce(t, count)
 		// For a limit of one process Dovecot speaks of the limit of its clients.
 		reached := regexp.MustCompile(`service\(nftwl\): (client|process)_limit \(\d+\) reached`)
 		poll(t, "Dovecot to say that the limit is reached", func() bool { return reached.MatchString(s.log()) })
