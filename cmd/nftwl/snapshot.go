@@ -10,7 +10,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"nftwl/pkg/nftset"
 	"nftwl/pkg/snapshot"
 )
 
@@ -32,7 +31,7 @@ the file that was there stays then.`,
 				return err
 			}
 			defer s.conn.Close()
-			sets, err := s.sets(append(s.Trusted.Both(), s.Banned.Both()...)...)
+			sets, err := s.sets(s.Sets()...)
 			if err != nil {
 				return err
 			}
@@ -118,21 +117,14 @@ func (s *session) parse(path string) (*snapshot.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	ours := make(map[string]bool)
-	for _, set := range append(s.Trusted.Both(), s.Banned.Both()...) {
-		ours[set] = true
+	f, err := snapshot.ParseSets(text, s.Table, s.Sets())
+	if f != nil {
+		for _, what := range f.Passed {
+			printNote("%s: %s: passed over", name, what)
+		}
 	}
-	f, err := snapshot.Parse(text, func(table nftset.Table, set string) bool {
-		return table == s.Table && ours[set]
-	})
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
-	}
-	for _, what := range f.Passed {
-		printNote("%s: %s: passed over", name, what)
-	}
-	if len(f.Sets) == 0 {
-		return nil, fmt.Errorf("%s: none of the sets in it is one of table %s that the configuration names", name, s.Table)
 	}
 	return f, nil
 }

@@ -1,7 +1,6 @@
 package nftables_test
 
 import (
-	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -248,24 +247,10 @@ const (
 	never = 300 * time.Millisecond // for what must not
 )
 
-func (s *mailserver) dial(from netip.Addr, port int, timeout time.Duration) *net.TCPConn {
-	s.Helper()
-	server := nstest.ServerIPv4
-	if from.Is6() {
-		server = nstest.ServerIPv6
-	}
-	conn, err := s.internet.Dial(from, netip.AddrPortFrom(server, uint16(port)), timeout)
-	var timed net.Error
-	if err != nil && !(errors.As(err, &timed) && timed.Timeout()) {
-		s.Fatalf("from %s to port %d: %v", from, port, err)
-	}
-	return conn
-}
-
 // open opens a connection that the firewall must let in.
 func (s *mailserver) open(from netip.Addr, port int) *net.TCPConn {
 	s.Helper()
-	conn := s.dial(from, port, soon)
+	conn := s.internet.Connect(s, from, port, soon)
 	if conn == nil {
 		s.Fatalf("%s is kept from port %d", from, port)
 	}
@@ -284,7 +269,7 @@ func (s *mailserver) pass(from netip.Addr, port, n int) {
 // drop tries a connection that the firewall must keep out.
 func (s *mailserver) drop(from netip.Addr, port int) {
 	s.Helper()
-	if conn := s.dial(from, port, never); conn != nil {
+	if conn := s.internet.Connect(s, from, port, never); conn != nil {
 		conn.Close()
 		s.Errorf("%s gets to port %d", from, port)
 	}
@@ -294,7 +279,7 @@ func (s *mailserver) drop(from netip.Addr, port int) {
 func (s *mailserver) until(open bool, from netip.Addr, port int) {
 	s.Helper()
 	for deadline := time.Now().Add(15 * time.Second); time.Now().Before(deadline); {
-		conn := s.dial(from, port, never)
+		conn := s.internet.Connect(s, from, port, never)
 		if conn != nil {
 			conn.Close()
 		}

@@ -26,6 +26,9 @@ import (
 // Path is where the configuration is, unless --config says otherwise.
 const Path = "/etc/nftwl.yaml"
 
+// Sets returns the names of the four sets.
+func (c *Config) Sets() []string { return append(c.Trusted.Both(), c.Banned.Both()...) }
+
 // Names are a pair of sets of one table, one a family.
 type Names struct {
 	IPv4, IPv6 string

@@ -250,7 +250,7 @@ func FuzzParse(f *testing.F) {
 		if len(c.Ports) == 0 || c.Timeout <= 0 || c.BanTimeout <= 0 || c.Deadline <= 0 || c.IPv6Prefix < 1 || c.IPv6Prefix > 128 {
 			t.Errorf("accepted %q as %+v", text, c)
 		}
-		for _, name := range append(c.Trusted.Both(), c.Banned.Both()...) {
+		for _, name := range c.Sets() {
 			if err := nftset.CheckName(name); err != nil {
 				t.Error(err)
 			}

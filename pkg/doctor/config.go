@@ -33,8 +33,8 @@ func (d *Doctor) checkConfig(context.Context) {
 	}
 	d.ok("config", "%s is valid", path)
 
-	// Who can write it says whom the firewall trusts; and
-	// the units read it as a user of their own.
+	// Who can write it says whom the firewall trusts; and the units read it as a
+	// user of their own.
 	readable := remedy{"let all read it; it holds no secrets", "chmod 644 " + quote(path)}
 	owner := info.Sys().(*syscall.Stat_t).Uid
 	switch mode := info.Mode().Perm(); {

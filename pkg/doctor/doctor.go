@@ -118,8 +118,25 @@ func find(program string) string {
 }
 
 // output runs a program, and returns what it wrote to stdout; where it fails,
-// the error has what it wrote to stderr.
+// the error has the last line that it wrote to stderr.
 func output(ctx context.Context, program string, args ...string) ([]byte, error) {
+	out, errs, err := run(ctx, program, args...)
+	if err == nil {
+		return out, nil
+	}
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		lines := strings.Split(strings.TrimSpace(string(errs)), "\n")
+		if last := lines[len(lines)-1]; last != "" {
+			err = errors.New(last)
+		}
+	}
+	return out, fmt.Errorf("%s: %w", filepath.Base(program), err)
+}
+
+// run runs a program, and returns what it wrote to stdout and stderr. Neither
+// its time nor its output is without bound.
+func run(ctx context.Context, program string, args ...string) (_, _ []byte, err error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, program, args...)
@@ -127,19 +144,15 @@ func output(ctx context.Context, program string, args ...string) ([]byte, error)
 	cmd.WaitDelay = time.Second // or a child of its that holds the pipe is waited for
 	var out, errs capped
 	cmd.Stdout, cmd.Stderr = &out, &errs
-	err := cmd.Run()
-	var exit *exec.ExitError
+	err = cmd.Run()
 	switch {
 	case err == nil:
-		return out.text, nil
 	case out.full || errs.full:
 		err = fmt.Errorf("%w that ends within %d MiB", errNoAnswer, maxOutput>>20)
 	case errors.Is(ctx.Err(), context.DeadlineExceeded):
 		err = fmt.Errorf("%w within %v", errNoAnswer, patience)
-	case errors.As(err, &exit):
-		exit.Stderr = errs.text
 	}
-	return out.text, fmt.Errorf("%s: %w", filepath.Base(program), said(err))
+	return out.text, errs.text, err
 }
 
 // maxOutput is more than a ruleset or a configuration ever has, in bytes.
@@ -157,19 +170,6 @@ func (c *capped) Write(p []byte) (int, error) {
 	}
 	c.text = append(c.text, p...)
 	return len(p), nil
-}
-
-// said replaces the exit status of a program by the last line that it wrote to
-// stderr, where it wrote one.
-func said(err error) error {
-	var exit *exec.ExitError
-	if errors.As(err, &exit) {
-		lines := strings.Split(strings.TrimSpace(string(exit.Stderr)), "\n")
-		if last := lines[len(lines)-1]; last != "" {
-			return errors.New(last)
-		}
-	}
-	return err
 }
 
 // procStatus returns what the kernel says of a process: see

@@ -7,9 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -28,7 +26,7 @@ func (d *Doctor) checkPersistence(ctx context.Context) {
 		d.skip("persistence.unit", "%v", err)
 	} else {
 		nftables, persist, beforeReload := units[0], units[1], units[2]
-		rules := loaded(ctx, program, persist["Id"])
+		rules := loaded(persist)
 		broken := rules != "" && !d.checkLoaded(ctx, rules)
 		inUse := d.checkPersist(ctx, nftables, persist, rules, broken)
 		switch {
@@ -45,10 +43,8 @@ func (d *Doctor) checkPersistence(ctx context.Context) {
 
 // loaded returns the file of rules that a unit loads itself, or "" where it
 // leaves that to nftables.service.
-func loaded(ctx context.Context, systemctl, name string) string {
-	// What cannot be shown now has been shown by the call before.
-	out, _ := output(ctx, systemctl, "show", "--property=ExecStart", name)
-	_, rest, _ := strings.Cut(string(out), "/nft -f ")
+func loaded(u unit) string {
+	_, rest, _ := strings.Cut(u["ExecStart"], "/nft -f ")
 	file, _, _ := strings.Cut(rest, " ")
 	return file
 }
@@ -77,10 +73,8 @@ func refusal(ctx context.Context, file string) error {
 	if nft == "" {
 		return errors.New("nft is not installed")
 	}
-	ctx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
-	out, err := exec.CommandContext(ctx, nft, "--check", "--file", file).CombinedOutput()
-	for line := range strings.Lines(string(out)) {
+	_, errs, err := run(ctx, nft, "--check", "--file", file)
+	for line := range strings.Lines(string(errs)) {
 		if err != nil && strings.Contains(line, "Error: ") {
 			return errors.New(strings.TrimSpace(line))
 		}
@@ -311,13 +305,7 @@ func (d *Doctor) checkSnapshot(saving bool) {
 		d.fail(check, remedy{words: "make it readable, or remove it"}, "%v", err)
 		return
 	}
-	ours := append(d.config.Trusted.Both(), d.config.Banned.Both()...)
-	file, err := snapshot.Parse(text, func(table nftset.Table, set string) bool {
-		return table == d.config.Table && slices.Contains(ours, set)
-	})
-	if err == nil && len(file.Sets) == 0 {
-		err = fmt.Errorf("none of the sets in it is one of table %s that the configuration names", d.config.Table)
-	}
+	file, err := snapshot.ParseSets(text, d.config.Table, d.config.Sets())
 	if err != nil {
 		d.fail(check, remedy{words: fmt.Sprintf("repair or remove it, since nftwl restore refuses it; the one before may be beside it as %s.old", filepath.Base(path))}, "%s: %v", path, err)
 		return

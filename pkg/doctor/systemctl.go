@@ -24,7 +24,7 @@ type unit map[string]string
 // properties are those that the checks look at; a unit has those of its type.
 const properties = "Id,LoadState,ActiveState,SubState,UnitFileState,NeedDaemonReload,Result,ReloadResult,Listen," +
 	"After,Before,Requisite,BindsTo,ReloadPropagatedFrom," +
-	"MainPID,ExecMainExitTimestamp,ExecMainExitTimestampMonotonic,ActiveEnterTimestampMonotonic"
+	"ExecStart,MainPID,ExecMainExitTimestamp,ExecMainExitTimestampMonotonic,ActiveEnterTimestampMonotonic"
 
 // show asks systemd for units.
 func show(ctx context.Context, systemctl string, names ...string) ([]unit, error) {
@@ -37,7 +37,7 @@ func show(ctx context.Context, systemctl string, names ...string) ([]unit, error
 		u := make(unit)
 		for line := range strings.SplitSeq(block, "\n") {
 			key, value, _ := strings.Cut(line, "=")
-			if before := u[key]; before != "" { // as for each socket that it listens on
+			if before := u[key]; before != "" { // as for each socket that it listens on, and each command
 				value = before + " " + value
 			}
 			u[key] = value

@@ -2,6 +2,7 @@ package nstest
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -162,6 +163,23 @@ func (p *Peer) Dial(from netip.Addr, to netip.AddrPort, timeout time.Duration) (
 	}
 	tcp := conn.(*net.TCPConn)
 	return tcp, tcp.SetLinger(0)
+}
+
+// Connect opens a connection from an address of the peer to a port of the
+// server's. It returns nil where no answer comes in time, and fails the test
+// where there is another error.
+func (p *Peer) Connect(t testing.TB, from netip.Addr, port int, timeout time.Duration) *net.TCPConn {
+	t.Helper()
+	server := ServerIPv4
+	if from.Is6() {
+		server = ServerIPv6
+	}
+	conn, err := p.Dial(from, netip.AddrPortFrom(server, uint16(port)), timeout)
+	var timed net.Error
+	if err != nil && !(errors.As(err, &timed) && timed.Timeout()) {
+		t.Fatalf("from %s to port %d: %v", from, port, err)
+	}
+	return conn
 }
 
 // FreeBind lets a socket bind to an address that is the peer's by its routes

@@ -60,6 +60,16 @@ func Parse(text string, wanted func(nftset.Table, string) bool) (*File, error) {
 	return f, nil
 }
 
+// ParseSets parses a file, of which it takes the sets of a table that have one
+// of the names. One that has none of them is an error, with the File.
+func ParseSets(text string, table nftset.Table, names []string) (*File, error) {
+	f, err := Parse(text, func(t nftset.Table, set string) bool { return t == table && slices.Contains(names, set) })
+	if err == nil && len(f.Sets) == 0 {
+		err = fmt.Errorf("none of the sets in it is one of table %s that the configuration names", table)
+	}
+	return f, err
+}
+
 // parser reads tokens of nft's language: words, the marks { } = , ; and the
 // end of a line, and strings, in which nothing is escaped.
 type parser struct {

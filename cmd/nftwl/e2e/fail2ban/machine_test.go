@@ -409,16 +409,8 @@ const (
 // reaches tells whether the firewall lets an address in.
 func (m *machine) reaches(from netip.Addr, port int, timeout time.Duration) bool {
 	m.Helper()
-	server := nstest.ServerIPv4
-	if from.Is6() {
-		server = nstest.ServerIPv6
-	}
-	conn, err := m.internet.Dial(from, netip.AddrPortFrom(server, uint16(port)), timeout)
-	var timed net.Error
-	if err != nil && !(errors.As(err, &timed) && timed.Timeout()) {
-		m.Fatalf("from %s to port %d: %v", from, port, err)
-	}
-	if err != nil {
+	conn := m.internet.Connect(m, from, port, timeout)
+	if conn == nil {
 		return false
 	}
 	conn.Close()
