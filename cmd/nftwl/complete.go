@@ -92,8 +92,8 @@ func addCompletions(root *cobra.Command, configPath *string) {
 	}
 }
 
-// patience is how long a shell waits for what it completes.
-const patience = time.Second
+// completionTime is how long a shell waits for what it completes.
+const completionTime = time.Second
 
 // completeAddresses offers the addresses of a list, with their comments: whom
 // one has to do with is mostly among the last. An error is no answer, since the
@@ -122,7 +122,7 @@ func completeAddresses(configPath *string, l list) cobra.CompletionFunc {
 		}()
 		var offers []cobra.Completion
 		select {
-		case <-time.After(patience): // a set of a million elements takes a minute
+		case <-time.After(completionTime): // a set of a million elements takes a minute
 		case all := <-found:
 			for _, a := range all {
 				if addr := a.addr.String(); strings.HasPrefix(addr, prefix) && !slices.Contains(args, addr) && len(offers) < most {

@@ -45,6 +45,10 @@ type session struct {
 	conn *nftset.Conn
 }
 
+// patience is how long a command waits for an answer of the kernel's, and tries
+// to make a change while the ruleset keeps changing.
+const patience = 10 * time.Second
+
 func open(configPath string) (*session, error) {
 	c, err := config.Load(configPath)
 	if err != nil {
@@ -54,6 +58,7 @@ func open(configPath string) (*session, error) {
 	if err != nil {
 		return nil, failed(err)
 	}
+	conn.SetTimeout(patience)
 	return &session{c, conn}, nil
 }
 
@@ -71,6 +76,8 @@ func (s *session) byFamily(l list, addrs []netip.Addr, f func(set *nftset.Set, a
 		if len(some) == 0 {
 			continue
 		}
+		// From now on, because addresses may have been typed until now.
+		s.conn.SetTimeout(patience)
 		set, err := s.conn.Set(s.Table, l.sets(s.Config).For(some[0]))
 		if err == nil {
 			err = f(set, some)
@@ -282,7 +289,7 @@ func (s *session) put(l list, set *nftset.Set, addrs []netip.Addr, only portsFla
 	for _, addr := range addrs {
 		elems = append(elems, trust.Elements(set, addr, ports, e)...)
 	}
-	outcomes, err := s.conn.Extend(set, elems, 0)
+	outcomes, err := s.conn.Extend(set, elems, 0, nil)
 	if err != nil {
 		return err
 	}
@@ -345,7 +352,7 @@ the address anew: 'nftwl_trust=no' in the user database prevents that.` + addres
 			defer s.conn.Close()
 			var match func(nftset.Element) bool
 			if cmd.Flags().Changed("comment") {
-				match = func(e nftset.Element) bool { return e.Comment == comment }
+				match = func(e nftset.Element) bool { return trust.HasName(e.Comment, comment) }
 			}
 			return s.change(l, args, false, func(set *nftset.Set, addrs []netip.Addr) error {
 				return s.drop(l, set, addrs, ports, match)

@@ -24,9 +24,10 @@ type Batch struct {
 	setIDs uint32  // of the sets that this batch creates
 
 	// The message of elements that further ones join.
-	open *Set
-	typ  uint16
-	list int // where its list starts
+	open  *Set
+	typ   uint16
+	flags uint16
+	list  int // where its list starts
 }
 
 // about tells which set the messages from one number on are about.
@@ -84,16 +85,22 @@ func (b *Batch) finish() {
 const maxList = 1<<16 - 512
 
 func (b *Batch) element(typ, flags uint16, s *Set, e *Element) {
-	if b.open != s || b.typ != typ || len(b.buf)-b.list > maxList {
+	if b.open != s || b.typ != typ || b.flags != flags || len(b.buf)-b.list > maxList {
 		b.message(typ, flags, s)
-		b.open, b.typ = s, typ
+		b.open, b.typ, b.flags = s, typ, flags
 		b.buf = appendListOf(b.buf, s)
 		b.buf, b.list = beginAttr(b.buf, unix.NLA_F_NESTED|unix.NFTA_SET_ELEM_LIST_ELEMENTS)
 	}
 	b.buf = appendElement(b.buf, s, e, typ == msgDelSetElem)
 }
 
-// Add adds an element. One that is there already is left as it is, but that
+// Create adds an element. Where it exists already, the whole batch fails with
+// ErrExists.
+func (b *Batch) Create(s *Set, e Element) {
+	b.element(msgNewSetElem, unix.NLM_F_CREATE|unix.NLM_F_EXCL, s, &e)
+}
+
+// Add adds an element. One that exists already is left as it is, except that
 // kernels from 6.12 on give it the Timeout, where that differs, and the
 // Expires, where that is not 0; never another comment.
 func (b *Batch) Add(s *Set, e Element) { b.element(msgNewSetElem, unix.NLM_F_CREATE, s, &e) }
@@ -150,30 +157,31 @@ func (b *Batch) Commit() error {
 		return b.error(last, err)
 	}
 	var failed message // the first with an error
-	for done := false; !done; {
-		err := c.receive(func(m message) error {
+	full := false      // the socket's buffer was
+	for {
+		err := c.replies(b.first, last, func(m message) (done bool, err error) {
 			// An error of the transaction as a whole carries the number of
 			// its first message, and one of a message that message's.
-			if m.seq-b.first > last-b.first || !m.ack {
-				return nil
+			if !m.ack {
+				return false, nil
 			}
 			if m.err != nil && failed.err == nil {
 				failed = m
 			}
-			done = m.seq == last || m.seq == b.first
-			return nil
+			return m.seq == last || m.seq == b.first, nil
 		})
-		if errors.Is(err, unix.ENOBUFS) {
+		if errors.Is(err, unix.ENOBUFS) && !full {
 			// More errors than the socket's buffer holds. The first of them
 			// are in it; the acknowledgement may not be.
-			defer c.SetDeadline(c.deadline)
-			c.SetDeadline(time.Now())
+			full = true
+			defer func(d time.Time) { c.deadline = d }(c.deadline)
+			c.deadline = time.Now()
 			continue
 		}
 		if err != nil && failed.err == nil {
 			failed = message{seq: last, err: err}
 		}
-		done = done || err != nil
+		break
 	}
 	if failed.err == nil {
 		return nil
@@ -192,7 +200,10 @@ func (b *Batch) error(seq uint32, err error) error {
 		}
 	}
 	if errors.Is(err, unix.ENOENT) {
-		if s.Name == "" || b.conn.hasTable(s.Table) != nil {
+		if s.Name == "" {
+			return s.Table.error(ErrNoTable)
+		}
+		if _, e := b.conn.handle(s.Table); e != nil {
 			return s.Table.error(ErrNoTable)
 		}
 		if _, e := b.conn.Set(s.Table, s.Name); e != nil {

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -20,7 +22,8 @@ import (
 type Conn struct {
 	fd       int
 	seq      uint32
-	deadline time.Time // zero: none
+	deadline time.Time     // zero: none
+	timeout  time.Duration // of an answer to a dump; 0: the deadline stays
 	buf      []byte
 }
 
@@ -30,7 +33,7 @@ const (
 	smallBuffer = 8 << 10
 	// dumpBuffer makes the kernel fill buffers of 32 KiB, its limit. A dump
 	// walks the set from its start for each of them.
-	dumpBuffer = 64 << 10
+	dumpBuffer = 32 << 10
 )
 
 // Dial opens a connection. It needs no privilege; what is then asked does.
@@ -51,12 +54,20 @@ func Dial() (*Conn, error) {
 // Close closes the connection.
 func (c *Conn) Close() error { return unix.Close(c.fd) }
 
-// SetDeadline limits how long any later call waits for the kernel's answer;
-// past it they fail with ErrDeadline. The zero time waits for ever.
+// SetDeadline limits how long later calls wait for the kernel's answers and
+// try again; past it they fail with ErrDeadline or ErrBusy. The zero time waits
+// for ever.
 //
 // It cannot limit the time that the kernel takes to carry out a request,
 // which includes waiting for another process's transaction to end.
-func (c *Conn) SetDeadline(t time.Time) { c.deadline = t }
+func (c *Conn) SetDeadline(t time.Time) { c.deadline, c.timeout = t, 0 }
+
+// SetTimeout sets the deadline to d from now. A dump moves it to d after each
+// answer, because a set can be larger than can be read in any fixed time.
+func (c *Conn) SetTimeout(d time.Duration) { c.deadline, c.timeout = time.Now().Add(d), d }
+
+// late tells whether the deadline has passed.
+func (c *Conn) late() bool { return !c.deadline.IsZero() && time.Now().After(c.deadline) }
 
 // next returns the number of the next message.
 func (c *Conn) next() uint32 {
@@ -70,6 +81,43 @@ func (c *Conn) send(b []byte) error {
 		if err != unix.EINTR {
 			return err
 		}
+		if c.late() {
+			return ErrDeadline
+		}
+	}
+}
+
+// message is a reply of the kernel's.
+type message struct {
+	flags      uint16
+	seq        uint32
+	ack        bool   // an acknowledgement, an error or the end of a dump
+	err        error  // an errno where ack and it failed
+	generation uint16 // of the ruleset, its low bits (nfgenmsg.res_id); 0 for an ack
+	body       []byte
+}
+
+// replies calls f for each reply to the messages numbered first to last, in
+// order, until f is done or fails. What is left from a call that gave up is
+// passed over.
+func (c *Conn) replies(first, last uint32, f func(m message) (done bool, err error)) error {
+	for {
+		ours, done := false, false
+		err := c.receive(func(m message) error {
+			if m.seq-first > last-first {
+				return nil
+			}
+			ours = true
+			d, err := f(m)
+			done = done || d
+			return err
+		})
+		switch {
+		case err != nil || done:
+			return err
+		case !ours && c.late():
+			return ErrDeadline
+		}
 	}
 }
 
@@ -80,7 +128,13 @@ func (c *Conn) receive(f func(m message) error) error {
 	if err != nil {
 		return err
 	}
-	for b := c.buf[:n]; len(b) >= nlHeader; {
+	if n == 0 {
+		return errTruncated
+	}
+	for b := c.buf[:n]; len(b) > 0; {
+		if len(b) < nlHeader {
+			return errTruncated
+		}
 		size := int(native.Uint32(b))
 		if size < nlHeader || size > len(b) {
 			return errTruncated
@@ -107,27 +161,15 @@ func (c *Conn) receive(f func(m message) error) error {
 	return nil
 }
 
-// message is a reply of the kernel's.
-type message struct {
-	flags      uint16
-	seq        uint32
-	ack        bool   // an acknowledgement, an error or the end of a dump
-	err        error  // an errno where ack and it failed
-	generation uint16 // of the ruleset, its low bits (nfgenmsg.res_id); 0 for an ack
-	body       []byte
-}
-
-// read fills the buffer, waiting at most until the deadline.
+// read fills the buffer, waiting at most until the deadline. An answer that is
+// there already is read even after it.
 func (c *Conn) read() (int, error) {
 	for {
-		// The kernel has mostly answered by the time that send returns.
 		n, _, err := unix.Recvfrom(c.fd, c.buf, unix.MSG_DONTWAIT|unix.MSG_TRUNC)
 		switch {
-		case err == unix.EINTR:
-			continue
 		case err == nil && n > len(c.buf):
 			return 0, errTruncated
-		case err != unix.EAGAIN:
+		case err != unix.EAGAIN && err != unix.EINTR:
 			return n, err
 		}
 		wait := -1
@@ -151,20 +193,10 @@ func (c *Conn) ask(requests []byte, first uint32, n int, f func(i int, m message
 	if err := c.send(requests); err != nil {
 		return err
 	}
-	for left := n; left > 0; {
-		err := c.receive(func(m message) error {
-			i := m.seq - first
-			if i >= uint32(n) {
-				return nil // left from a call that gave up
-			}
-			left--
-			return f(int(i), m)
-		})
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+	return c.replies(first, first+uint32(n)-1, func(m message) (bool, error) {
+		n--
+		return n == 0, f(int(m.seq-first), m)
+	})
 }
 
 // Set returns the definition of a set.
@@ -185,7 +217,7 @@ func (c *Conn) Set(table Table, name string) (*Set, error) {
 	named := &Set{Table: table, Name: name}
 	switch {
 	case errors.Is(err, unix.ENOENT):
-		if err := c.hasTable(table); err != nil {
+		if _, err := c.handle(table); err != nil {
 			return nil, err
 		}
 		return nil, named.error(ErrNoSet)
@@ -217,23 +249,62 @@ func (c *Conn) Generation() (generation uint32, err error) {
 	return generation, err
 }
 
-// hasTable returns nil where the table exists.
-func (c *Conn) hasTable(table Table) error {
+// Instance tells a table from one of the same name that was there before it, as
+// after the ruleset was flushed and loaded anew: no two tables that a machine
+// ever had are the same. The zero value is no table's.
+type Instance struct {
+	Boot      string // the boot's random id, a UUID; see random(4)
+	Namespace uint64 // the network namespace's cookie, or its inode before Linux 5.14
+	Handle    uint64 // the table's, of which a namespace gives each number once
+}
+
+// Instance returns which table has the name now.
+func (c *Conn) Instance(table Table) (Instance, error) {
+	handle, err := c.handle(table)
+	if err != nil {
+		return Instance{}, err
+	}
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return Instance{}, err
+	}
+	i := Instance{Boot: strings.TrimSpace(string(boot)), Handle: handle}
+	// An inode's number is given again when a namespace is gone, and a cookie
+	// never.
+	if i.Namespace, err = unix.GetsockoptUint64(c.fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE); err == nil {
+		return i, nil
+	}
+	var stat unix.Stat_t
+	if err := unix.Stat("/proc/thread-self/ns/net", &stat); err != nil {
+		return Instance{}, fmt.Errorf("stat /proc/thread-self/ns/net: %w", err)
+	}
+	i.Namespace = stat.Ino
+	return i, nil
+}
+
+// handle returns the handle of a table.
+func (c *Conn) handle(table Table) (handle uint64, err error) {
 	seq := c.next()
 	req := appendMessage(nil, msgGetTable, unix.NLM_F_REQUEST, seq, table.Family, 0)
 	req = appendString(req, unix.NFTA_TABLE_NAME, table.Name)
 	endMessage(req, 0)
-	err := c.ask(req, seq, 1, func(_ int, m message) error { return m.err })
+	err = c.ask(req, seq, 1, func(_ int, m message) (err error) {
+		if m.ack {
+			return m.err
+		}
+		handle, err = decodeHandle(m.body)
+		return err
+	})
 	if errors.Is(err, unix.ENOENT) {
-		return table.error(ErrNoTable)
+		return 0, table.error(ErrNoTable)
 	}
 	if err != nil {
-		return table.error(err)
+		return 0, table.error(err)
 	}
-	return nil
+	return handle, nil
 }
 
-// lookupChunk is how many look-ups are sent at once: their replies must all
+// lookupChunk is how many lookups are sent at once: their replies must all
 // fit the socket's buffer, in which each takes about 1 KiB of 208.
 const lookupChunk = 64
 
@@ -247,7 +318,7 @@ func (c *Conn) Lookup(s *Set, keys ...Key) (map[Key]Element, error) {
 // lookup is Lookup, and returns the Generation before it.
 func (c *Conn) lookup(s *Set, keys []Key) (found map[Key]Element, generation uint32, err error) {
 	for _, k := range keys {
-		if k.Addr.Is6() != s.Key.IPv6 || (k.Port != 0) != s.Key.Port {
+		if !k.CatchAll() && k.Addr.Is6() != s.Key.IPv6 || k.Port != 0 && !s.Key.Port {
 			return nil, 0, &Error{Table: s.Table, Set: s.Name, Type: s.Key.String(), Key: k, Err: ErrKeyType}
 		}
 	}
@@ -307,13 +378,17 @@ func (c *Conn) lookup(s *Set, keys []Key) (found map[Key]Element, generation uin
 // table is resized, which the kernel does some time after many were added; or
 // the set has fewer elements than before, because some that had expired were
 // collected.
-func (c *Conn) Dump(s *Set, f func(Element) error) error {
+func (c *Conn) Dump(s *Set, f func(Element) error) error { return c.dumpInto(dumpBuffer, s, f) }
+
+// dumpInto is Dump with buffers of a size, which the kernel takes from the
+// largest that the connection has had.
+func (c *Conn) dumpInto(buffer int, s *Set, f func(Element) error) error {
 	before, err := c.Set(s.Table, s.Name)
 	if err != nil {
 		return err
 	}
-	if len(c.buf) < dumpBuffer {
-		c.buf = make([]byte, dumpBuffer)
+	if len(c.buf) < buffer {
+		c.buf = make([]byte, buffer)
 	}
 	seq := c.next()
 	req := appendMessage(nil, msgGetSetElem, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, seq, s.Table.Family, 0)
@@ -328,32 +403,29 @@ func (c *Conn) Dump(s *Set, f func(Element) error) error {
 		seen       seen
 		stop       error // the rest is read all the same, so that the next call finds no leftovers
 	)
-	for done := false; !done; {
-		err := c.receive(func(m message) error {
-			if m.seq != seq {
-				return nil
-			}
-			changed = changed || m.flags&unix.NLM_F_DUMP_INTR != 0
-			if m.ack {
-				done = true
-				return m.err
-			}
-			changed = changed || generation != 0 && m.generation != generation
-			generation = m.generation
-			if stop == nil {
-				stop = decodeElements(s, m.body, func(e Element) error {
-					seen.add(e.Key)
-					return f(e)
-				})
-			}
-			return nil
-		})
-		switch {
-		case errors.Is(err, unix.ENOENT):
-			return s.error(ErrNoSet)
-		case err != nil:
-			return s.error(err)
+	err = c.replies(seq, seq, func(m message) (done bool, err error) {
+		changed = changed || m.flags&unix.NLM_F_DUMP_INTR != 0
+		if m.ack {
+			return true, m.err
 		}
+		if c.timeout > 0 {
+			c.SetTimeout(c.timeout)
+		}
+		changed = changed || generation != 0 && m.generation != generation
+		generation = m.generation
+		if stop == nil {
+			stop = decodeElements(s, m.body, func(e Element) error {
+				seen.add(e.Key)
+				return f(e)
+			})
+		}
+		return false, nil
+	})
+	switch {
+	case errors.Is(err, unix.ENOENT):
+		return s.error(ErrNoSet)
+	case err != nil:
+		return s.error(err)
 	}
 	if stop != nil {
 		return stop

@@ -22,9 +22,16 @@ var (
 	ErrDeadline   = errors.New("the kernel did not answer in time")
 	ErrSupport    = errors.New("the kernel has no nf_tables")
 
-	// ErrGeneration is a transaction that was to be made on another
-	// generation of the ruleset.
+	// ErrGeneration is a transaction that was made for another generation of
+	// the ruleset, and so was not carried out.
 	ErrGeneration = errors.New("the ruleset has changed")
+
+	// ErrExists is an element that was to be created and exists already.
+	ErrExists = errors.New("the element exists already")
+
+	// ErrBusy is a change that was not made, because the ruleset changed
+	// between each look at the elements and the transaction.
+	ErrBusy = errors.New("the ruleset kept changing")
 
 	// ErrInterrupted is a dump during which the set changed, so that elements
 	// can be missing from it.
@@ -95,6 +102,8 @@ func reason(err error) error {
 		return err // whoever wrapped it said more
 	}
 	switch errno {
+	case unix.EEXIST:
+		return ErrExists
 	case unix.EPERM, unix.EACCES:
 		return ErrPermission
 	case unix.ERESTART:

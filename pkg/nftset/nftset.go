@@ -2,7 +2,7 @@
 // addresses, over netlink.
 //
 // It speaks to the kernel directly. A login waits for it, and a snapshot of a
-// million elements goes through it: one description, five look-ups and a
+// million elements goes through it: one description, five lookups and a
 // batch cost a fifth of what they cost through a general library, a dump is
 // decoded while it arrives, and a batch is encoded once, into the buffer that
 // is sent.
@@ -11,6 +11,7 @@
 package nftset
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"strconv"
@@ -137,28 +138,41 @@ func (k KeyType) len() int {
 	return n
 }
 
-// Key is what an element is found by.
+// Key is what an element is found by. The zero Key is that of a set's
+// catch-all element, which nft writes as "*".
 type Key struct {
 	Addr netip.Addr // of the set's family, without a zone
 	Port uint16     // 0 where the set's key has no port
 }
 
+// CatchAll tells whether the element matches whatever no other element does.
+func (k Key) CatchAll() bool { return k == Key{} }
+
 // String returns the key as nft writes it: "192.0.2.7 . 993".
 func (k Key) String() string {
-	if k.Port == 0 {
+	switch {
+	case k.CatchAll():
+		return "*"
+	case k.Port == 0:
 		return k.Addr.String()
 	}
 	return fmt.Sprintf("%s . %d", k.Addr, k.Port)
 }
 
+// Compare orders keys by address and port: a catch-all first, then IPv4.
+func (k Key) Compare(other Key) int {
+	return cmp.Or(k.Addr.Compare(other.Addr), cmp.Compare(k.Port, other.Port))
+}
+
 // Element is an element of a set.
 type Element struct {
 	Key
-	// Timeout is the whole life of the element. 0 is a permanent element,
-	// also in a set that has a default timeout.
+	// Timeout is for how long the element was added. 0 is a permanent element,
+	// also in a set that has a default timeout. One that is longer than a
+	// time.Duration can be, 292 years, is read as that.
 	Timeout time.Duration
-	// Expires is the life that is left. It is never more than Timeout. When
-	// an element is written, 0 stands for the whole Timeout.
+	// Expires is the time left. It is never more than Timeout. When an element
+	// is written, 0 stands for the whole Timeout.
 	Expires time.Duration
 	// Comment is at most MaxComment bytes; see CheckComment.
 	Comment string

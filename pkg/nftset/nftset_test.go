@@ -184,7 +184,7 @@ func TestAddIsReadByNft(t *testing.T) {
 		for _, k := range keys {
 			elems = append(elems, Element{Key: key(k), Timeout: 2 * time.Hour, Comment: `a\b {#; 'é`})
 		}
-		outcomes, err := c.Extend(s, elems, 0)
+		outcomes, err := c.Extend(s, elems, 0, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -268,7 +268,7 @@ func TestPermanent(t *testing.T) {
 	for _, set := range []string{"v4port", "small"} { // with and without a default timeout
 		s := describe(t, c, set)
 		e := Element{Key: key("192.0.2.7 . 993")}
-		if _, err := c.Extend(s, []Element{e}, 0); err != nil {
+		if _, err := c.Extend(s, []Element{e}, 0, nil); err != nil {
 			t.Fatal(err)
 		}
 		if got := nftList(t, set)["192.0.2.7 . 993"]; got != (nftElement{}) {
@@ -280,7 +280,7 @@ func TestPermanent(t *testing.T) {
 		}
 		// It stays so, whatever a login asks for.
 		e.Timeout = time.Hour
-		if o, err := c.Extend(s, []Element{e}, 0); err != nil || o[0] != Kept {
+		if o, err := c.Extend(s, []Element{e}, 0, nil); err != nil || o[0] != Kept {
 			t.Errorf("%v, %v", o, err)
 		}
 		if got := nftList(t, set)["192.0.2.7 . 993"]; got.Expires != 0 {
@@ -317,7 +317,7 @@ func TestExtend(t *testing.T) {
 			test.e.Key = key(k)
 			// A second element, new, goes with it.
 			second := Element{Key: key("192.0.2.7 . 465"), Timeout: time.Hour}
-			o, err := c.Extend(s, []Element{test.e, second}, 0)
+			o, err := c.Extend(s, []Element{test.e, second}, 0, nil)
 			if err != nil || !slices.Equal(o, []Outcome{test.outcome, Added}) {
 				t.Fatalf("outcomes %v, %v", o, err)
 			}
@@ -349,10 +349,10 @@ func TestRenewalDeletesNothing(t *testing.T) {
 
 	nstest.Nft(t, "delete element inet filter v4port { "+k+" }; add element inet filter v4port { "+k+" timeout 1h expires 10m }")
 	before := c.seq
-	if _, err := c.Extend(s, []Element{{Key: key(k), Timeout: time.Hour}}, 0); err != nil {
+	if _, err := c.Extend(s, []Element{{Key: key(k), Timeout: time.Hour}}, 0, nil); err != nil {
 		t.Fatal(err)
 	}
-	// The generation and a look-up, begin, add, end, and again the first two,
+	// The generation and a lookup, begin, add, end, and again the first two,
 	// which tell whether it helped.
 	if n := c.seq - before; (n == 7) != capable {
 		t.Errorf("%d messages, and the kernel renews: %v", n, capable)
@@ -382,7 +382,7 @@ func TestExtendAtOnce(t *testing.T) {
 	go func() {
 		for j := range jobs {
 			atOnce(j.ready)
-			_, err := other.Extend(s, []Element{{Key: j.key, Timeout: time.Hour}}, 0)
+			_, err := other.Extend(s, []Element{{Key: j.key, Timeout: time.Hour}}, 0, nil)
 			done <- err
 		}
 	}()
@@ -402,7 +402,7 @@ func TestExtendAtOnce(t *testing.T) {
 		ready := new(atomic.Int32)
 		jobs <- job{k, ready}
 		atOnce(ready)
-		_, err := c.Extend(s, []Element{long}, 0)
+		_, err := c.Extend(s, []Element{long}, 0, nil)
 		if e := <-done; err != nil || e != nil {
 			t.Fatal(err, e)
 		}
@@ -425,7 +425,7 @@ func TestFullRenews(t *testing.T) {
 	for port := uint16(1); port <= 3; port++ {
 		elems = append(elems, Element{Key: Key{netip.MustParseAddr("192.0.2.7"), port}, Timeout: time.Hour})
 	}
-	if _, err := c.Extend(s, elems, 0); !errors.Is(err, ErrFull) {
+	if _, err := c.Extend(s, elems, 0, nil); !errors.Is(err, ErrFull) {
 		t.Errorf("%v", err)
 	}
 	got := nftList(t, "small")
@@ -461,10 +461,10 @@ func TestSlack(t *testing.T) {
 	s := describe(t, c, "v4port")
 	nstest.Nft(t, "add element inet filter v4port { 192.0.2.7 . 993 timeout 1h expires 3590s }")
 	e := []Element{{Key: key("192.0.2.7 . 993"), Timeout: time.Hour}}
-	if o, err := c.Extend(s, e, 20*time.Second); err != nil || o[0] != Kept {
+	if o, err := c.Extend(s, e, 20*time.Second, nil); err != nil || o[0] != Kept {
 		t.Errorf("within the slack: %v, %v", o, err)
 	}
-	if o, err := c.Extend(s, e, 2*time.Second); err != nil || o[0] != Extended {
+	if o, err := c.Extend(s, e, 2*time.Second, nil); err != nil || o[0] != Extended {
 		t.Errorf("past the slack: %v, %v", o, err)
 	}
 }
@@ -506,13 +506,12 @@ func TestWriteErrors(t *testing.T) {
 	}{
 		{"none", e("192.0.2.7 . 1"), ErrNoTimeout, "set none has no timeout flag"},
 		{"const", e("192.0.2.7 . 1"), ErrConstant, "set const is constant"},
-		{"v4port", e("192.0.2.7"), ErrKeyType, "keys of type ipv4_addr . inet_service, which 192.0.2.7 is not"},
 		{"v4port", e("2001:db8::7 . 1"), ErrKeyType, "2001:db8::7 . 1 is not"},
 		{"v6port", e("192.0.2.7 . 1"), ErrKeyType, "192.0.2.7 . 1 is not"},
 		{"v4", e("192.0.2.7 . 1"), ErrKeyType, "192.0.2.7 . 1 is not"},
 		{"small", append(append(e("192.0.2.1 . 1"), e("192.0.2.2 . 1")...), e("192.0.2.3 . 1")...), ErrFull, "set small is full (2 elements)"},
 	} {
-		_, err := c.Extend(describe(t, c, test.set), test.elems, 0)
+		_, err := c.Extend(describe(t, c, test.set), test.elems, 0, nil)
 		var typed *Error
 		if !errors.Is(err, test.err) || !errors.As(err, &typed) || !strings.Contains(err.Error(), test.words) {
 			t.Errorf("%s: %v, want %q", test.set, err, test.words)
@@ -529,19 +528,19 @@ func TestWriteErrors(t *testing.T) {
 		t.Errorf("delete of a missing element: %v", err)
 	}
 	nstest.Nft(t, "delete set inet filter v4port")
-	if _, err := c.Extend(s, e("192.0.2.7 . 1"), 0); !errors.Is(err, ErrNoSet) {
+	if _, err := c.Extend(s, e("192.0.2.7 . 1"), 0, nil); !errors.Is(err, ErrNoSet) {
 		t.Errorf("the set is gone: %v", err)
 	}
 	if _, err := c.Elements(s); !errors.Is(err, ErrNoSet) {
 		t.Errorf("the set is gone: %v", err)
 	}
 	nstest.Nft(t, "delete table inet filter")
-	if _, err := c.Extend(s, e("192.0.2.7 . 1"), 0); !errors.Is(err, ErrNoTable) {
+	if _, err := c.Extend(s, e("192.0.2.7 . 1"), 0, nil); !errors.Is(err, ErrNoTable) {
 		t.Errorf("the table is gone: %v", err)
 	}
 	// The connection is as good as before.
 	nstest.Nft(t, rules)
-	if _, err := c.Extend(s, e("192.0.2.7 . 1"), 0); err != nil {
+	if _, err := c.Extend(s, e("192.0.2.7 . 1"), 0, nil); err != nil {
 		t.Error(err)
 	}
 }
@@ -661,6 +660,210 @@ func TestDumpDuringResize(t *testing.T) {
 		if len(elems) != n {
 			t.Fatalf("round %d: %d of %d elements", round, len(elems), n)
 		}
+	}
+}
+
+// Reports of the kernel's that a table is the same, or is another one.
+func TestInstance(t *testing.T) {
+	const table = "table inet filter { set v4port { type ipv4_addr . inet_service; flags timeout; }; }"
+	c := dial(t, table)
+	instance := func() Instance {
+		t.Helper()
+		i, err := c.Instance(filter)
+		if err != nil || i.Handle == 0 || i.Namespace == 0 || len(i.Boot) != 36 {
+			t.Fatalf("%+v, %v", i, err)
+		}
+		return i
+	}
+	first := instance()
+	for _, same := range []string{
+		"add element inet filter v4port { 192.0.2.7 . 993 timeout 1h }", "flush set inet filter v4port",
+		"flush table inet filter", "delete set inet filter v4port", table, "table inet other {}",
+	} {
+		nstest.Nft(t, same)
+		if now := instance(); now != first {
+			t.Errorf("after %s: %+v, and was %+v", same, now, first)
+		}
+	}
+	seen := map[Instance]bool{first: true}
+	for _, other := range []string{
+		"flush ruleset; " + table, "delete table inet filter; " + table, "flush ruleset; table inet filter {}",
+	} {
+		nstest.Nft(t, other)
+		if now := instance(); seen[now] {
+			t.Errorf("after %s: %+v as before", other, now)
+		} else {
+			seen[now] = true
+		}
+	}
+	// The same steps give the same handle in a namespace of its own.
+	nstest.New(t)
+	nstest.Nft(t, table)
+	elsewhere, err := Dial()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer elsewhere.Close()
+	if i, err := elsewhere.Instance(filter); err != nil || i.Namespace == first.Namespace || i.Boot != first.Boot {
+		t.Errorf("another namespace: %+v, %v, and the first is %+v", i, err, first)
+	}
+	if _, err := elsewhere.Instance(Table{INet, "missing"}); !errors.Is(err, ErrNoTable) {
+		t.Errorf("%v", err)
+	}
+}
+
+// What nft can put into a set and a mail server has no use for is read and
+// written as it is.
+func TestOddElements(t *testing.T) {
+	c := dial(t, rules)
+	for set, zero := range map[string]string{"v4port": "192.0.2.7 . 0", "v6port": "2001:db8::7 . 0", "v4": "", "v6": ""} {
+		s := describe(t, c, set)
+		elements := `* timeout 1h comment "all"`
+		want := map[Key]string{{}: "all"}
+		if zero != "" {
+			elements += ", " + zero + ` timeout 1h comment "zero"`
+			want[key(zero)] = "zero"
+		}
+		nstest.Nft(t, "add element inet filter "+set+" { "+elements+" }")
+		var keys []Key
+		for k := range want {
+			keys = append(keys, k)
+		}
+		elems, err := c.Elements(s)
+		if err != nil || len(elems) != len(want) {
+			t.Fatalf("%s: %+v, %v", set, elems, err)
+		}
+		for _, e := range elems {
+			if e.Comment != want[e.Key] || e.Timeout != time.Hour || e.Expires < 59*time.Minute {
+				t.Errorf("%s: %+v", set, e)
+			}
+		}
+		if found, err := c.Lookup(s, keys...); err != nil || len(found) != len(want) {
+			t.Errorf("%s: %+v, %v", set, found, err)
+		}
+		if removed, err := c.Remove(s, keys, nil); err != nil || len(removed) != len(want) {
+			t.Errorf("%s: %+v, %v", set, removed, err)
+		}
+		if got := nftList(t, set); len(got) != 0 {
+			t.Errorf("%s: %+v", set, got)
+		}
+		for i := range elems {
+			elems[i].Timeout = 2 * time.Hour
+		}
+		if _, err := c.Extend(s, elems, 0, nil); err != nil {
+			t.Errorf("%s: %v", set, err)
+		}
+		if got := nftList(t, set); len(got) != len(want) || got["*"].Comment != "all" || got["*"].Timeout != 7200 {
+			t.Errorf("%s: %+v", set, got)
+		}
+	}
+}
+
+func TestCreateExisting(t *testing.T) {
+	c := dial(t, rules)
+	s := describe(t, c, "v4port")
+	k := "192.0.2.7 . 993"
+	nstest.Nft(t, "add element inet filter v4port { "+k+" timeout 1h }")
+	batch := c.Batch()
+	batch.Create(s, Element{Key: key("192.0.2.8 . 993"), Timeout: time.Minute})
+	batch.Create(s, Element{Key: key(k), Timeout: time.Minute})
+	if err := batch.Commit(); !errors.Is(err, ErrExists) {
+		t.Errorf("%v", err)
+	}
+	if got := nftList(t, "v4port"); len(got) != 1 || got[k].Timeout != 3600 {
+		t.Errorf("%+v", got)
+	}
+}
+
+// Elements of one call with the same key.
+func TestExtendTwice(t *testing.T) {
+	c := dial(t, rules)
+	s := describe(t, c, "v4port")
+	k := key("192.0.2.7 . 993")
+	both := func(old, new string) string { return old + "+" + new }
+	for round, want := range []string{"a+b+c", "a+b+c+a+b+c"} {
+		outcomes, err := c.Extend(s, []Element{
+			{Key: k, Timeout: time.Hour, Comment: "a"},
+			{Key: k, Timeout: time.Duration(round+2) * time.Hour, Comment: "b"},
+			{Key: k, Timeout: time.Minute, Comment: "c"},
+		}, 0, both)
+		if err != nil || outcomes[0] != outcomes[1] || outcomes[1] != outcomes[2] || outcomes[0] != []Outcome{Added, Extended}[round] {
+			t.Errorf("round %d: %v, %v", round, outcomes, err)
+		}
+		if e := nftList(t, "v4port")[k.String()]; e.Timeout != (round+2)*3600 || e.Comment != want {
+			t.Errorf("round %d: %+v", round, e)
+		}
+	}
+}
+
+// Behind others that change the ruleset all the time, a change takes no longer
+// than its deadline and the last of their transactions; a new element is added
+// all the same, and none expires earlier than it would.
+func TestExtendBehindOthers(t *testing.T) {
+	const deadline = 300 * time.Millisecond
+	c := dial(t, "table inet other { set s { type ipv4_addr; }; };"+rules)
+	s := describe(t, c, "v4port")
+	nstest.Nft(t, "add element inet filter v4port { 192.0.2.7 . 993 timeout 1h expires 10m }")
+	other := &Set{Table: Table{INet, "other"}, Name: "s"}
+	var longest atomic.Int64
+	done, stopped := make(chan struct{}), make(chan error, 2)
+	for worker := range byte(2) {
+		// In the namespace of the test.
+		conn, err := Dial()
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			defer conn.Close()
+			for {
+				select {
+				case <-done:
+					stopped <- nil
+					return
+				default:
+				}
+				batch := conn.Batch()
+				addr := netip.AddrFrom4([4]byte{10 + worker})
+				for range 2000 {
+					addr = addr.Next()
+					batch.Replace(other, []Element{{Key: Key{Addr: addr}}})
+				}
+				start := time.Now()
+				if err := batch.Commit(); err != nil {
+					stopped <- err
+					return
+				}
+				longest.Store(max(longest.Load(), int64(time.Since(start))))
+			}
+		}()
+	}
+	long := Element{Key: key("192.0.2.7 . 993"), Timeout: time.Hour}
+	for round := range 10 {
+		for _, e := range []Element{{Key: Key{netip.MustParseAddr("192.0.2.8"), uint16(round)}, Timeout: time.Hour}, long} {
+			start := time.Now()
+			c.SetDeadline(start.Add(deadline))
+			_, err := c.Extend(s, []Element{e}, 0, nil)
+			took := time.Since(start)
+			switch {
+			case e.Key == long.Key && errors.Is(err, ErrBusy):
+			case err != nil:
+				t.Errorf("round %d, %s: %v", round, e.Key, err)
+			}
+			// Two writers wait for each other, and this one for both.
+			if most := deadline + 3*time.Duration(longest.Load()); took > most {
+				t.Errorf("round %d, %s: %v, and the deadline and their transactions are %v", round, e.Key, took, most)
+			}
+		}
+	}
+	close(done)
+	for range 2 {
+		if err := <-stopped; err != nil {
+			t.Error(err)
+		}
+	}
+	got := nftList(t, "v4port")
+	if len(got) != 11 || got["192.0.2.7 . 993"].Expires < 590 {
+		t.Errorf("%+v", got)
 	}
 }
 

@@ -85,10 +85,14 @@ func AppendTimeout(b []byte, d time.Duration) []byte {
 	return b
 }
 
-// milliseconds is the kernel's unit. A life that is left of less than one
-// rounds up, since 0 means the whole.
+// milliseconds is the kernel's unit. A part of one rounds up, because 0 time
+// left means the whole timeout.
 func milliseconds(d time.Duration) uint64 {
-	return uint64((d + time.Millisecond - 1) / time.Millisecond)
+	ms := uint64(d / time.Millisecond)
+	if d%time.Millisecond > 0 {
+		ms++
+	}
+	return ms
 }
 
 func fromMilliseconds(ms uint64) time.Duration {

@@ -48,6 +48,8 @@ const (
 	setConcat     = 0x80 // NFT_SET_CONCAT
 	setExpression = 17   // NFTA_SET_EXPR
 	setCount      = 20   // NFTA_SET_COUNT
+	tableHandle   = 4    // NFTA_TABLE_HANDLE
+	elemCatchAll  = 0x2  // NFT_SET_ELEM_CATCHALL
 
 	// Of libnftnl's include/libnftnl/udata.h: what nft keeps for itself in a
 	// set's and an element's user data.
@@ -134,20 +136,11 @@ func appendListOf(b []byte, s *Set) []byte {
 // appendElement encodes an element, or only its key where bare.
 func appendElement(b []byte, s *Set, e *Element, bare bool) []byte {
 	b, elem := beginAttr(b, unix.NLA_F_NESTED|unix.NFTA_LIST_ELEM)
-	b, key := beginAttr(b, unix.NLA_F_NESTED|unix.NFTA_SET_ELEM_KEY)
-	b, value := beginAttr(b, unix.NFTA_DATA_VALUE)
-	if s.Key.IPv6 {
-		a := e.Addr.As16()
-		b = append(b, a[:]...)
+	if e.CatchAll() {
+		b = appendUint32(b, unix.NFTA_SET_ELEM_FLAGS, elemCatchAll)
 	} else {
-		a := e.Addr.As4()
-		b = append(b, a[:]...)
+		b = appendKey(b, s, e.Key)
 	}
-	if s.Key.Port {
-		b = append(b, byte(e.Port>>8), byte(e.Port), 0, 0)
-	}
-	b = endAttr(b, value)
-	b = endAttr(b, key)
 	if !bare {
 		if s.Timeouts {
 			// Said even when it is 0 or the set's default: without it the
@@ -167,6 +160,23 @@ func appendElement(b []byte, s *Set, e *Element, bare bool) []byte {
 		}
 	}
 	return endAttr(b, elem)
+}
+
+func appendKey(b []byte, s *Set, k Key) []byte {
+	b, key := beginAttr(b, unix.NLA_F_NESTED|unix.NFTA_SET_ELEM_KEY)
+	b, value := beginAttr(b, unix.NFTA_DATA_VALUE)
+	if s.Key.IPv6 {
+		a := k.Addr.As16()
+		b = append(b, a[:]...)
+	} else {
+		a := k.Addr.As4()
+		b = append(b, a[:]...)
+	}
+	if s.Key.Port {
+		b = append(b, byte(k.Port>>8), byte(k.Port), 0, 0)
+	}
+	b = endAttr(b, value)
+	return endAttr(b, key)
 }
 
 // appendUserData appends one field in libnftnl's form: type, length, value,
@@ -336,6 +346,17 @@ func decodeSet(table Table, b []byte) (*Set, error) {
 	return s, nil
 }
 
+// decodeHandle reads the handle in the body of a NEWTABLE message.
+func decodeHandle(b []byte) (handle uint64, err error) {
+	err = attributes(b, func(typ uint16, data []byte) error {
+		if typ == tableHandle && len(data) == 8 {
+			handle = binary.BigEndian.Uint64(data)
+		}
+		return nil
+	})
+	return handle, err
+}
+
 // decodeGeneration reads the body of a NEWGEN message.
 func decodeGeneration(b []byte) (generation uint32) {
 	// A truncated one leaves it 0, which stands for any.
@@ -369,7 +390,7 @@ func decodeElement(s *Set, b []byte) (Element, error) {
 	// The kernel leaves out a timeout that is the set's default
 	// (nf_tables_fill_setelem), and the expiration of a permanent element.
 	e := Element{Timeout: s.Timeout}
-	expires := false
+	expires, catchAll := false, false
 	err := attributes(b, func(typ uint16, data []byte) error {
 		switch typ {
 		case unix.NFTA_SET_ELEM_KEY:
@@ -387,6 +408,8 @@ func decodeElement(s *Set, b []byte) (Element, error) {
 				}
 				return nil
 			})
+		case unix.NFTA_SET_ELEM_FLAGS:
+			catchAll = beUint32(data)&elemCatchAll != 0
 		case unix.NFTA_SET_ELEM_TIMEOUT:
 			e.Timeout = beMilliseconds(data)
 		case unix.NFTA_SET_ELEM_EXPIRATION:
@@ -396,7 +419,7 @@ func decodeElement(s *Set, b []byte) (Element, error) {
 		}
 		return nil
 	})
-	if err == nil && !e.Addr.IsValid() {
+	if err == nil && e.CatchAll() != catchAll {
 		err = errTruncated
 	}
 	if !expires {

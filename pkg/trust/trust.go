@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"nftwl/pkg/config"
@@ -88,7 +89,7 @@ func Apply(conn *nftset.Conn, c *config.Config, grants ...*Grant) ([]nftset.Outc
 		slack = min(slack, g.Timeout/100)
 		elems = append(elems, Elements(set, g.Addr, c.Ports, nftset.Element{Timeout: g.Timeout, Comment: g.Comment})...)
 	}
-	of, err := conn.Extend(set, elems, slack)
+	of, err := conn.Extend(set, elems, slack, AddName)
 	if err != nil {
 		return nil, err
 	}
@@ -104,6 +105,31 @@ func Apply(conn *nftset.Conn, c *config.Config, grants ...*Grant) ([]nftset.Outc
 		}
 	}
 	return outcomes, nil
+}
+
+// names separates the users in the comment of a trusted address that several
+// log in from.
+const names = ", "
+
+// AddName adds a user to the comment of an address that others log in from, too.
+// The first of them are left out where the comment would become too long.
+func AddName(comment, user string) string {
+	if user == "" || HasName(comment, user) {
+		return comment
+	}
+	all := user
+	for _, name := range strings.Split(comment, names) {
+		if name != "" && len(all)+len(names)+len(name) <= nftset.MaxComment {
+			all += names + name
+		}
+	}
+	return all
+}
+
+// HasName tells whether a comment is the text, or names it as one of several
+// users.
+func HasName(comment, text string) bool {
+	return comment == text || slices.Contains(strings.Split(comment, names), text)
 }
 
 // Elements returns e for an address and every port, or once where the set's
