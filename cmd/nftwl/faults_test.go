@@ -97,6 +97,9 @@ func faults() []fault {
 		{name: "netlink sockets are forbidden", seccomp: "socket EPERM", says: "CAP_NET_ADMIN is missing"},
 		{name: "no answer ever comes", seccomp: "sendto 0", says: "the kernel did not answer in time", serveSays: "went on without the kernel's answer", waits: theDeadline},
 		{name: "the answer is lost (ENOBUFS)", seccomp: "recvfrom ENOBUFS", says: "no buffer space available"},
+		{name: "each wait for it is interrupted (EINTR)", seccomp: "recvfrom EINTR", says: "the kernel did not answer in time", serveSays: "went on without the kernel's answer", waits: theDeadline},
+		{name: "each request is interrupted (EINTR)", seccomp: "sendto EINTR", says: "the kernel did not answer in time", serveSays: "went on without the kernel's answer", waits: theDeadline},
+		{name: "the answer is empty", seccomp: "recvfrom 0", says: "a truncated netlink message"},
 		{name: "no memory (ENOMEM)", seccomp: "sendto ENOMEM", says: "cannot allocate memory"},
 
 		{group: "process", name: "no descriptor is left", wrap: []string{"prlimit", "--nofile=4:4"}, says: "too many open files", noServe: "requests wait in the socket (TestServeOutOfDescriptors)"},
@@ -483,7 +486,7 @@ const seccompRun = "seccomp-run"
 func runSeccomp(args []string) error {
 	name, result, _ := strings.Cut(args[0], " ")
 	call := map[string]uint32{"socket": unix.SYS_SOCKET, "sendto": unix.SYS_SENDTO, "recvfrom": unix.SYS_RECVFROM}[name]
-	errno, ok := map[string]unix.Errno{"0": 0, "EPERM": unix.EPERM, "EAFNOSUPPORT": unix.EAFNOSUPPORT, "ENOBUFS": unix.ENOBUFS, "ENOMEM": unix.ENOMEM}[result]
+	errno, ok := map[string]unix.Errno{"0": 0, "EPERM": unix.EPERM, "EAFNOSUPPORT": unix.EAFNOSUPPORT, "EINTR": unix.EINTR, "ENOBUFS": unix.ENOBUFS, "ENOMEM": unix.ENOMEM}[result]
 	if call == 0 || !ok {
 		return fmt.Errorf("%q is not known", args[0])
 	}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"time"
@@ -11,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"nftwl/pkg/snapshot"
+	"nftwl/pkg/trust"
 )
 
 func newSave(configPath *string) *cobra.Command {
@@ -18,11 +20,14 @@ func newSave(configPath *string) *cobra.Command {
 		Use:   "save [FILE]",
 		Short: "Save the trusted and banned sets to a file",
 		Long: `Writes the four sets to FILE, or to the snapshot file of the configuration; "-"
-is standard output. The file is replaced as a whole or not at all, and the one
-before is kept as FILE.old. nft -f loads it as well as 'nftwl restore' does.
+is standard output. FILE is replaced as a whole or not at all, and the previous
+one is kept as FILE.old. 'nft -f' can load it, too.
 
-Exit status: 0, or 1 when a set cannot be read or the file cannot be written;
-the file that was there stays then.`,
+If the ruleset was flushed and loaded anew since FILE was saved, save restores
+FILE first, so that nothing is lost. If that fails, FILE is left as it is.
+
+Exit status: 0, or 1 if a set cannot be read or FILE cannot be written; the
+existing file is kept.`,
 		Example: "  nftwl save\n  nftwl save /root/sets.nft",
 		Args:    cobra.MaximumNArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
@@ -31,25 +36,54 @@ the file that was there stays then.`,
 				return err
 			}
 			defer s.conn.Close()
-			sets, err := s.sets(s.Sets()...)
-			if err != nil {
-				return err
-			}
 			path := s.Snapshot
 			if len(args) == 1 {
 				path = args[0]
 			}
 			if path == "-" {
-				return failed(snapshot.Write(os.Stdout, s.conn, sets))
+				return failed(snapshot.Write(os.Stdout, s.conn, s.saved()))
 			}
-			err = snapshot.Save(path, s.conn, sets)
-			if errors.Is(err, fs.ErrNotExist) {
+			r, err := snapshot.Save(path, s.conn, s.saved())
+			var old *snapshot.NotRestoredError
+			switch {
+			case errors.Is(err, fs.ErrNotExist):
 				printError(err)
-				printHint("make the folder (install -d -m 700 " + filepath.Dir(path) + "), or name another file")
+				printHint("make the directory (install -d -m 700 " + filepath.Dir(path) + "), or name another file")
 				return &status{exitFailed, nil}
+			case errors.As(err, &old):
+				printError(err)
+				printHint("repair it, or move it away (mv " + path + " " + path + ".bad), and save again")
+				return &status{exitFailed, nil}
+			}
+			if r.First != nil {
+				printNote("table %s was loaded anew since %s was saved: restored it first (%s)", s.Table, path, r.First)
+				printPassed(path, r.First.Passed, r.First.Refused)
+			}
+			if r.NotKept != nil {
+				printNote("the snapshot before is not kept as %s.old: %v", path, r.NotKept)
 			}
 			return failed(err)
 		},
+	}
+}
+
+// saved are the sets that the configuration names.
+func (s *session) saved() snapshot.Sets {
+	return snapshot.Sets{Table: s.Table, Names: s.Sets(), Refuse: func(addr netip.Addr) error { return trust.Refuse(s.Config, addr) }}
+}
+
+// printPassed tells what of a file was not restored.
+func printPassed(file string, passed []string, refused []error) {
+	for _, what := range passed {
+		printNote("%s: %s: passed over", file, what)
+	}
+	const most = 3
+	for i, err := range refused {
+		if i == most {
+			printNote("%s: %d more addresses like these", file, len(refused)-most)
+			return
+		}
+		printNote("%s: not restored: %v", file, err)
 	}
 }
 
@@ -74,31 +108,23 @@ Exit status: 0, or 1 when something failed; nothing is changed then.`,
 				return err
 			}
 			defer s.conn.Close()
-			paths := args
-			if len(paths) == 0 {
-				paths = []string{s.Snapshot}
-				err := snapshot.CheckOwner(s.Snapshot)
-				if errors.Is(err, fs.ErrNotExist) {
-					if verbose {
-						fmt.Printf("no snapshot yet: %s\n", s.Snapshot)
-					}
-					return nil
-				}
-				if err != nil {
-					return failed(fmt.Errorf("%w; 'nftwl restore %s' takes it as it is", err, s.Snapshot))
-				}
+			var r snapshot.Result
+			switch {
+			case len(args) == 0:
+				r, err = s.restoreSnapshot(false)
+			case len(args) == 1 && args[0] == s.Snapshot:
+				r, err = s.restoreSnapshot(true)
+			default:
+				r, err = s.restore(args)
 			}
-			var files []*snapshot.File
-			for _, path := range paths {
-				f, err := s.parse(path)
-				if err != nil {
-					return failed(err)
+			switch {
+			case len(args) == 0 && errors.Is(err, fs.ErrNotExist):
+				if verbose {
+					fmt.Printf("no snapshot yet: %s\n", s.Snapshot)
 				}
-				files = append(files, f)
-			}
-			r, err := snapshot.Restore(s.conn, files, time.Now())
-			if err == nil && verbose {
-				fmt.Printf("restored %d, expired %d, already there %d\n", r.Restored, r.Expired, r.There)
+				return nil
+			case err == nil && verbose:
+				fmt.Println(r)
 			}
 			return failed(err)
 		},
@@ -107,11 +133,36 @@ Exit status: 0, or 1 when something failed; nothing is changed then.`,
 	return cmd
 }
 
+// restoreSnapshot restores the snapshot of the configuration.
+func (s *session) restoreSnapshot(anyone bool) (snapshot.Result, error) {
+	r, err := snapshot.RestoreSnapshot(s.Snapshot, s.conn, s.saved(), anyone)
+	printPassed(s.Snapshot, r.Passed, r.Refused)
+	if r.NotNoted != nil {
+		printNote("the next save will restore %s once more, because it cannot be written now: %v", s.Snapshot, r.NotNoted)
+	}
+	return r.Result, err
+}
+
+// restore restores any files.
+func (s *session) restore(paths []string) (snapshot.Result, error) {
+	var files []*snapshot.File
+	for _, path := range paths {
+		f, err := s.parse(path)
+		if err != nil {
+			return snapshot.Result{}, err
+		}
+		files = append(files, f)
+	}
+	// From now on, because a file may have taken long to arrive.
+	s.conn.SetTimeout(patience)
+	return snapshot.Restore(s.conn, files, time.Now)
+}
+
 // parse reads a file of sets, of which it takes the four configured ones.
 func (s *session) parse(path string) (*snapshot.File, error) {
 	name := path
 	if path == "-" {
-		name, path = "standard input", "/dev/stdin"
+		name = "standard input"
 	}
 	text, err := snapshot.Read(path)
 	if err != nil {
@@ -119,9 +170,7 @@ func (s *session) parse(path string) (*snapshot.File, error) {
 	}
 	f, err := snapshot.ParseSets(text, s.Table, s.Sets())
 	if f != nil {
-		for _, what := range f.Passed {
-			printNote("%s: %s: passed over", name, what)
-		}
+		printPassed(name, f.Passed, f.Drop(s.saved().Refuse))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)

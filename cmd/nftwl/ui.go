@@ -16,6 +16,7 @@ import (
 
 	"nftwl/pkg/config"
 	"nftwl/pkg/nftset"
+	"nftwl/pkg/snapshot"
 )
 
 // printError prints an error and, where there is one, its remedy.
@@ -35,6 +36,10 @@ func printNote(format string, args ...any) {
 
 // hintFor returns the remedy for an error, or "".
 func hintFor(err error) string {
+	var owner *snapshot.OwnerError
+	if errors.As(err, &owner) {
+		return "see who wrote it; 'nftwl restore " + owner.Path + "' restores it all the same"
+	}
 	var e *nftset.Error
 	if !errors.As(err, &e) {
 		return ""

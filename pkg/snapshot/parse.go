@@ -17,6 +17,9 @@ type File struct {
 	// Saved is when it was saved, and zero where the file is not a snapshot
 	// of ours but what nft printed.
 	Saved time.Time
+	// Table is the table that it was saved from; zero where the file does not
+	// say.
+	Table nftset.Instance
 	Sets  []Section
 	// Passed are the things in the file that are none of the wanted sets, as
 	// "line 12: chain input".
@@ -39,7 +42,7 @@ func Parse(text string, wanted func(nftset.Table, string) bool) (*File, error) {
 	f := &File{}
 	line, _, _ := strings.Cut(text, "\n")
 	var err error
-	if f.Saved, err = parseHeader(line); err != nil {
+	if f.Saved, f.Table, err = parseHeader(line); err != nil {
 		return nil, fmt.Errorf("line 1: %w", err)
 	}
 	p := &parser{file: f, wanted: wanted, text: text, inWord: wordBytes(), line: 1}
@@ -54,7 +57,7 @@ func Parse(text string, wanted func(nftset.Table, string) bool) (*File, error) {
 		}
 		// Those of the sets that were passed over are not counted.
 		if p.elements > n || p.elements < n && len(f.Passed) == 0 {
-			return nil, fmt.Errorf("line %d: the snapshot has %d elements and says that it has %d", p.line, p.elements, n)
+			return nil, fmt.Errorf("line %d: the snapshot has %d elements, and its last line says %d; after a change by hand, remove its first line", p.line, p.elements, n)
 		}
 	}
 	return f, nil
@@ -68,6 +71,24 @@ func ParseSets(text string, table nftset.Table, names []string) (*File, error) {
 		err = fmt.Errorf("none of the sets in it is one of table %s that the configuration names", table)
 	}
 	return f, err
+}
+
+// Drop leaves out the elements whose addresses are refused, and returns why.
+func (f *File) Drop(refuse func(netip.Addr) error) (refused []error) {
+	for i := range f.Sets {
+		s := &f.Sets[i]
+		s.Elements = slices.DeleteFunc(s.Elements, func(e nftset.Element) bool {
+			if e.CatchAll() {
+				return false
+			}
+			err := refuse(e.Addr)
+			if err != nil {
+				refused = append(refused, err)
+			}
+			return err != nil
+		})
+	}
+	return refused
 }
 
 // parser reads tokens of nft's language: words, the marks { } = , ; and the
@@ -559,16 +580,19 @@ func (p *parser) element(s *Section) (e nftset.Element, err error) {
 	if p.kind != word {
 		return e, fmt.Errorf("%s where an address must be", p.found())
 	}
-	if e.Addr, err = address(p.tok, s.Key.IPv6); err != nil {
-		return e, err
+	catchAll := p.is("*")
+	if !catchAll {
+		if e.Addr, err = address(p.tok, s.Key.IPv6); err != nil {
+			return e, err
+		}
 	}
 	if err := p.advance(); err != nil {
 		return e, err
 	}
-	if p.is(".") != s.Key.Port {
-		return e, fmt.Errorf("%s after %s, in a set whose keys are of type %s", p.found(), e.Addr, s.Key)
+	if p.is(".") != (s.Key.Port && !catchAll) {
+		return e, fmt.Errorf("%s after %s, in a set whose keys are of type %s", p.found(), e.Key, s.Key)
 	}
-	if s.Key.Port {
+	if s.Key.Port && !catchAll {
 		if err := p.advance(); err != nil {
 			return e, err
 		}
@@ -655,7 +679,7 @@ func address(text string, ipv6 bool) (netip.Addr, error) {
 
 // port reads a port by number, or by name as nft prints it where asked to.
 func port(text string) (uint16, error) {
-	if n, err := strconv.ParseUint(text, 10, 16); err == nil && n > 0 {
+	if n, err := strconv.ParseUint(text, 10, 16); err == nil {
 		return uint16(n), nil
 	}
 	if n := mailPort(text); n > 0 {

@@ -55,12 +55,15 @@ func random(r *rand.Rand) *File {
 				e.Addr = netip.AddrFrom4([4]byte{203, 0, byte(n), byte(r.IntN(256))})
 			}
 			if port {
-				e.Port = uint16(1 + r.IntN(65535))
+				e.Port = uint16(r.IntN(65536) * r.IntN(10)) // 0 is one, too
 			}
 			if set.Timeouts {
-				if e.Timeout = pick(0, h, set.Timeout, 400*d, 5*d+4*h+3*time.Minute+2*s+1*ms); e.Timeout > 0 {
+				if e.Timeout = pick(0, h, set.Timeout, 400*d, 5*d+4*h+3*time.Minute+2*s+1*ms, longest); e.Timeout > 0 {
 					e.Expires = pick(e.Timeout, e.Timeout/2, 30*time.Minute+1*ms).Truncate(ms)
 				}
+			}
+			if n == 0 && r.IntN(4) == 0 {
+				e.Key = nftset.Key{}
 			}
 			sec.Elements = append(sec.Elements, e)
 		}
@@ -70,7 +73,7 @@ func random(r *rand.Rand) *File {
 }
 
 func (f *File) text() string {
-	b := []byte(header(f.Saved))
+	b := []byte(header(f.Saved, f.Table))
 	n := 0
 	for _, s := range f.Sets {
 		b = appendSet(b, &s.Set)
@@ -110,6 +113,9 @@ func TestWriteRenewed(t *testing.T) {
 func differ(got, want *File) string {
 	if !got.Saved.Equal(want.Saved) {
 		return fmt.Sprintf("saved %v, want %v", got.Saved, want.Saved)
+	}
+	if got.Table != want.Table {
+		return fmt.Sprintf("table %+v, want %+v", got.Table, want.Table)
 	}
 	if len(got.Sets) != len(want.Sets) {
 		return fmt.Sprintf("%d sets, want %d", len(got.Sets), len(want.Sets))
@@ -212,7 +218,7 @@ func TestParseLongest(t *testing.T) {
 		want time.Duration
 	}{
 		{text, nftset.MaxTimeout},
-		{header(time.Now()) + text + trailer(1), 0},
+		{header(time.Now(), nftset.Instance{}) + text + trailer(1), 0},
 	} {
 		f, err := Parse(test.text, ours)
 		if err != nil || f.Sets[0].Elements[0].Timeout != test.want {
@@ -239,7 +245,7 @@ func TestParseDefinition(t *testing.T) {
 // ours; all else in a ruleset is passed over and said.
 func TestParseErrors(t *testing.T) {
 	const v4 = "type ipv4_addr . inet_service; flags timeout"
-	head := header(time.Now())
+	head := header(time.Now(), nftset.Instance{})
 	for _, test := range []struct{ text, err string }{
 		{list("trusted_ipv4", "type ether_addr; flags timeout"), `line 3: the set has keys of type "ether_addr", not of an address`},
 		{list("trusted_ipv4", "type ipv4_addr . inet_service . ipv4_addr"), `line 3: the set has keys of type "ipv4_addr . inet_service . ipv4_addr", not`},
@@ -254,7 +260,6 @@ func TestParseErrors(t *testing.T) {
 		{list("trusted_ipv4", v4, "192.0.2.1"), `line 5: "}" after 192.0.2.1, in a set whose keys are of type ipv4_addr . inet_service`},
 		{list("trusted_ipv4", "type ipv4_addr", "192.0.2.1 . 993"), `line 4: "." after 192.0.2.1, in a set whose keys are of type ipv4_addr`},
 		{list("trusted_ipv4", v4, "192.0.2.1 . nosuchport"), `line 5: "nosuchport" is not a port`},
-		{list("trusted_ipv4", v4, "192.0.2.1 . 0"), `line 5: "0" is not a port`},
 		{list("trusted_ipv4", v4, "192.0.2.1 . 65536"), `line 5: "65536" is not a port`},
 		{list("trusted_ipv4", v4, "192.0.2.1 . 993 timeout 1x"), `line 5: "1x" is not a timeout`},
 		{list("trusted_ipv4", "type ipv4_addr", "192.0.2.1 timeout 1h"), "line 4: 192.0.2.1 has a timeout, and set trusted_ipv4 has no timeout flag"},
@@ -279,8 +284,8 @@ func TestParseErrors(t *testing.T) {
 		{headerStart + "2, saved 2026-01-01T00:00:00Z\n", `line 1: the snapshot has format "2"; this nftwl knows format 1`},
 		{headerStart + "1, saved yesterday\n", `line 1: the snapshot's time "yesterday" is not one`},
 		{head + list("trusted_ipv4", v4), "line 8: it was cut short"},
-		{head + list("trusted_ipv4", v4) + trailer(1), "line 9: the snapshot has 0 elements and says that it has 1"},
-		{head + list("trusted_ipv4", v4, "192.0.2.7 . 993") + list("another", v4) + trailer(0), "line 16: the snapshot has 1 elements and says that it has 0"},
+		{head + list("trusted_ipv4", v4) + trailer(1), "line 9: the snapshot has 0 elements, and its last line says 1"},
+		{head + list("trusted_ipv4", v4, "192.0.2.7 . 993") + list("another", v4) + trailer(0), "line 16: the snapshot has 1 elements, and its last line says 0"},
 	} {
 		_, err := Parse(test.text, ours)
 		if err == nil || !strings.HasPrefix(err.Error(), test.err) || strings.Contains(err.Error(), "\n") {

@@ -23,7 +23,7 @@ func TestReadTooLarge(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	if _, err := Read(t.TempDir()); err == nil {
-		t.Error("a folder was read")
+		t.Error("a directory was read")
 	}
 }
 
@@ -41,23 +41,23 @@ func TestCheckOwner(t *testing.T) {
 	nstest.NeedUsers(t)
 	const service, mallory = 1000, 1001
 	for _, test := range []struct {
-		what         string
-		mode         fs.FileMode // of the folder
-		folder, file int         // their owners
-		fileMode     fs.FileMode
-		link         int // its owner, where there is one
-		err          string
+		what      string
+		mode      fs.FileMode // of the dir
+		dir, file int         // their owners
+		fileMode  fs.FileMode
+		link      int // its owner, where there is one
+		err       string
 	}{
 		{"root's", 0o755, 0, 0, 0o600, 0, ""},
 		{"the service's", 0o700, service, service, 0o600, 0, ""},
-		{"root's in the service's folder", 0o700, service, 0, 0o600, 0, ""},
+		{"root's in the service's dir", 0o700, service, 0, 0o600, 0, ""},
 		{"for its group", 0o770, service, service, 0o660, 0, ""},
 		{"a link of root's", 0o755, 0, 0, 0o600, 0, ""},
-		{"in a folder for all", 0o777, 0, 0, 0o600, 0, "is in a folder that everyone can write to"},
+		{"in a dir for all", 0o777, 0, 0, 0o600, 0, "is in a directory that everyone can write to"},
 		{"root's in /tmp", fs.ModeSticky | 0o777, 0, 0, 0o600, 0, ""},
-		{"another's in /tmp", fs.ModeSticky | 0o777, 0, mallory, 0o600, 0, "belongs to user 1001, and neither to root nor to the owner of its folder"},
+		{"another's in /tmp", fs.ModeSticky | 0o777, 0, mallory, 0o600, 0, "belongs to user 1001, and neither to root nor to the owner of its directory"},
 		{"another's link in /tmp", fs.ModeSticky | 0o777, 0, 0, 0o600, mallory, "belongs to user 1001"},
-		{"another's in the service's folder", 0o700, service, mallory, 0o600, 0, "belongs to user 1001"},
+		{"another's in the service's dir", 0o700, service, mallory, 0o600, 0, "belongs to user 1001"},
 		{"for all to write", 0o755, 0, 0, 0o666, 0, "is a file that everyone can write to"},
 	} {
 		dir := t.TempDir()
@@ -70,7 +70,7 @@ func TestCheckOwner(t *testing.T) {
 			must(t, os.Symlink(path+".real", path))
 			must(t, os.Lchown(path, test.link, test.link))
 		}
-		must(t, os.Chown(dir, test.folder, test.folder))
+		must(t, os.Chown(dir, test.dir, test.dir))
 		must(t, os.Chmod(dir, test.mode))
 		err := CheckOwner(path)
 		if (err == nil) != (test.err == "") || err != nil && !strings.Contains(err.Error(), test.err) {

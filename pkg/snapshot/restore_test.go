@@ -160,11 +160,18 @@ func parse(t testing.TB, text string) *File {
 
 func mustRestore(t testing.TB, c *nftset.Conn, files ...*File) Result {
 	t.Helper()
-	r, err := Restore(c, files, time.Now())
+	r, err := Restore(c, files, time.Now)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return r
+}
+
+// four are the sets of the tests.
+var four = Sets{
+	Table:  filter,
+	Names:  []string{"trusted_ipv4", "trusted_ipv6", "banned_ipv4", "banned_ipv6"},
+	Refuse: func(netip.Addr) error { return nil },
 }
 
 // describe returns the sets of the kernel that are ours.
@@ -202,7 +209,7 @@ func elements(t testing.TB, c *nftset.Conn, set string) map[nftset.Key]nftset.El
 func snapshotOf(t testing.TB, c *nftset.Conn) string {
 	t.Helper()
 	var b strings.Builder
-	if err := Write(&b, c, describe(t, c)); err != nil {
+	if err := Write(&b, c, four); err != nil {
 		t.Fatal(err)
 	}
 	return b.String()
@@ -424,12 +431,12 @@ func TestRemainingLife(t *testing.T) {
 		{"the kernel has a permanent one", held(0, 0), files(of(set, ago, e(7*d, 7*d))), &nftset.Element{Comment: "kernel"}, Result{There: 1}},
 		{"the kernel has less", held(d, h), files(of(set, ago, e(7*d, 4*h))), &nftset.Element{Timeout: 7 * d, Expires: 3 * h, Comment: "file"}, Result{Restored: 1}},
 		{"the file has a permanent one", held(d, d), files(of(set, ago, e(0, 0))), &nftset.Element{Comment: "file"}, Result{Restored: 1}},
-		{"the longer first", nil, files(of(set, now, e(d, 9*h)), of(set, now, e(d, h))), &nftset.Element{Timeout: d, Expires: 9 * h, Comment: "file"}, Result{Restored: 1, There: 1}},
-		{"the longer last", nil, files(of(set, now, e(d, h)), of(set, now, e(d, 9*h))), &nftset.Element{Timeout: d, Expires: 9 * h, Comment: "file"}, Result{Restored: 2}},
-		{"the longer last, and held", held(d, 2*h), files(of(set, now, e(d, h)), of(set, now, e(d, 9*h))), &nftset.Element{Timeout: d, Expires: 9 * h, Comment: "file"}, Result{Restored: 1, There: 1}},
-		{"twice in a file, the longer first", nil, files(of(set, time.Time{}, e(d, 9*h), e(d, h))), &nftset.Element{Timeout: d, Expires: 9 * h, Comment: "file"}, Result{Restored: 1, There: 1}},
-		{"twice in a file, the longer last", nil, files(of(set, time.Time{}, e(d, h), e(d, 9*h))), &nftset.Element{Timeout: d, Expires: 9 * h, Comment: "file"}, Result{Restored: 2}},
-		{"twice in a file, and held", held(d, 2*h), files(of(set, time.Time{}, e(d, 9*h), e(d, 3*h))), &nftset.Element{Timeout: d, Expires: 9 * h, Comment: "file"}, Result{Restored: 1, There: 1}},
+		{"the longer first", nil, files(of(set, now, e(d, 9*h)), of(set, now, e(d, h))), &nftset.Element{Timeout: d, Expires: 9 * h, Comment: "file"}, Result{Restored: 1}},
+		{"the longer last", nil, files(of(set, now, e(d, h)), of(set, now, e(d, 9*h))), &nftset.Element{Timeout: d, Expires: 9 * h, Comment: "file"}, Result{Restored: 1}},
+		{"the longer last, and held", held(d, 2*h), files(of(set, now, e(d, h)), of(set, now, e(d, 9*h))), &nftset.Element{Timeout: d, Expires: 9 * h, Comment: "file"}, Result{Restored: 1}},
+		{"twice in a file, the longer first", nil, files(of(set, time.Time{}, e(d, 9*h), e(d, h))), &nftset.Element{Timeout: d, Expires: 9 * h, Comment: "file"}, Result{Restored: 1}},
+		{"twice in a file, the longer last", nil, files(of(set, time.Time{}, e(d, h), e(d, 9*h))), &nftset.Element{Timeout: d, Expires: 9 * h, Comment: "file"}, Result{Restored: 1}},
+		{"twice in a file, and held", held(d, 2*h), files(of(set, time.Time{}, e(d, 9*h), e(d, 3*h))), &nftset.Element{Timeout: d, Expires: 9 * h, Comment: "file"}, Result{Restored: 1}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			c := dial(t, empty)
@@ -440,7 +447,7 @@ func TestRemainingLife(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			r, err := Restore(c, test.files, now)
+			r, err := Restore(c, test.files, func() time.Time { return now })
 			if err != nil || r != test.result {
 				t.Errorf("%+v, %v, want %+v", r, err, test.result)
 			}
@@ -481,7 +488,7 @@ func TestRestoreBesideLogins(t *testing.T) {
 	go func() {
 		for j := range jobs {
 			atOnce(j.ready)
-			_, err := other.Extend(s, []nftset.Element{{Key: j.key, Timeout: login}}, 0)
+			_, err := other.Extend(s, []nftset.Element{{Key: j.key, Timeout: login}}, 0, nil)
 			done <- err
 		}
 	}()
@@ -498,7 +505,7 @@ func TestRestoreBesideLogins(t *testing.T) {
 		ready := new(atomic.Int32)
 		jobs <- job{key, ready}
 		atOnce(ready)
-		_, err := Restore(c, []*File{file}, time.Now())
+		_, err := Restore(c, []*File{file}, time.Now)
 		if e := <-done; err != nil || e != nil {
 			t.Fatal(err, e)
 		}
@@ -552,7 +559,7 @@ func TestRestoreFails(t *testing.T) {
 		t.Run(test.words, func(t *testing.T) {
 			c := dial(t, test.before)
 			before := ruleset(t)
-			_, err := Restore(c, []*File{other, good, test.file}, time.Now())
+			_, err := Restore(c, []*File{other, good, test.file}, time.Now)
 			if err == nil || !strings.Contains(err.Error(), test.words) || test.reason != nil && !errors.Is(err, test.reason) {
 				t.Errorf("%v, want %s", err, test.words)
 			}

@@ -78,9 +78,9 @@ func names(t testing.TB, dir string) []string {
 	return names
 }
 
-func save(t testing.TB, c *nftset.Conn, path string) {
+func mustSave(t testing.TB, c *nftset.Conn, path string) {
 	t.Helper()
-	if err := Save(path, c, describe(t, c)); err != nil {
+	if _, err := Save(path, c, four); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -90,18 +90,18 @@ func TestSaveKeepsOld(t *testing.T) {
 	c := dial(t, empty)
 	path := filepath.Join(t.TempDir(), "sets.nft")
 	fill(t, c, "trusted_ipv4", 3)
-	save(t, c, path)
+	mustSave(t, c, path)
 	if got := names(t, filepath.Dir(path)); !slices.Equal(got, []string{"sets.nft"}) {
 		t.Errorf("first save: %q", got)
 	}
 	fill(t, c, "banned_ipv6", 2)
-	save(t, c, path)
+	mustSave(t, c, path)
 	if count(t, path) != 5 || count(t, path+".old") != 3 {
 		t.Errorf("second save: %d and %d elements", count(t, path), count(t, path+".old"))
 	}
 	run(t, "nft", "flush set inet filter trusted_ipv4; flush set inet filter banned_ipv6")
 	for range 2 {
-		save(t, c, path)
+		mustSave(t, c, path)
 		if count(t, path) != 0 || count(t, path+".old") != 5 {
 			t.Errorf("empty save: %d and %d elements", count(t, path), count(t, path+".old"))
 		}
@@ -115,7 +115,8 @@ func TestSaveKeepsOld(t *testing.T) {
 	}
 }
 
-// What is not whole is kept, as more than one more save.
+// What is not whole is never lost: it is left where it is, or beside the new one
+// where the kernel has all that it had.
 func TestSaveOverDamaged(t *testing.T) {
 	whole := random(rand.New(rand.NewPCG(1, 0))).text()
 	for name, old := range map[string]string{
@@ -123,30 +124,54 @@ func TestSaveOverDamaged(t *testing.T) {
 		"cut in the header": headerStart + "1, sa",
 		"of the future":     strings.Replace(whole, "snapshot 1", "snapshot 2", 1),
 		"of no known time":  headerStart + "1, saved now\n" + trailer(0),
+		"of no known table": headerStart + "1, saved 2026-11-21T13:00:00Z, table 1\n" + trailer(0),
+		"not one of ours":   "mine\n",
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := dial(t, empty)
 			path := filepath.Join(t.TempDir(), "sets.nft")
-			if err := os.WriteFile(path, []byte(old), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			err := Save(path, c, describe(t, c))
-			if err == nil || !strings.HasPrefix(err.Error(), path+" is damaged (") || strings.Contains(err.Error(), "\n") {
-				t.Errorf("%v", err)
+			must(t, os.WriteFile(path, []byte(old), 0o600))
+			for range 2 {
+				_, err := Save(path, c, four)
+				var refused *NotRestoredError
+				if !errors.As(err, &refused) || refused.Path != path || strings.Contains(err.Error(), "\n") {
+					t.Errorf("%v", err)
+				}
+				fill(t, c, "trusted_ipv4", 1)
 			}
 			if got, _ := os.ReadFile(path); string(got) != old {
-				t.Error("replaced by an empty snapshot")
+				t.Errorf("replaced by %.60q…", got)
 			}
-			fill(t, c, "trusted_ipv4", 1)
-			save(t, c, path)
-			save(t, c, path)
-			if got, _ := os.ReadFile(path + ".bad"); string(got) != old || count(t, path) != 1 {
-				t.Errorf("kept %.60q…", got)
-			}
-			if got := names(t, filepath.Dir(path)); !slices.Equal(got, []string{"sets.nft", "sets.nft.bad", "sets.nft.old"}) {
+			if got := names(t, filepath.Dir(path)); !slices.Equal(got, []string{"sets.nft"}) {
 				t.Errorf("left behind: %q", got)
 			}
 		})
+	}
+	// Of this very table, as its header says.
+	c := dial(t, empty)
+	path := filepath.Join(t.TempDir(), "sets.nft")
+	fill(t, c, "trusted_ipv4", 2)
+	mustSave(t, c, path)
+	text, err := os.ReadFile(path)
+	must(t, err)
+	short := string(text[:len(text)-20])
+	must(t, os.WriteFile(path, []byte(short), 0o600))
+	run(t, "nft", "flush set inet filter trusted_ipv4")
+	_, err = Save(path, c, four)
+	if err == nil || !strings.HasPrefix(err.Error(), path+" is damaged (") {
+		t.Errorf("%v", err)
+	}
+	if got, _ := os.ReadFile(path); string(got) != short {
+		t.Error("replaced by an empty snapshot")
+	}
+	fill(t, c, "trusted_ipv4", 1)
+	mustSave(t, c, path)
+	mustSave(t, c, path)
+	if got, _ := os.ReadFile(path + ".bad"); string(got) != short || count(t, path) != 1 {
+		t.Errorf("kept %.60q…", got)
+	}
+	if got := names(t, filepath.Dir(path)); !slices.Equal(got, []string{"sets.nft", "sets.nft.bad", "sets.nft.old"}) {
+		t.Errorf("left behind: %q", got)
 	}
 }
 
@@ -164,7 +189,7 @@ func TestSaveFails(t *testing.T) {
 			must(t, unix.Mount(dir, dir, "", unix.MS_BIND, ""))
 			t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
 			must(t, unix.Mount("", dir, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""))
-		}, "sets.nft.tmp: read-only file system"},
+		}, "sets.nft.lock: read-only file system"},
 		{"full", func(t *testing.T, path string) {
 			dir := filepath.Dir(path)
 			old, err := os.ReadFile(path)
@@ -178,11 +203,10 @@ func TestSaveFails(t *testing.T) {
 			c := dial(t, empty)
 			path := filepath.Join(t.TempDir(), "sets.nft")
 			fill(t, c, "banned_ipv6", 3)
-			save(t, c, path)
+			mustSave(t, c, path)
 			fill(t, c, "trusted_ipv4", 5000) // more than 128 KiB
-			sets := describe(t, c)
 			test.prepare(t, path)
-			err := Save(path, c, sets)
+			_, err := Save(path, c, four)
 			if err == nil || !strings.Contains(err.Error(), test.words) || strings.Contains(err.Error(), "\n") {
 				t.Errorf("%v, want %s", err, test.words)
 			}
@@ -207,30 +231,31 @@ func TestSaveOnto(t *testing.T) {
 	fill(t, c, "trusted_ipv4", 1)
 	dir := t.TempDir()
 	target, link := filepath.Join(dir, "target"), filepath.Join(dir, "link")
-	must(t, os.WriteFile(target, []byte("mine"), 0o644))
+	mine := list("trusted_ipv4", "type ipv4_addr . inet_service; flags timeout", "192.0.2.1 . 993")
+	must(t, os.WriteFile(target, []byte(mine), 0o644))
 	for _, to := range []string{"target", "nowhere"} {
 		_ = os.Remove(link)
 		must(t, os.Symlink(to, link))
-		save(t, c, link)
+		mustSave(t, c, link)
 		info, err := os.Lstat(link)
-		if err != nil || info.Mode() != 0o600 || count(t, link) != 1 {
+		if err != nil || info.Mode() != 0o600 || count(t, link) != 2 {
 			t.Errorf("%v, %v", info, err)
 		}
 	}
-	if got, _ := os.ReadFile(target); string(got) != "mine" {
+	if got, _ := os.ReadFile(target); string(got) != mine {
 		t.Errorf("wrote %q to the target", got)
 	}
 
 	// Nor what a save that was killed, or someone else, left at its own names.
 	path := filepath.Join(dir, "sets.nft")
 	for range 2 {
-		for _, suffix := range []string{".tmp", ".old.tmp"} {
+		for _, suffix := range []string{".tmp", ".lock"} {
 			_ = os.Remove(path + suffix)
 			must(t, os.Symlink("target", path+suffix))
 		}
-		save(t, c, path)
+		mustSave(t, c, path)
 	}
-	if got, _ := os.ReadFile(target); string(got) != "mine" || count(t, path) != 1 || count(t, path+".old") != 1 {
+	if got, _ := os.ReadFile(target); string(got) != mine || count(t, path) != 2 || count(t, path+".old") != 2 {
 		t.Errorf("wrote %q to the target", got)
 	}
 
@@ -239,7 +264,7 @@ func TestSaveOnto(t *testing.T) {
 	must(t, os.Symlink("/dev/null", filepath.Join(dir, "null")))
 	before := names(t, dir)
 	for _, path := range []string{dir, pipe, filepath.Join(dir, "null")} {
-		err := Save(path, c, describe(t, c))
+		_, err := Save(path, c, four)
 		if err == nil || err.Error() != path+" is not a regular file" {
 			t.Errorf("%v", err)
 		}
@@ -247,7 +272,7 @@ func TestSaveOnto(t *testing.T) {
 	if after := names(t, dir); !slices.Equal(after, before) {
 		t.Errorf("%q, before %q", after, before)
 	}
-	if err := Save(filepath.Join(dir, "missing", "sets.nft"), c, describe(t, c)); !errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), "/missing: no such file") {
+	if _, err := Save(filepath.Join(dir, "missing", "sets.nft"), c, four); !errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), "/missing: no such file") {
 		t.Errorf("%v", err)
 	}
 }
@@ -260,7 +285,7 @@ func TestSaveForOwner(t *testing.T) {
 		nstest.Skip(t, "%v: run the tests as root", err)
 	}
 	path := filepath.Join(dir, "sets.nft")
-	save(t, c, path)
+	mustSave(t, c, path)
 	info, err := os.Stat(path)
 	must(t, err)
 	if owner := info.Sys().(*syscall.Stat_t); owner.Uid != 1234 || owner.Gid != 1235 || info.Mode() != 0o600 {
@@ -273,7 +298,7 @@ func TestSaveOverUnreadable(t *testing.T) {
 	c := dial(t, empty)
 	dir := t.TempDir()
 	path := filepath.Join(dir, "sets.nft")
-	save(t, c, path)
+	mustSave(t, c, path)
 	must(t, os.Chmod(dir, 0o777))
 	must(t, os.Chmod(filepath.Dir(dir), 0o755))
 	// Of this thread alone, and so of no other test.
@@ -285,7 +310,7 @@ func TestSaveOverUnreadable(t *testing.T) {
 		f.Close()
 		nstest.Skip(t, "another user can read %s: run the tests as root", path)
 	}
-	err := Save(path, c, describe(t, c))
+	_, err := Save(path, c, four)
 	if !errors.Is(err, os.ErrPermission) || !strings.HasPrefix(err.Error(), "open "+path+": ") {
 		t.Errorf("%v", err)
 	}
@@ -312,7 +337,7 @@ func login(t *testing.T, f func()) (logins int) {
 				}
 				key := nftset.Key{Addr: netip.AddrFrom4([4]byte{203, 0, 113, byte(logins)}), Port: 993}
 				e := nftset.Element{Key: key, Timeout: time.Duration(logins+1) * time.Second, Comment: "passing"}
-				if _, err := c.Extend(s, []nftset.Element{e}, 0); err != nil {
+				if _, err := c.Extend(s, []nftset.Element{e}, 0, nil); err != nil {
 					return err
 				}
 				if logins%3 == 0 {
@@ -339,7 +364,7 @@ func TestSaveDuringLogins(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "sets.nft")
 	logins := login(t, func() {
 		for range 20 {
-			save(t, c, path)
+			mustSave(t, c, path)
 			data, err := os.ReadFile(path)
 			if err != nil {
 				t.Error(err)
@@ -351,50 +376,6 @@ func TestSaveDuringLogins(t *testing.T) {
 	})
 	if logins < 20 {
 		t.Errorf("only %d logins", logins)
-	}
-}
-
-// restless is a sink that changes a set whenever it is written to.
-type restless struct {
-	memory
-	change      func()
-	truncations int
-}
-
-func (r *restless) Write(b []byte) (int, error) {
-	r.change()
-	return r.memory.Write(b)
-}
-
-func (r *restless) truncate(size int64) error {
-	r.truncations++
-	return r.memory.truncate(size)
-}
-
-// Even a set that changes during every dump is saved, whole, in the end.
-func TestSaveInterrupted(t *testing.T) {
-	const n = 5000
-	c := dial(t, empty)
-	fill(t, c, "trusted_ipv4", n)
-	other, err := nftset.Dial()
-	must(t, err)
-	defer other.Close()
-	sets := describe(t, c)
-	changes := 0
-	sink := &restless{change: func() {
-		changes++
-		b := other.Batch()
-		b.Add(sets[0], nftset.Element{Key: nftset.Key{Addr: ipv4(changes), Port: 993}, Timeout: time.Hour})
-		must(t, b.Commit())
-	}}
-	count, err := write(sink, c, sets)
-	must(t, err)
-	f := parse(t, sink.String())
-	if got := stable(f); got != n || sink.truncations != attempts {
-		t.Errorf("%d of %d stable elements after %d interruptions", got, n, sink.truncations)
-	}
-	if got := len(f.Sets[0].Elements); got != count || got <= n {
-		t.Errorf("%d elements, and %d written", got, count)
 	}
 }
 
@@ -501,18 +482,18 @@ func TestCommandErrors(t *testing.T) {
 	bad := file("bad.nft", list("trusted_ipv4", "type ipv4_addr . inet_service; flags timeout", "192.0.2.1 . 993", "192.0.2.300 . 993"))
 	foreign := file("foreign.nft", "table ip nat {\n\tset x {\n\t\ttype ipv4_addr\n\t}\n}\n")
 	nothing := file("nothing.nft", "")
-	short := file("short.nft", header(time.Now())+list("trusted_ipv4", "type ipv4_addr"))
+	short := file("short.nft", header(time.Now(), nftset.Instance{})+list("trusted_ipv4", "type ipv4_addr"))
 	for _, test := range []struct {
 		args  []string
 		code  int
 		words []string
 	}{
 		{[]string{"save", dir}, 1, []string{dir + " is not a regular file"}},
-		{[]string{"save", dir + "/missing/sets.nft"}, 1, []string{"open " + dir + "/missing: no such file or directory"}},
+		{[]string{"save", dir + "/missing/sets.nft"}, 1, []string{"stat " + dir + "/missing: no such file or directory"}},
 		{[]string{"save", bad + "/sets.nft"}, 1, []string{bad, "not a directory"}},
-		{[]string{"save", "/proc/sets.nft"}, 1, []string{"/proc/sets.nft.tmp: "}},
+		{[]string{"save", "/proc/sets.nft"}, 1, []string{"/proc/sets.nft.lock: "}},
 		{[]string{"save", "a", "b"}, 2, []string{"accepts at most 1 arg(s), received 2"}},
-		{[]string{"restore", dir}, 1, []string{dir + ": is a directory"}},
+		{[]string{"restore", dir}, 1, []string{dir + " is a directory, not a file"}},
 		{[]string{"restore", dir + "/missing"}, 1, []string{dir + "/missing: no such file or directory"}},
 		{[]string{"restore", bad}, 1, []string{bad + `: line 6: "192.0.2.300" is not an address`}},
 		{[]string{"restore", foreign}, 1, []string{"nftwl: " + foreign + ": line 2: set x: passed over", foreign + ": none of the sets in it is one of table inet filter that the configuration names"}},

@@ -1,19 +1,42 @@
 // Package snapshot keeps nftables sets in a file over restarts.
 //
 // The file is text that nft -f loads as it is: a line with the version of the
-// format and the time, the definition of each set with its elements, and a
-// line that ends it, by which a file that was cut short is known. Restore
-// reads besides what nft list set and nft list ruleset print.
+// format, the time and the table that it is of, the definition of each set with
+// its elements, ordered by address, and a line that ends it, by which a file
+// that was cut short is known. Restore reads besides what nft list set and nft
+// list ruleset print.
 package snapshot
 
 import (
 	"fmt"
+	"net/netip"
 	"strconv"
 	"strings"
 	"time"
 
 	"nftwl/pkg/nftset"
 )
+
+// Sets are what snapshots are of.
+type Sets struct {
+	Table nftset.Table
+	Names []string // of the sets
+	// Refuse says why an address must not be restored, or returns nil.
+	Refuse func(netip.Addr) error
+}
+
+// describe returns the sets as the kernel has them. All must exist.
+func (s Sets) describe(conn *nftset.Conn) ([]*nftset.Set, error) {
+	var sets []*nftset.Set
+	for _, name := range s.Names {
+		set, err := conn.Set(s.Table, name)
+		if err != nil {
+			return nil, err
+		}
+		sets = append(sets, set)
+	}
+	return sets, nil
+}
 
 const (
 	headerStart  = "# nftwl snapshot "
@@ -24,32 +47,47 @@ const (
 	// elements otherwise do: nft before 1.1.1 has no word for it, and would
 	// give an element without a timeout the set's default one.
 	permanent = nftset.MaxTimeout
+	// longest is what a timeout that is longer is written as, so that it does
+	// not become one that stands for a permanent element.
+	longest = permanent - time.Millisecond
 )
 
-func header(saved time.Time) string {
-	return headerStart + version + ", saved " + saved.UTC().Format(time.RFC3339Nano) + "\n"
+func header(saved time.Time, table nftset.Instance) string {
+	of := ""
+	if table != (nftset.Instance{}) {
+		of = fmt.Sprintf(", table %d, namespace %d, boot %s", table.Handle, table.Namespace, table.Boot)
+	}
+	return headerStart + version + ", saved " + saved.UTC().Format(time.RFC3339Nano) + of + "\n"
 }
 
 func trailer(elements int) string {
 	return trailerStart + strconv.Itoa(elements) + " elements\n"
 }
 
-// parseHeader returns when a snapshot was saved. The time is zero where the
-// line is not a header of ours.
-func parseHeader(line string) (saved time.Time, err error) {
+// parseHeader returns when a snapshot was saved, and of which table. The time
+// is zero where the line is not a header of ours, and the table where the header
+// does not name one.
+func parseHeader(line string) (saved time.Time, table nftset.Instance, err error) {
 	rest, ok := strings.CutPrefix(line, headerStart)
 	if !ok {
-		return time.Time{}, nil
+		return time.Time{}, table, nil
 	}
-	v, at, _ := strings.Cut(rest, ", saved ")
+	v, rest, _ := strings.Cut(rest, ", saved ")
 	if v != version {
-		return time.Time{}, fmt.Errorf("the snapshot has format %.20q; this nftwl knows format %s", v, version)
+		return time.Time{}, table, fmt.Errorf("the snapshot has format %.20q; this nftwl knows format %s", v, version)
 	}
+	at, of, named := strings.Cut(rest, ", ")
 	saved, err = time.Parse(time.RFC3339Nano, at)
 	if err != nil || saved.IsZero() {
-		return time.Time{}, fmt.Errorf("the snapshot's time %.40q is not one", at)
+		return time.Time{}, table, fmt.Errorf("the snapshot's time %.40q is not one", at)
 	}
-	return saved, nil
+	if named {
+		n, err := fmt.Sscanf(of, "table %d, namespace %d, boot %36s", &table.Handle, &table.Namespace, &table.Boot)
+		if err != nil || n != 3 || header(saved, table) != line+"\n" {
+			return time.Time{}, nftset.Instance{}, fmt.Errorf("the snapshot's table %.80q is not one", of)
+		}
+	}
+	return saved, table, nil
 }
 
 // parseTrailer returns how many elements a whole snapshot has.
@@ -91,7 +129,7 @@ func appendSet(b []byte, s *nftset.Set) []byte {
 		b = append(b, "\t\tcounter\n"...)
 	}
 	if s.Timeout > 0 {
-		b = fmt.Appendf(b, "\t\ttimeout %s\n", nftset.FormatTimeout(s.Timeout))
+		b = fmt.Appendf(b, "\t\ttimeout %s\n", nftset.FormatTimeout(min(s.Timeout, longest)))
 	}
 	if s.GCInterval > 0 {
 		b = fmt.Appendf(b, "\t\tgc-interval %s\n", nftset.FormatTimeout(s.GCInterval))
@@ -109,19 +147,24 @@ func appendElement(b []byte, s *nftset.Set, e nftset.Element, first bool) []byte
 	} else {
 		b = append(b, ",\n\t\t\t"...)
 	}
-	b = e.Addr.AppendTo(b)
-	if s.Key.Port {
+	switch {
+	case e.CatchAll():
+		b = append(b, '*')
+	case s.Key.Port:
+		b = e.Addr.AppendTo(b)
 		b = append(b, " . "...)
 		b = strconv.AppendUint(b, uint64(e.Port), 10)
+	default:
+		b = e.Addr.AppendTo(b)
 	}
 	switch {
 	case !e.Permanent():
+		timeout := min(e.Timeout, longest)
 		b = append(b, " timeout "...)
-		b = nftset.AppendTimeout(b, e.Timeout)
-		// The kernel can read the two while another process renews the element,
-		// and nft refuses a file in which the life left is the longer.
+		b = nftset.AppendTimeout(b, timeout)
 		b = append(b, " expires "...)
-		b = nftset.AppendTimeout(b, min(max(e.Expires, time.Millisecond), e.Timeout))
+		// nft refuses a file in which the time left is more than the timeout.
+		b = nftset.AppendTimeout(b, min(max(e.Expires, time.Millisecond), timeout))
 	case s.Timeout > 0:
 		b = append(b, " timeout "...)
 		b = nftset.AppendTimeout(b, permanent)

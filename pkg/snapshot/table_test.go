@@ -1,0 +1,546 @@
+package snapshot
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/nftset"
+	"nftwl/pkg/nstest"
+)
+
+// put adds elements, each of them with an hour left.
+func put(t testing.TB, c *nftset.Conn, set string, addrs ...netip.Addr) {
+	t.Helper()
+	s := describe(t, c, set)[0]
+	b := c.Batch()
+	for _, a := range addrs {
+		b.Add(s, nftset.Element{Key: nftset.Key{Addr: a, Port: 993}, Timeout: time.Hour})
+	}
+	must(t, b.Commit())
+}
+
+// holds checks that a set has just these addresses.
+func holds(t testing.TB, c *nftset.Conn, what, set string, addrs ...netip.Addr) {
+	t.Helper()
+	var got []netip.Addr
+	for key := range elements(t, c, set) {
+		got = append(got, key.Addr)
+	}
+	slices.SortFunc(got, netip.Addr.Compare)
+	if !slices.Equal(got, addrs) {
+		t.Errorf("%s: %s has %v, and should have %v", what, set, got, addrs)
+	}
+}
+
+const reload = "flush ruleset;" + empty
+
+// A ruleset that was flushed and loaded anew has lost the elements. The next
+// save brings them back, rather than save that they are gone.
+func TestSaveIntoAnotherTable(t *testing.T) {
+	c := dial(t, empty)
+	path := filepath.Join(t.TempDir(), "sets.nft")
+	var all []netip.Addr
+	for round := range 4 {
+		all = append(all, ipv4(round))
+		put(t, c, "trusted_ipv4", ipv4(round))
+		mustSave(t, c, path)
+		nstest.Nft(t, reload)
+		if round%2 == 0 {
+			// Someone logs in before the next save.
+			all = append(all, ipv4(100+round))
+			put(t, c, "trusted_ipv4", ipv4(100+round))
+		}
+		slices.SortFunc(all, netip.Addr.Compare)
+		for range 3 {
+			mustSave(t, c, path)
+			holds(t, c, fmt.Sprint("round ", round), "trusted_ipv4", all...)
+			if n := count(t, path); n != len(all) {
+				t.Errorf("round %d: %d elements in the file, and there are %d", round, n, len(all))
+			}
+		}
+	}
+	if r, err := Save(path, c, four); err != nil || r.First != nil || r.NotKept != nil {
+		t.Errorf("a save of the same table: %+v, %v", r, err)
+	}
+}
+
+// What was removed stays so, in each table that the snapshot is then of.
+func TestRemovedStaysRemoved(t *testing.T) {
+	c := dial(t, empty)
+	path := filepath.Join(t.TempDir(), "sets.nft")
+	put(t, c, "banned_ipv4", ipv4(1), ipv4(2), ipv4(3))
+	mustSave(t, c, path)
+	for round, bring := range []func(){
+		func() { mustSave(t, c, path) },
+		func() {
+			r, err := RestoreSnapshot(path, c, four, false)
+			if err != nil || r.NotNoted != nil || r.Refused != nil || r.Restored != 2 {
+				t.Errorf("%+v, %v", r, err)
+			}
+		},
+	} {
+		nstest.Nft(t, reload)
+		bring()
+		run(t, "nft", "delete", "element", "inet", "filter", "banned_ipv4", fmt.Sprintf("{ %s . 993 }", ipv4(round+1)))
+		mustSave(t, c, path)
+		want := []netip.Addr{ipv4(1), ipv4(2), ipv4(3)}[round+1:]
+		holds(t, c, fmt.Sprint("round ", round), "banned_ipv4", want...)
+		if n := count(t, path); n != len(want) {
+			t.Errorf("round %d: %d elements in the file", round, n)
+		}
+	}
+}
+
+// A restore that fails is no reason to forget what could not be restored, however
+// often the timer saves.
+func TestSaveAfterFailedRestore(t *testing.T) {
+	const typed = "flush ruleset; table inet filter {" +
+		"set trusted_ipv4 { type ipv4_addr; flags timeout; }; set trusted_ipv6 { type ipv6_addr . inet_service; flags timeout; };" +
+		"set banned_ipv4 { type ipv4_addr . inet_service; flags timeout; }; set banned_ipv6 { type ipv6_addr . inet_service; flags timeout; }; }"
+	const small = "flush ruleset; table inet filter {" +
+		"set trusted_ipv4 { type ipv4_addr . inet_service; size 1; flags timeout; }; set trusted_ipv6 { type ipv6_addr . inet_service; flags timeout; };" +
+		"set banned_ipv4 { type ipv4_addr . inet_service; flags timeout; }; set banned_ipv6 { type ipv6_addr . inet_service; flags timeout; }; }"
+	for name, ruleset := range map[string]string{"another key type": typed, "too small": small} {
+		t.Run(name, func(t *testing.T) {
+			c := dial(t, empty)
+			dir := t.TempDir()
+			path := filepath.Join(dir, "sets.nft")
+			put(t, c, "trusted_ipv4", ipv4(1), ipv4(2))
+			mustSave(t, c, path)
+			put(t, c, "banned_ipv4", ipv4(3))
+			mustSave(t, c, path)
+			files := func() map[string]string {
+				all := make(map[string]string)
+				for _, name := range names(t, dir) {
+					text, err := os.ReadFile(filepath.Join(dir, name))
+					must(t, err)
+					all[name] = string(text)
+				}
+				return all
+			}
+			before := files()
+			nstest.Nft(t, ruleset)
+			if _, err := RestoreSnapshot(path, c, four, false); err == nil {
+				t.Error("restored")
+			}
+			for i := range 4 {
+				put(t, c, "banned_ipv4", ipv4(10+i))
+				var refused *NotRestoredError
+				if _, err := Save(path, c, four); !errors.As(err, &refused) {
+					t.Errorf("%v", err)
+				}
+			}
+			if after := files(); !maps.Equal(before, after) {
+				t.Errorf("the files were %q and are %q", before, after)
+			}
+			nstest.Nft(t, reload)
+			mustSave(t, c, path)
+			holds(t, c, "in the end", "trusted_ipv4", ipv4(1), ipv4(2))
+			holds(t, c, "in the end", "banned_ipv4", ipv4(3))
+		})
+	}
+}
+
+// The table can be missing when the snapshot is restored, which makes it.
+func TestRestoreSnapshotMakesTable(t *testing.T) {
+	c := dial(t, empty)
+	path := filepath.Join(t.TempDir(), "sets.nft")
+	put(t, c, "banned_ipv4", ipv4(1), ipv4(2))
+	mustSave(t, c, path)
+	nstest.Nft(t, "flush ruleset")
+	r, err := RestoreSnapshot(path, c, four, false)
+	if err != nil || r.NotNoted != nil || r.Restored != 2 {
+		t.Errorf("%+v, %v", r, err)
+	}
+	if r, err := Save(path, c, four); err != nil || r.First != nil {
+		t.Errorf("%+v, %v", r, err)
+	}
+	holds(t, c, "made", "banned_ipv4", ipv4(1), ipv4(2))
+}
+
+// What anyone may have written is restored by whoever asks for it, and is the
+// administrator's from then on.
+func TestRestoreSnapshotOfAnyone(t *testing.T) {
+	c := dial(t, empty)
+	path := filepath.Join(t.TempDir(), "sets.nft")
+	put(t, c, "banned_ipv4", ipv4(1))
+	mustSave(t, c, path)
+	must(t, os.Chmod(path, 0o666))
+	nstest.Nft(t, reload)
+	var refused *NotRestoredError
+	if _, err := Save(path, c, four); !errors.As(err, &refused) {
+		t.Errorf("saved: %v", err)
+	}
+	if _, err := RestoreSnapshot(path, c, four, false); err == nil {
+		t.Error("restored")
+	}
+	holds(t, c, "refused", "banned_ipv4")
+	if r, err := RestoreSnapshot(path, c, four, true); err != nil || r.NotNoted != nil {
+		t.Errorf("%+v, %v", r, err)
+	}
+	holds(t, c, "asked for", "banned_ipv4", ipv4(1))
+	if err := CheckOwner(path); err != nil {
+		t.Error(err)
+	}
+	mustSave(t, c, path)
+}
+
+// Where nothing can be written, a snapshot is restored all the same.
+func TestRestoreSnapshotReadOnly(t *testing.T) {
+	c := dial(t, empty)
+	dir := t.TempDir()
+	path := filepath.Join(dir, "sets.nft")
+	put(t, c, "banned_ipv4", ipv4(1))
+	mustSave(t, c, path)
+	nstest.Nft(t, reload)
+	must(t, unix.Mount(dir, dir, "", unix.MS_BIND, ""))
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	must(t, unix.Mount("", dir, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""))
+	r, err := RestoreSnapshot(path, c, four, false)
+	if err != nil || !errors.Is(r.NotNoted, unix.EROFS) || r.Restored != 1 {
+		t.Errorf("%+v, %v", r, err)
+	}
+	holds(t, c, "read-only", "banned_ipv4", ipv4(1))
+}
+
+// While the ruleset is loaded anew over and over, as nobody would do it, saves
+// and restores lose nothing that was saved once.
+func TestSaveDuringReloads(t *testing.T) {
+	const n = 3000
+	c := dial(t, empty)
+	fill(t, c, "trusted_ipv4", n)
+	path := filepath.Join(t.TempDir(), "sets.nft")
+	mustSave(t, c, path)
+	var reloads, saves atomic.Int32
+	done, stopped := make(chan struct{}), make(chan error)
+	// The table alone, with the sets: nft would take most of the time.
+	other, err := nftset.Dial()
+	must(t, err)
+	defer other.Close()
+	nft := nstest.Need(t, "nft", "nftables")
+	netns := fmt.Sprintf("/proc/%d/task/%d/ns/net", os.Getpid(), unix.Gettid())
+	go func() {
+		stopped <- func() error {
+			for {
+				select {
+				case <-done:
+					return nil
+				case <-time.After(time.Duration(rand.IntN(20)) * time.Millisecond):
+				}
+				cmd := exec.Command("nsenter", "--net="+netns, nft, "-f", "-")
+				cmd.Stdin = strings.NewReader(reload)
+				if out, err := cmd.CombinedOutput(); err != nil {
+					return fmt.Errorf("%w: %s", err, out)
+				}
+				reloads.Add(1)
+			}
+		}()
+	}()
+	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); {
+		_, err := Save(path, c, four)
+		switch {
+		case err == nil:
+			saves.Add(1)
+		case errors.Is(err, errReplaced), errors.Is(err, nftset.ErrNoTable), errors.Is(err, nftset.ErrNoSet), errors.Is(err, nftset.ErrBusy):
+		default:
+			t.Error(err)
+		}
+		if got := stable(parse(t, string(readFile(t, path)))); got != n {
+			t.Fatalf("after %d reloads and %d saves the file has %d of %d elements", reloads.Load(), saves.Load(), got, n)
+		}
+	}
+	close(done)
+	must(t, <-stopped)
+	if reloads.Load() < 20 || saves.Load() < 5 {
+		t.Errorf("only %d reloads and %d saves", reloads.Load(), saves.Load())
+	}
+	mustSave(t, c, path)
+	if got := stable(parse(t, snapshotOf(t, c))); got != n {
+		t.Errorf("%d of %d elements in the end", got, n)
+	}
+}
+
+func readFile(t testing.TB, path string) []byte {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	must(t, err)
+	return text
+}
+
+// Everything that save writes, restore reads: whatever anybody put into the
+// sets. And nft loads it.
+func TestOddElementsRestored(t *testing.T) {
+	const odd = `
+add element inet filter trusted_ipv4 { 192.0.2.7 . 0 timeout 1h comment "no port" }
+add element inet filter trusted_ipv4 { * timeout 1h comment "all" }
+add element inet filter trusted_ipv4 { 192.0.2.7 . 993 timeout 40000d }
+add element inet filter trusted_ipv4 { 192.0.2.8 . 993 timeout 36500d }
+add element inet filter trusted_ipv6 { * }
+add element inet filter trusted_ipv6 { 2001:db8::7 . 0 timeout 200000d expires 100000d }
+add element inet filter banned_ipv4 { * timeout 50000d comment "everyone" }
+add set inet filter banned_ipv6 { type ipv6_addr; flags timeout; timeout 40000d; }
+add element inet filter banned_ipv6 { 2001:db8::1, 2001:db8::2 timeout 1h, * timeout 2h }
+`
+	nfts(t, func(t *testing.T, nft []string) {
+		c := dial(t, strings.ReplaceAll(empty, "set banned_ipv6 { type ipv6_addr . inet_service; flags dynamic,timeout; timeout 1d; }", "")+odd)
+		var before []map[nftset.Key]nftset.Element
+		for _, set := range four.Names {
+			before = append(before, elements(t, c, set))
+		}
+		text := snapshotOf(t, c)
+		for how, restore := range map[string]func(){
+			"restored": func() { mustRestore(t, c, parse(t, text)) },
+			"loaded by nft": func() {
+				cmd := exec.Command(nft[0], append(nft[1:], "-f", "-")...)
+				cmd.Stdin = strings.NewReader(text)
+				if out, err := cmd.CombinedOutput(); err != nil {
+					t.Errorf("%v: %s", err, out)
+				}
+			},
+		} {
+			nstest.Nft(t, "flush ruleset")
+			restore()
+			for i, set := range four.Names {
+				now := elements(t, c, set)
+				if len(now) != len(before[i]) {
+					t.Errorf("%s: %s has %v, and had %v", how, set, now, before[i])
+				}
+				for key, was := range before[i] {
+					is := now[key]
+					// nft has no word for a permanent element in a set whose
+					// elements expire; ours stand for that long.
+					if how != "restored" && was.Permanent() {
+						was.Timeout, was.Expires = permanent, permanent
+					}
+					// A century is long enough.
+					want := min(was.Expires, longest)
+					if is.Comment != was.Comment || is.Permanent() != was.Permanent() || (want-is.Expires).Abs() > 10*time.Second && is.Expires < longest-time.Minute {
+						t.Errorf("%s: %s has %s, and had %s", how, set, show(is), show(was))
+					}
+				}
+			}
+		}
+	})
+}
+
+// The order is that of the addresses, whatever the kernel's is, so that two
+// files can be compared.
+func TestSaveSorted(t *testing.T) {
+	c := dial(t, empty)
+	fill(t, c, "trusted_ipv4", 1000)
+	fill(t, c, "banned_ipv6", 1000)
+	addresses := func() (lines []string) {
+		for line := range strings.Lines(snapshotOf(t, c)) {
+			if key, _, ok := strings.Cut(line, " timeout "); ok {
+				lines = append(lines, key)
+			}
+		}
+		return lines
+	}
+	before := addresses()
+	f := parse(t, snapshotOf(t, c))
+	for _, s := range f.Sets {
+		if !slices.IsSortedFunc(s.Elements, func(a, b nftset.Element) int { return a.Key.Compare(b.Key) }) {
+			t.Errorf("set %s is not sorted", s.Name)
+		}
+	}
+	nstest.Nft(t, reload)
+	mustRestore(t, c, f)
+	if after := addresses(); len(before) < 2000 || !slices.Equal(before, after) {
+		t.Error("the order has changed")
+	}
+}
+
+// A file with a key twice, as an editor leaves it: the later end counts.
+func TestRestoreTwiceInSnapshot(t *testing.T) {
+	for _, lines := range [][]string{
+		{"192.0.2.1 . 993 timeout 9h", "192.0.2.1 . 993 timeout 1h"},
+		{"192.0.2.1 . 993 timeout 1h", "192.0.2.1 . 993 timeout 9h", "192.0.2.1 . 993 timeout 2h"},
+		{"192.0.2.1 . 993 timeout 1h", "192.0.2.0 . 993 timeout 1h", "192.0.2.1 . 993 timeout 9h"},
+	} {
+		c := dial(t, empty)
+		text := header(time.Now(), nftset.Instance{}) + list("trusted_ipv4", "type ipv4_addr . inet_service; flags timeout", lines...) + trailer(len(lines))
+		mustRestore(t, c, parse(t, text))
+		e := elements(t, c, "trusted_ipv4")[nftset.Key{Addr: netip.MustParseAddr("192.0.2.1"), Port: 993}]
+		if e.Timeout != 9*time.Hour {
+			t.Errorf("%q: %s", lines, show(e))
+		}
+	}
+}
+
+// What no list takes is not restored, and the rest is.
+func TestRestoreRefuses(t *testing.T) {
+	c := dial(t, empty)
+	path := filepath.Join(t.TempDir(), "sets.nft")
+	put(t, c, "trusted_ipv4", ipv4(1), netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("224.0.0.1"))
+	mustSave(t, c, path)
+	sets := four
+	sets.Refuse = func(a netip.Addr) error {
+		if a.IsLoopback() || a.IsMulticast() {
+			return fmt.Errorf("%s is refused", a)
+		}
+		return nil
+	}
+	for _, refused := range []int{2, 0} {
+		nstest.Nft(t, reload)
+		r, err := Save(path, c, sets)
+		if err != nil || r.First == nil || len(r.First.Refused) != refused || r.First.Restored != 1 {
+			t.Errorf("%+v, %v", r, err)
+		}
+		holds(t, c, "restored", "trusted_ipv4", ipv4(1))
+	}
+	nstest.Nft(t, reload)
+	if _, err := RestoreSnapshot(path, c, sets, false); err != nil {
+		t.Error(err)
+	}
+	holds(t, c, "restored", "trusted_ipv4", ipv4(1))
+}
+
+// Logins from the very addresses that are restored, by two who never rest: no
+// restore shortens what a login has given, and each comes to its end.
+func TestRestoreBesideManyLogins(t *testing.T) {
+	const n, login, left = 300, 24 * time.Hour, 2 * time.Hour
+	c := dial(t, empty)
+	s := describe(t, c, "trusted_ipv4")[0]
+	addr := func(i int) netip.Addr { return netip.AddrFrom4([4]byte{198, 18, byte(i >> 8), byte(i)}) }
+	var elems []nftset.Element
+	for i := range n {
+		elems = append(elems, nftset.Element{Key: nftset.Key{Addr: addr(i), Port: 993}, Timeout: login, Expires: left})
+	}
+	done, stopped := make(chan struct{}), make(chan error, 2)
+	var since [n]atomic.Int64 // when a login ended; 0 for never
+	for worker := range 2 {
+		other, err := nftset.Dial()
+		must(t, err)
+		go func() {
+			defer other.Close()
+			for i := worker; ; i++ {
+				select {
+				case <-done:
+					stopped <- nil
+					return
+				default:
+				}
+				e := nftset.Element{Key: elems[i%n].Key, Timeout: login}
+				if _, err := other.Extend(s, []nftset.Element{e}, time.Second, nil); err != nil {
+					stopped <- err
+					return
+				}
+				since[i%n].Store(1)
+			}
+		}()
+	}
+	for range 20 {
+		// Elements of all three kinds: missing, with less time left, with more.
+		b := c.Batch()
+		b.Replace(s, []nftset.Element{{Key: elems[0].Key, Timeout: login, Expires: time.Hour}})
+		must(t, b.Commit())
+		since[0].Store(0)
+		c.SetDeadline(time.Now().Add(20 * time.Second))
+		if _, err := Restore(c, []*File{of("trusted_ipv4", time.Now(), elems...)}, time.Now); err != nil {
+			t.Error(err)
+		}
+		for i := 1; i < n; i++ {
+			if since[i].Load() == 0 {
+				continue
+			}
+			found, err := c.Lookup(s, elems[i].Key)
+			must(t, err)
+			if e := found[elems[i].Key]; e.Expires < login-time.Minute {
+				t.Fatalf("%s: the login's trust has become %s", elems[i].Key, show(e))
+			}
+		}
+	}
+	close(done)
+	for range 2 {
+		must(t, <-stopped)
+	}
+}
+
+// Nobody else can hold a save up: neither by a lock on the directory, nor by one
+// on a file of their own.
+func TestSaveNotBlocked(t *testing.T) {
+	c := dial(t, empty)
+	dir := t.TempDir()
+	path := filepath.Join(dir, "sets.nft")
+	held, err := os.Open(dir)
+	must(t, err)
+	defer held.Close()
+	must(t, unix.Flock(int(held.Fd()), unix.LOCK_EX))
+	must(t, os.WriteFile(path+".lock", nil, 0o666))
+	if err := os.Chown(path+".lock", 1234, 1234); err != nil {
+		nstest.Skip(t, "%v: run the tests as root", err)
+	}
+	theirs, err := os.Open(path + ".lock")
+	must(t, err)
+	defer theirs.Close()
+	must(t, unix.Flock(int(theirs.Fd()), unix.LOCK_EX))
+	start := time.Now()
+	mustSave(t, c, path)
+	if took := time.Since(start); took > lockTime/2 {
+		t.Errorf("took %v", took)
+	}
+	if got := names(t, dir); !slices.Equal(got, []string{"sets.nft"}) {
+		t.Errorf("left behind: %q", got)
+	}
+}
+
+// The service keeps what root has put there, though it may not link to it
+// (fs.protected_hardlinks).
+func TestSaveKeepsRoots(t *testing.T) {
+	nstest.NeedUsers(t)
+	nstest.Need(t, "setpriv", "util-linux")
+	c := dial(t, empty)
+	put(t, c, "trusted_ipv4", ipv4(1))
+	dir := t.TempDir()
+	for d := dir; len(d) > len(os.TempDir()); d = filepath.Dir(d) {
+		must(t, os.Chmod(d, 0o755))
+	}
+	path := filepath.Join(dir, "sets.nft")
+	mustSave(t, c, path)
+	must(t, os.Chmod(path, 0o644))
+	must(t, os.Chown(dir, 1000, 1000))
+	bin := nstest.Build(t, "cmd/nftwl")
+	out, err := exec.Command("setpriv", "--reuid=1000", "--regid=1000", "--clear-groups",
+		"--inh-caps=+net_admin", "--ambient-caps=+net_admin", bin, "save", path).CombinedOutput()
+	if err != nil || len(out) > 0 {
+		t.Errorf("%v: %s", err, out)
+	}
+	if got := names(t, dir); !slices.Equal(got, []string{"sets.nft", "sets.nft.old"}) {
+		t.Errorf("the directory has %q", got)
+	}
+}
+
+// A pipe that nobody writes into is no file of sets, and is not waited for.
+func TestReadPipe(t *testing.T) {
+	pipe := filepath.Join(t.TempDir(), "pipe")
+	must(t, unix.Mkfifo(pipe, 0o600))
+	if text, err := Read(pipe); err != nil || text != "" {
+		t.Errorf("%q, %v", text, err)
+	}
+	r, w, err := os.Pipe()
+	must(t, err)
+	defer r.Close()
+	go func() {
+		defer w.Close()
+		for range 100 {
+			fmt.Fprintln(w, strings.Repeat("x", 1000))
+		}
+	}()
+	if text, err := Read(fmt.Sprintf("/proc/self/fd/%d", r.Fd())); err != nil || len(text) != 100100 {
+		t.Errorf("%d bytes, %v", len(text), err)
+	}
+}
