@@ -201,6 +201,69 @@ func bench(most int) error {
 			mib(&save), mib(&list), float64(list.memory)/float64(save.memory),
 			mib(&restore), mib(&load), float64(load.memory)/float64(restore.memory))
 	}
+	return underLogins(nftwl, dir, min(most, 262144))
+}
+
+// underLogins compares saves that nothing disturbs with those during which two
+// users a second log in.
+func underLogins(nftwl, dir string, n int) error {
+	if err := reset(); err != nil {
+		return err
+	}
+	self := exec.Command("/proc/self/exe", "-fill", "trusted_ipv4", "-most", strconv.Itoa(n))
+	if out, err := self.CombinedOutput(); err != nil {
+		return fmt.Errorf("fill: %w\n%s", err, out)
+	}
+	conn, err := nftset.Dial()
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	set, err := conn.Set(nftset.Table{Family: nftset.INet, Name: "filter"}, "trusted_ipv4")
+	if err != nil {
+		return err
+	}
+	saved := filepath.Join(dir, "sets.nft")
+	var quiet, disturbed figure
+	addr := netip.MustParseAddr("203.0.113.0")
+	login := func() error {
+		addr = addr.Next()
+		var elems []nftset.Element
+		for _, port := range []uint16{143, 993, 995, 465, 587} {
+			elems = append(elems, nftset.Element{Key: nftset.Key{Addr: addr, Port: port}, Timeout: time.Hour})
+		}
+		_, err := conn.Extend(set, elems, 0, nil)
+		return err
+	}
+	for range 3 {
+		if err := quiet.run("", nftwl, "save", saved); err != nil {
+			return err
+		}
+		done, stopped := make(chan struct{}), make(chan error)
+		go func() {
+			every := time.NewTicker(time.Second / 2)
+			defer every.Stop()
+			err := login()
+			for err == nil {
+				select {
+				case <-done:
+					stopped <- nil
+					return
+				case <-every.C:
+					err = login()
+				}
+			}
+			stopped <- err
+		}()
+		err := disturbed.run("", nftwl, "save", saved)
+		close(done)
+		if err := errors.Join(err, <-stopped); err != nil {
+			return err
+		}
+	}
+	fmt.Printf("\n| elements | save | with 2 logins a second | ratio | memory: save | with logins |\n|--:|--:|--:|--:|--:|--:|\n")
+	fmt.Printf("| %d | %s | %s | %.2f | %s | %s |\n", n, ms(&quiet), ms(&disturbed),
+		float64(disturbed.median())/float64(quiet.median()), mib(&quiet), mib(&disturbed))
 	return nil
 }
 
