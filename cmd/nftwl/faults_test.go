@@ -38,6 +38,7 @@ type fault struct {
 	stderr  func(t *testing.T) *os.File
 	// variable is one that the user database adds to the environment.
 	variable string
+	static   bool // the login executes a static program, which needs no descriptor
 	during   func(t *testing.T) (end func())
 
 	says      string // the line on stderr has this in it; empty for no line
@@ -65,7 +66,8 @@ func faults() []fault {
 
 		{group: "configuration", name: "named and missing", config: "none", says: "no such file or directory"},
 		{name: "not readable", config: "mode 000", wrap: bounded, says: "permission denied"},
-		{name: "a folder", config: ".", says: "is a folder, not a file"},
+		{name: "a directory", config: ".", says: "is a directory, not a file"},
+		{name: "of 0 bytes", config: "empty", says: "is empty; remove the file to use the defaults"},
 		{name: "10 MB long", config: "large", says: "is larger than 32 KiB"},
 		{name: "not UTF-8", config: "latin1", says: "latin1:2: not UTF-8"},
 		{name: "an unknown key", config: "unknown", says: `unknown:2: unknown key "tiemout"`},
@@ -102,7 +104,7 @@ func faults() []fault {
 		{name: "the answer is empty", seccomp: "recvfrom 0", says: "a truncated netlink message"},
 		{name: "no memory (ENOMEM)", seccomp: "sendto ENOMEM", says: "cannot allocate memory"},
 
-		{group: "process", name: "no descriptor is left", wrap: []string{"prlimit", "--nofile=4:4"}, says: "too many open files", noServe: "requests wait in the socket (TestServeOutOfDescriptors)"},
+		{group: "process", name: "no descriptor is left", wrap: []string{"prlimit", "--nofile=3:3"}, static: true, says: "too many open files", noServe: "requests wait in the socket (TestServeOutOfDescriptors)"},
 		{name: "a soft limit of memory that is passed", variable: "GOMEMLIMIT=1", keys: 5},
 		{name: "stderr is closed", rules: "table inet other { }", close: "2>&-"},
 		{name: "stderr is a pipe that nobody reads", rules: "table inet other { }", stderr: fullPipe},
@@ -116,6 +118,7 @@ func prepare(t *testing.T, dir string) {
 	t.Helper()
 	for name, text := range map[string]string{
 		"mode 000": "timeout: 1d\n",
+		"empty":    "",
 		"large":    strings.Repeat("# ten million bytes\n", 500_000),
 		"latin1":   "timeout: 1d\ntable: inet f\xfclter\n",
 		"unknown":  "timeout: 1d\ntiemout: 2d\n",
@@ -270,9 +273,12 @@ func (f *fault) around(t *testing.T, run func()) (keys int) {
 
 func (f *fault) login(t *testing.T, dir string) (r result) {
 	t.Helper()
-	const executed = 42
+	command, executed := []string{"/bin/sh", "-c", "exit 42"}, 42
+	if f.static {
+		command, executed = []string{nstest.Build(t, "cmd/nftwl"), "version"}, 0
+	}
 	r.keys = f.around(t, func() {
-		cmd := f.command(t, dir, "login", "/bin/sh", "-c", fmt.Sprint("exit ", executed))
+		cmd := f.command(t, dir, append([]string{"login"}, command...)...)
 		cmd.Env = append(cmd.Env, f.environment()...)
 		if !f.noIP {
 			cmd.Env = append(cmd.Env, "IP="+cmp.Or(f.ip, client))
@@ -289,7 +295,7 @@ func (f *fault) login(t *testing.T, dir string) (r result) {
 		err := cmd.Run()
 		r.took = time.Since(start)
 		var exit *exec.ExitError
-		r.went = errors.As(err, &exit) && exit.ExitCode() == executed
+		r.went = (err == nil || errors.As(err, &exit)) && cmd.ProcessState.ExitCode() == executed
 		r.stderr = stderr.String()
 	})
 	return r

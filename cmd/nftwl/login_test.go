@@ -135,6 +135,36 @@ func TestLoginKeepsDescriptors(t *testing.T) {
 	}
 }
 
+// However few descriptors are left, the command is executed; two are enough to
+// trust. (One is, but that Go 1.26 loses it in a cgroup of version 1.) The
+// command is a static program, since the loader of another needs a descriptor.
+func TestLoginWithFewDescriptors(t *testing.T) {
+	nstest.New(t)
+	prlimit := nstest.Need(t, "prlimit", "util-linux")
+	bin := nstest.Build(t, "cmd/nftwl")
+	config := filepath.Join(t.TempDir(), "config")
+	if err := os.WriteFile(config, []byte("timeout: 1h\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	want, _, _ := output(t, nftwl(t, nil, "version"))
+	for n := 3; n <= 16; n++ {
+		nstest.Nft(t, "flush ruleset\n"+sets)
+		cmd := exec.Command(prlimit, fmt.Sprintf("--nofile=%d", n), bin, "--config", config, "login", bin, "version")
+		cmd.Env = []string{"IP=192.0.2.7"}
+		out, errs, code := output(t, cmd)
+		keys, says := 5, ""
+		if n == 3 || n == 4 && errs != "" {
+			keys, says = 0, "nftwl: error: config: open "+config+": too many open files\n"
+		}
+		if out != want || code != 0 || errs != says {
+			t.Errorf("%d descriptors: exit %d, stdout %q, stderr %q", n, code, out, errs)
+		}
+		if got := strings.Count(trustedNow(t, "trusted_ipv4"), " expires "); got != keys {
+			t.Errorf("%d descriptors: %d elements, want %d", n, got, keys)
+		}
+	}
+}
+
 func TestLoginKeepsSignals(t *testing.T) {
 	nstest.New(t)
 	// What is ignored here is ignored in the children. SIGPIPE is what

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"io/fs"
 	"net"
@@ -413,7 +414,7 @@ func TestSetupStandaloneUnit(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			h := newHost(t)
-			h.write("/etc/nftwl.yaml", c.config)
+			h.write("/etc/nftwl.yaml", cmp.Or(c.config, "# all defaults\n"))
 			c.prepare(h)
 			before := h.tree()
 			from, files := contrib, 5
@@ -615,14 +616,14 @@ service hello {
 // A path that is a link is the one that stays.
 func TestSetupPaths(t *testing.T) {
 	h := newHost(t)
-	program, _ := h.elsewhere("")
+	program, _ := h.elsewhere("# all defaults\n")
 	const spaced = "/opt/my nftwl"
 	h.must(os.Link(program, spaced))
 	_, stderr, code := h.try(nil, spaced, "setup", "dovecot")
 	if code != 1 || !strings.Contains(stderr, `nftwl: error: setup: "/opt/my nftwl" has a space`) || !strings.Contains(stderr, "nftwl: hint: ") {
 		t.Errorf("exit %d: %s", code, stderr)
 	}
-	h.write("/etc/a%i.yaml", "")
+	h.write("/etc/a%i.yaml", "# all defaults\n")
 	_, stderr, code = h.try(nil, program, "--config", "/etc/a%i.yaml", "setup", "systemd")
 	if code != 1 || !strings.Contains(stderr, `"/etc/a%i.yaml" has a space or another character`) {
 		t.Errorf("exit %d: %s", code, stderr)
@@ -686,7 +687,7 @@ func TestSetupRules(t *testing.T) {
 			t.Parallel()
 			nft := nstest.Need(t, "nft", "nftables")
 			h := newHost(t)
-			h.write("/etc/nftwl.yaml", c.config)
+			h.write("/etc/nftwl.yaml", cmp.Or(c.config, "# all defaults\n"))
 			if c.ufw {
 				h.write("/etc/ufw/ufw.conf", "# comment\nENABLED=yes\n")
 			}

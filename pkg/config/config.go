@@ -6,10 +6,8 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net/netip"
-	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -62,7 +60,7 @@ type Config struct {
 	Metrics    string         // path of the resident server's counters for Prometheus; empty for none
 }
 
-// Default returns the configuration of an empty file.
+// Default returns the configuration that holds where no file is.
 func Default() *Config {
 	return &Config{
 		Table:      nftset.Table{Family: nftset.INet, Name: "filter"},
@@ -88,7 +86,8 @@ func Default() *Config {
 const maxFile = 32 << 10
 
 // Load reads a configuration. An empty path stands for Path, which need not
-// exist; a file that is named must.
+// exist; a file that is named must. A file of 0 bytes is an error, since its
+// author cannot be told from an editor that is about to write it.
 func Load(path string) (*Config, error) {
 	named := path != ""
 	if !named {
@@ -110,25 +109,59 @@ func Load(path string) (*Config, error) {
 
 // read returns the contents of a regular file. It does not wait for the
 // writer of a pipe, and does not fill the memory from a device.
+//
+// It makes the system calls itself: os.OpenFile starts Go's poller, which
+// ends the process where fewer than three descriptors are left. A login must
+// survive that.
 func read(path string) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	fd, err := ignoringEINTR(func() (int, error) {
+		return unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	})
 	if err != nil {
-		return nil, err
+		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
 	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
+	defer unix.Close(fd)
+	var stat unix.Stat_t
+	if err := unix.Fstat(fd, &stat); err != nil {
+		return nil, &fs.PathError{Op: "stat", Path: path, Err: err}
 	}
-	switch {
-	case info.IsDir():
-		return nil, fmt.Errorf("%s is a folder, not a file", path)
-	case !info.Mode().IsRegular():
+	switch stat.Mode & unix.S_IFMT {
+	case unix.S_IFREG:
+	case unix.S_IFDIR:
+		return nil, fmt.Errorf("%s is a directory, not a file", path)
+	default:
 		return nil, fmt.Errorf("%s is not a regular file", path)
-	case info.Size() > maxFile:
-		return nil, fmt.Errorf("%s is larger than %d KiB", path, maxFile>>10)
 	}
-	return io.ReadAll(io.LimitReader(f, maxFile))
+	// The size in stat can be that of a moment ago.
+	data := make([]byte, maxFile+1)
+	n := 0
+	for {
+		more, err := ignoringEINTR(func() (int, error) { return unix.Read(fd, data[n:]) })
+		n += max(more, 0)
+		switch {
+		case err != nil:
+			return nil, &fs.PathError{Op: "read", Path: path, Err: err}
+		case n > maxFile:
+			return nil, fmt.Errorf("%s is larger than %d KiB", path, maxFile>>10)
+		case more > 0:
+			continue
+		case n == 0:
+			// An editor that is about to write leaves it so for an instant;
+			// the defaults would trust who is in ignore.
+			return nil, fmt.Errorf("%s is empty; remove the file to use the defaults", path)
+		}
+		return data[:n], nil
+	}
+}
+
+// ignoringEINTR repeats a system call that a signal interrupted.
+func ignoringEINTR(call func() (int, error)) (int, error) {
+	for {
+		n, err := call()
+		if err != unix.EINTR {
+			return n, err
+		}
+	}
 }
 
 // screen refuses what no configuration has, and what takes the parser seconds

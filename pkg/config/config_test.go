@@ -177,17 +177,25 @@ func TestLoad(t *testing.T) {
 	if c, err := Load(good); err != nil || c.Timeout != 48*time.Hour {
 		t.Errorf("%+v, %v", c, err)
 	}
+	for name, text := range map[string]string{
+		"largest": strings.Repeat("#", maxFile), "comment": "# nothing\n", "newline": "\n", "space": " ",
+	} {
+		if c, err := Load(write(name, text)); err != nil || !reflect.DeepEqual(c, Default()) {
+			t.Errorf("%s: %+v, %v", name, c, err)
+		}
+	}
 	pipe := filepath.Join(dir, "pipe")
 	if err := unix.Mkfifo(pipe, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	for path, words := range map[string]string{
 		filepath.Join(dir, "missing"): "no such file",
-		dir:                           "is a folder",
+		dir:                           "is a directory",
 		pipe:                          "not a regular file",
 		"/dev/zero":                   "not a regular file",
-		write("large", strings.Repeat("# \n", maxFile/2)): "larger than",
-		write("bad", "timeout: 1d\nfoo: 1\n"):             "bad:2: unknown key",
+		write("large", strings.Repeat("#", maxFile+1)): "larger than 32 KiB",
+		write("empty", ""):                    "empty is empty; remove the file to use the defaults",
+		write("bad", "timeout: 1d\nfoo: 1\n"): "bad:2: unknown key",
 	} {
 		if _, err := Load(path); err == nil || !strings.Contains(err.Error(), words) || !strings.HasPrefix(err.Error(), "config: ") {
 			t.Errorf("%s: %v, want %q", path, err, words)

@@ -39,7 +39,7 @@ func TestConfig(t *testing.T) {
 		want       []string
 	}{
 		{name: "well", text: "timeout: 2d\n", mode: 0o644},
-		{name: "empty", mode: 0o444},
+		{name: "comments alone", mode: 0o444},
 		{name: "invalid", text: "timeout: 1d\ntiemout: 2d\n", mode: 0o644, want: []string{`fail config: nftwl.yaml:2: unknown key "tiemout"`}},
 		{name: "another's", mode: 0o644, uid: 1000, want: []string{"fail config.mode: belongs to user 1000"}},
 		{name: "writable by a group", mode: 0o664, want: []string{"fail config.mode: has mode 0664: others than root can write it"}},

@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"cmp"
 	"fmt"
 	"os"
 	"os/exec"
@@ -53,12 +54,12 @@ func contributed(t *testing.T, name string, edits ...string) string {
 	return text
 }
 
-// newDoctor returns a doctor with a configuration, and the results that are not
+// newDoctor returns a doctor with a configuration, the defaults if empty, and the results that are not
 // ok of the checks that it will make.
 func newDoctor(t *testing.T, config string) (*Doctor, *[]Result) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "nftwl.yaml")
-	if err := os.WriteFile(path, []byte(config), 0o644); err != nil {
+	if err := os.WriteFile(path, []byte(cmp.Or(config, "# all defaults\n")), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	var results []Result

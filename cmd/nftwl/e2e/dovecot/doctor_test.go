@@ -563,7 +563,7 @@ func TestDoctorOnLogin(t *testing.T) {
 		}
 	}
 	for _, c := range []struct{ name, config, want string }{
-		{"defaults", "", healthy["login"]},
+		{"defaults", "# all defaults\n", healthy["login"]},
 		{"another table", "table: ip6 mail\nipv6_prefix: 64\nports: [993]\n", healthy["login"]},
 		{"one address is ignored", "ignore: [192.0.2.0/24]\n", "ok: a login of 2001:db8::1,"},
 		{"both are", "ignore: [192.0.2.0/24, '2001:db8::/32']\n", "skip: .*ignores"},

@@ -43,8 +43,8 @@ func newMachine(t *testing.T, b base) *machine {
 	m := &machine{T: t, dir: t.TempDir(), lower: b.root}
 	m.write("etc/fstab", "")
 	m.write("etc/machine-id", strings.Repeat("6e667477", 4)+"\n")
-	m.write("etc/nftwl.yaml", "")
-	m.write(defaults, "")
+	m.write("etc/nftwl.yaml", "# all defaults\n")
+	m.write(defaults, "# all defaults\n")
 	m.write("etc/systemd/journald.conf.d/volatile.conf", "[Journal]\nStorage=volatile\n")
 	// Nothing that was installed or enabled by hand, and no state.
 	// No consoles and sessions either.
