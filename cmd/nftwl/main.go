@@ -1,3 +1,10 @@
+// By default Go's runtime keeps the files of its cgroup's CPU limit open (one in
+// version 2, two in version 1), to follow it with GOMAXPROCS. A login can lack
+// these descriptors, and ends before the limit matters.
+
+//go:debug containermaxprocs=0
+//go:debug updatemaxprocs=0
+
 // Command nftwl trusts the addresses of a mail server's users in nftables
 // sets. `nftwl help` lists what it does.
 package main
