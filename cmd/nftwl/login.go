@@ -47,7 +47,7 @@ func afterEmpty(args []string) []string {
 // login trusts the client that has just logged in and becomes the command,
 // which is Dovecot's: whatever happens here, the command must be executed, or
 // a user cannot read their mail. So everything that can fail does so inside
-// trustClient, whose errors are a line on stderr and nothing more. The client
+// trustClient, which prints at most one line on stderr and does nothing more. The client
 // reads what is written to stdout, and writes what is read from stdin: both
 // stay untouched.
 func login(configPath string, command []string) int {
@@ -70,33 +70,46 @@ func trustClient(configPath string) {
 			complain(fmt.Sprintf("login: a defect of nftwl's: %v", p))
 		}
 	}()
+	ip := os.Getenv("IP")
 	c, err := config.Load(configPath)
 	if err != nil {
-		complain(err.Error())
+		complain(fmt.Sprintf("login: %s is not trusted: %v", nameOf(ip), err))
 		return
 	}
-	grant, err := trust.Decide(c, trust.Login{
-		IP:      os.Getenv("IP"),
+	grant, warning := trust.Decide(c, trust.Login{
+		IP:      ip,
 		LocalIP: os.Getenv("LOCAL_IP"),
 		User:    os.Getenv("USER"),
 		Trust:   os.Getenv("NFTWL_TRUST"),
 		Timeout: os.Getenv("NFTWL_TIMEOUT"),
 	})
-	if err != nil {
-		complain("login: " + err.Error())
+	if grant != nil {
+		conn, err := nftset.Dial()
+		if err == nil {
+			defer conn.Close()
+			conn.SetDeadline(time.Now().Add(c.Deadline))
+			_, err = trust.Apply(conn, c, grant)
+		}
+		if err != nil {
+			complain(fmt.Sprintf("login: %s is not trusted: %v", grant.Addr, err))
+			return
+		}
 	}
-	if grant == nil {
-		return
+	if warning != nil {
+		complain("login: " + warning.Error())
 	}
-	conn, err := nftset.Dial()
-	if err == nil {
-		defer conn.Close()
-		conn.SetDeadline(time.Now().Add(c.Deadline))
-		_, err = trust.Apply(conn, c, grant)
+}
+
+// nameOf returns what an error calls the client whose address is ip.
+func nameOf(ip string) string {
+	addr, err := trust.ParseAddr(ip)
+	switch {
+	case err == nil:
+		return addr.String()
+	case ip == "":
+		return "a client without an address"
 	}
-	if err != nil {
-		complain(fmt.Sprintf("login: %s is not trusted: %v", grant.Addr, err))
-	}
+	return trust.Quote(ip)
 }
 
 // complain writes an error to stderr, which is Dovecot's log: an error there,

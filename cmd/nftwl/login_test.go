@@ -154,7 +154,7 @@ func TestLoginWithFewDescriptors(t *testing.T) {
 		out, errs, code := output(t, cmd)
 		keys, says := 5, ""
 		if n == 3 || n == 4 && errs != "" {
-			keys, says = 0, "nftwl: error: config: open "+config+": too many open files\n"
+			keys, says = 0, "nftwl: error: login: 192.0.2.7 is not trusted: config: open "+config+": too many open files\n"
 		}
 		if out != want || code != 0 || errs != says {
 			t.Errorf("%d descriptors: exit %d, stdout %q, stderr %q", n, code, out, errs)
@@ -335,6 +335,41 @@ func TestLoginDecides(t *testing.T) {
 				t.Errorf("answer %q, want %q", answer, want)
 			}
 			check(end(unix.SIGTERM))
+		})
+	}
+}
+
+// A login prints one line, however much is wrong, with the address and what
+// that means for it.
+func TestLoginPrintsOneLine(t *testing.T) {
+	bad := filepath.Join(t.TempDir(), "config")
+	if err := os.WriteFile(bad, []byte("timeout: 1d\ntiemout: 2d\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		name, rules, config string
+		env                 []string
+		want                string // after "nftwl: error: login: "
+	}{
+		{"timeout and table", "table inet other { }", "", []string{"IP=192.0.2.7", "NFTWL_TIMEOUT=week"}, "192.0.2.7 is not trusted: table inet filter does not exist"},
+		{"timeout", sets, "", []string{"IP=192.0.2.7", "NFTWL_TIMEOUT=week"}, `nftwl_timeout: "week" is not a timeout`},
+		{"configuration", sets, bad, []string{"IP=192.0.2.7", "NFTWL_TIMEOUT=week"}, "192.0.2.7 is not trusted: config: " + bad + `:2: unknown key "tiemout"`},
+		{"configuration, mapped address", sets, bad, []string{"IP=::ffff:192.0.2.7"}, "192.0.2.7 is not trusted: config: "},
+		{"configuration and address", sets, bad, []string{"IP=x\ny"}, `"x\ny" is not trusted: config: `},
+		{"configuration, long address", sets, bad, []string{"IP=" + strings.Repeat("1", 10<<10)}, `"` + strings.Repeat("1", 60) + `"… is not trusted: config: `},
+		{"configuration, no address", sets, bad, nil, "a client without an address is not trusted: config: "},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			nstest.New(t)
+			nstest.Nft(t, test.rules)
+			args := []string{"login", "/bin/true"}
+			if test.config != "" {
+				args = append([]string{"--config", test.config}, args...)
+			}
+			_, errs, code := output(t, nftwl(t, test.env, args...))
+			if code != 0 || !strings.HasPrefix(errs, "nftwl: error: login: "+test.want) || strings.Count(errs, "\n") != 1 {
+				t.Errorf("exit %d, stderr %q, want %q", code, errs, test.want)
+			}
 		})
 	}
 }

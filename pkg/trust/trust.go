@@ -55,7 +55,7 @@ func Decide(c *config.Config, l Login) (*Grant, error) {
 	case "no", "false", "0":
 		return nil, nil
 	default:
-		return nil, fmt.Errorf("nftwl_trust: %s is neither yes nor no, so the address is not trusted", quote(l.Trust))
+		return nil, fmt.Errorf("nftwl_trust: %s is neither yes nor no, so the address is not trusted", Quote(l.Trust))
 	}
 	g := &Grant{Addr: Network(c, addr), Timeout: c.Timeout}
 	if c.Comment {
@@ -161,7 +161,7 @@ func Keys(set *nftset.Set, addr netip.Addr, ports []uint16) []nftset.Key {
 func ParseAddr(s string) (netip.Addr, error) {
 	addr, err := netip.ParseAddr(s)
 	if err != nil {
-		return addr, fmt.Errorf("%s is not an IP address", quote(s))
+		return addr, fmt.Errorf("%s is not an IP address", Quote(s))
 	}
 	return addr.Unmap().WithZone(""), nil
 }
@@ -203,8 +203,8 @@ func Network(c *config.Config, addr netip.Addr) netip.Addr {
 	return network(c, addr).Addr()
 }
 
-// quote makes a value from outside fit for a line of a log.
-func quote(s string) string {
+// Quote makes a value from outside fit for a line of a log.
+func Quote(s string) string {
 	const most = 60
 	if len(s) > most {
 		return fmt.Sprintf("%q…", s[:most])
