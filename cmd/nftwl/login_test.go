@@ -259,6 +259,7 @@ func TestLoginDecides(t *testing.T) {
 		{"mapped loopback", []string{"IP=::ffff:127.0.0.1"}, "", ""},
 		{"loopback v6", []string{"IP=::1"}, "", ""},
 		{"multicast", []string{"IP=224.0.0.1"}, "", ""},
+		{"broadcast", []string{"IP=255.255.255.255"}, "", ""},
 		{"multicast v6", []string{"IP=ff02::1"}, "", ""},
 		{"own address", []string{"IP=192.0.2.7", "LOCAL_IP=192.0.2.7"}, "", ""},
 		{"own address, mapped", []string{"IP=192.0.2.7", "LOCAL_IP=::ffff:192.0.2.7"}, "", ""},

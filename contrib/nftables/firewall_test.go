@@ -233,7 +233,7 @@ func serve(t *testing.T, l layout, root string, edits ...edit) *mailserver {
 	t.Helper()
 	s := &mailserver{firewall: install(t, l, root, edits...)}
 	s.up()
-	s.internet = nstest.NewPeer(t, "198.51.100.0/24", "203.0.113.0/24", "2001:db8:a::/48", "2001:db8:b::/48")
+	s.internet = nstest.NewPeer(t, "198.51.100.0/24", "203.0.113.0/24", "2001:db8:a::/48", "2001:db8:b::/48", "64:ff9b::/96")
 	for _, port := range []uint16{22, 25, 143, 465, 587, 993, 995, unnamed} {
 		nstest.Echo(t, port)
 	}

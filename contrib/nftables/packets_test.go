@@ -196,6 +196,13 @@ func TestIPv6Prefix(t *testing.T) {
 			if n := s.packets("nftwl: trusted IPv6 network"); n != 2*burst5+1 {
 				t.Errorf("the rule counts %d packets, want %d", n, 2*burst5+1)
 			}
+			// An address behind NAT64 stands for itself, beside the networks.
+			s.trust(addr("64:ff9b::192.0.2.7"), 64, "1h")
+			s.pass(addr("64:ff9b::192.0.2.7"), 587, 1)
+			s.drop(addr("64:ff9b::192.0.2.8"), 587)
+			if n := s.packets("nftwl: trusted IPv6"); n != 1 {
+				t.Errorf("the rule of single addresses counts %d packets, want 1", n)
+			}
 			// IPv4 is as ever.
 			s.trust(families[0].user, 128, "1h")
 			s.pass(families[0].user, 587, 1)

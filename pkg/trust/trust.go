@@ -46,8 +46,9 @@ func Decide(c *config.Config, l Login) (*Grant, error) {
 		return nil, nil
 	}
 	// A client at the server's own address is webmail, or a proxy that does
-	// not forward: whoever uses it would be trusted with everybody else.
-	if local, err := ParseAddr(l.LocalIP); err == nil && local == addr {
+	// not forward: whoever uses it would be trusted with everybody else. So
+	// would they be as a part of the client's network.
+	if local, err := ParseAddr(l.LocalIP); err == nil && network(c, addr).Contains(local) {
 		return nil, nil
 	}
 	switch l.Trust {
@@ -173,8 +174,14 @@ func Refuse(c *config.Config, addr netip.Addr) error {
 		return fmt.Errorf("%s is the unspecified address", addr)
 	case addr.IsMulticast():
 		return fmt.Errorf("%s is a multicast address", addr)
+	case addr == broadcast:
+		return fmt.Errorf("%s is the broadcast address", addr)
 	}
 	network := network(c, addr)
+	// In the sets it would look like the network that network has not cut it to.
+	if cut, _ := addr.Prefix(c.IPv6Prefix); addr.Is6() && network != cut && addr == cut.Addr() {
+		return fmt.Errorf("%s stands for all of %s, which has NAT64 addresses in it", addr, cut)
+	}
 	for _, prefix := range c.Ignore {
 		switch {
 		case prefix.Contains(addr):
@@ -186,19 +193,33 @@ func Refuse(c *config.Config, addr netip.Addr) error {
 	return nil
 }
 
-// network returns the addresses that one address stands for.
+// broadcast is the limited broadcast address (RFC 919).
+var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
+
+// nat64 are the prefixes behind which an IPv6 address has an IPv4 address in
+// it: the well-known one (RFC 6052) and the one for local use (RFC 8215).
+var nat64 = []netip.Prefix{
+	netip.MustParsePrefix("64:ff9b::/96"),
+	netip.MustParsePrefix("64:ff9b:1::/48"),
+}
+
+// network returns the addresses that one address stands for. A network with
+// NAT64 addresses in it is not one client's: it can be all of IPv4.
 func network(c *config.Config, addr netip.Addr) netip.Prefix {
-	bits := addr.BitLen()
-	if addr.Is6() {
-		bits = c.IPv6Prefix
+	single := netip.PrefixFrom(addr, addr.BitLen())
+	if addr.Is4() {
+		return single
 	}
-	prefix, _ := addr.Prefix(bits) // fails only for bits out of range
+	prefix, _ := addr.Prefix(c.IPv6Prefix) // fails only for bits out of range
+	if slices.ContainsFunc(nat64, prefix.Overlaps) {
+		return single
+	}
 	return prefix
 }
 
 // Network returns the address that stands for the client in the sets: itself,
 // or the first address of its network where the configuration has a shorter
-// ipv6_prefix.
+// ipv6_prefix. A NAT64 address stands for itself.
 func Network(c *config.Config, addr netip.Addr) netip.Addr {
 	return network(c, addr).Addr()
 }

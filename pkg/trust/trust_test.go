@@ -28,9 +28,22 @@ func TestDecide(t *testing.T) {
 		{Login{IP: "2001:db8:0:1:3:4:5:6"}, "", 0},
 		// Nor is a network trusted that has an ignored address in it.
 		{Login{IP: "2001:db8:0:3::9"}, "", 0},
-		// The server's own network is not the server.
-		{Login{IP: "2001:db8:0:2::7", LocalIP: "2001:db8:0:2::1"}, "2001:db8:0:2::", time.Hour},
+		// Or the server's own address, whose webmail it would trust.
+		{Login{IP: "2001:db8:0:2::7", LocalIP: "2001:db8:0:2::1"}, "", 0},
 		{Login{IP: "2001:db8:0:2::1", LocalIP: "2001:db8:0:2::1"}, "", 0},
+		{Login{IP: "2001:db8:0:2::7", LocalIP: "2001:db8:0:4::1"}, "2001:db8:0:2::", time.Hour},
+		{Login{IP: "192.0.2.7", LocalIP: "192.0.2.1"}, "192.0.2.7", time.Hour},
+		// A network of NAT64 is all of IPv4, or all of a private network.
+		{Login{IP: "64:ff9b::192.0.2.7"}, "64:ff9b::c000:207", time.Hour},
+		{Login{IP: "64:ff9b::192.0.2.7", LocalIP: "64:ff9b::192.0.2.1"}, "64:ff9b::c000:207", time.Hour},
+		{Login{IP: "64:ff9b:1:c000:2:700::"}, "64:ff9b:1:c000:2:700::", time.Hour},
+		{Login{IP: "64:ff9b:1:fffe::192.0.2.7"}, "64:ff9b:1:fffe::c000:207", time.Hour},
+		{Login{IP: "64:ff9b:0:1::192.0.2.7"}, "64:ff9b:0:1::", time.Hour},
+		{Login{IP: "64:ff9b:2::1"}, "64:ff9b:2::", time.Hour},
+		// An address that the masking rule takes for such a network.
+		{Login{IP: "64:ff9b::"}, "", 0},
+		{Login{IP: "64:ff9b:1:c000::"}, "", 0}, // 192.0.0.0
+		{Login{IP: "255.255.255.255"}, "", 0},
 		// Loopback is only ignored where the configuration says so.
 		{Login{IP: "127.0.0.1"}, "127.0.0.1", time.Hour},
 		{Login{IP: "192.0.2.7", Timeout: "10m"}, "192.0.2.7", 10 * time.Minute},
@@ -46,14 +59,36 @@ func TestDecide(t *testing.T) {
 	}
 }
 
+// A prefix that is shorter than the place of NAT64 addresses has them in it.
+func TestShortPrefixHasNAT64(t *testing.T) {
+	c := config.Default()
+	for bits, want := range map[int]string{16: "64:ff9b:2::9", 32: "64:ff9b:2::9", 46: "64:ff9b:2::9", 47: "64:ff9b:2::", 48: "64:ff9b:2::", 128: "64:ff9b:2::9"} {
+		c.IPv6Prefix = bits
+		if got := Network(c, netip.MustParseAddr("64:ff9b:2::9")); got.String() != want {
+			t.Errorf("%d bits: %s, want %s", bits, got, want)
+		}
+	}
+	c.IPv6Prefix = 128
+	if g, err := Decide(c, Login{IP: "64:ff9b::"}); g == nil || err != nil {
+		t.Errorf("%+v, %v", g, err)
+	}
+}
+
 // Nothing that comes in is trusted but an address that may be, and what is
 // said of it is one line that fits a log.
 func FuzzDecide(f *testing.F) {
-	f.Add("192.0.2.7", "203.0.113.1", "alice", "", "")
-	f.Add("::ffff:127.0.0.1", "", "a\"b\n", "no", "1d")
-	f.Add("fe80::1%eth0", "::", "\xff", "yes", "0s")
-	f.Fuzz(func(t *testing.T, ip, local, user, wanted, timeout string) {
+	f.Add("192.0.2.7", "203.0.113.1", "alice", "", "", uint8(128))
+	f.Add("::ffff:127.0.0.1", "", "a\"b\n", "no", "1d", uint8(128))
+	f.Add("fe80::1%eth0", "::", "\xff", "yes", "0s", uint8(128))
+	f.Add("2001:db8::7", "2001:db8::1%eth0", "", "", "", uint8(64))
+	f.Add("64:ff9b::192.0.2.7", "", "", "", "", uint8(64))
+	f.Add("64:ff9b::", "", "", "", "", uint8(64))
+	f.Add("64:ff9b:1:c000::", "", "", "", "", uint8(56))
+	f.Add("64:ff9b:3::1", "", "", "", "", uint8(32))
+	f.Add("fe00::1", "", "", "", "", uint8(7))
+	f.Fuzz(func(t *testing.T, ip, local, user, wanted, timeout string, bits uint8) {
 		c := config.Default()
+		c.IPv6Prefix = max(1, min(int(bits), 128))
 		g, err := Decide(c, Login{ip, local, user, wanted, timeout})
 		if err != nil && (strings.ContainsAny(err.Error(), "\n\r\x00\x1b") || len(err.Error()) > 600) {
 			t.Errorf("%q", err)
@@ -63,6 +98,28 @@ func FuzzDecide(f *testing.F) {
 		}
 		if !g.Addr.IsValid() || g.Addr.Is4In6() || g.Addr.Zone() != "" || Refuse(c, g.Addr) != nil {
 			t.Errorf("%q is trusted as %v", ip, g.Addr)
+		}
+		// What the firewall's rules then trust: the address, and where it can
+		// be a network's, the network.
+		trusted := netip.PrefixFrom(g.Addr, g.Addr.BitLen())
+		if cut, err := g.Addr.Prefix(c.IPv6Prefix); err == nil && g.Addr.Is6() && cut.Addr() == g.Addr {
+			trusted = cut
+		}
+		if a, err := ParseAddr(ip); err != nil || !trusted.Contains(a) {
+			t.Errorf("%q is not in %s", ip, trusted)
+		}
+		if a, err := ParseAddr(local); err == nil && trusted.Contains(a) {
+			t.Errorf("%q trusts %s with the server's own address %q", ip, trusted, local)
+		}
+		for _, p := range c.Ignore {
+			if p.Overlaps(trusted) {
+				t.Errorf("%q trusts %s with %s, which is ignored", ip, trusted, p)
+			}
+		}
+		for _, p := range []string{"64:ff9b::/96", "64:ff9b:1::/48"} {
+			if netip.MustParsePrefix(p).Overlaps(trusted) && !trusted.IsSingleIP() {
+				t.Errorf("%q trusts %s with NAT64 addresses of others", ip, trusted)
+			}
 		}
 		if g.Timeout <= 0 || nftset.CheckComment(g.Comment) != nil {
 			t.Errorf("%+v", g)
