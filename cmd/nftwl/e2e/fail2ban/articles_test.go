@@ -3,6 +3,7 @@ package fail2ban
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -293,5 +294,18 @@ func TestHostileNames(t *testing.T) {
 		if m.status("test", "-e", "/run/ran") == 0 {
 			t.Error("a name was run")
 		}
+	})
+}
+
+// What fail2ban takes for an address is never taken for a flag.
+func TestHostileAddress(t *testing.T) {
+	each(t, func(t *testing.T, root string) {
+		m := boot(t, root, with{})
+		m.run("fail2ban-client", "set", "cyrus-imap", "banip", "--help")
+		m.poll("the ban to fail", func() bool { return strings.Contains(m.said(), "Failed to execute ban jail") })
+		if log := m.said(); !strings.Contains(log, `nftwl: error: "--help" is not an IP address`) {
+			t.Error(log)
+		}
+		m.must(os.Truncate(m.path(journal), 0)) // so that stop finds no complaint
 	})
 }
