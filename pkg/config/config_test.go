@@ -193,6 +193,8 @@ func TestLoad(t *testing.T) {
 		dir:                           "is a directory",
 		pipe:                          "not a regular file",
 		"/dev/zero":                   "not a regular file",
+		// A regular file of 0 bytes, by stat, of which a read gives a part.
+		"/proc/kallsyms": "larger than 32 KiB",
 		write("large", strings.Repeat("#", maxFile+1)): "larger than 32 KiB",
 		write("empty", ""):                    "empty is empty; remove the file to use the defaults",
 		write("bad", "timeout: 1d\nfoo: 1\n"): "bad:2: unknown key",
