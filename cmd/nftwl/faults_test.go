@@ -35,6 +35,7 @@ type fault struct {
 	wrap    []string // a command to run nftwl under
 	seccomp string   // a system call that fails: see seccompRun
 	close   string   // a shell's redirection
+	stdin   func(t *testing.T) *os.File
 	stderr  func(t *testing.T) *os.File
 	// variable is one that the user database adds to the environment.
 	variable string
@@ -285,6 +286,9 @@ func (f *fault) login(t *testing.T, dir string) (r result) {
 		}
 		var stderr bytes.Buffer
 		cmd.Stderr = &stderr
+		if f.stdin != nil {
+			cmd.Stdin = f.stdin(t)
+		}
 		if f.stderr != nil {
 			cmd.Stderr = f.stderr(t)
 		}
@@ -371,9 +375,10 @@ func TestBeforeMain(t *testing.T) {
 	}{
 		{"the drop-in's vsz_limit", memory(gigabytes << 30), ""},
 		{"Dovecot's default of 256 MB", memory(256 << 20), "failed to reserve page summary memory"},
+		{"no two descriptors for the poller", []string{"prlimit", "--nofile=4"}, "netpollinit failed"},
 		{"one task", []string{"setpriv", "--reuid=1000", "--clear-groups", "prlimit", "--nproc=1"}, "failed to create new OS thread"},
 	} {
-		f := fault{wrap: test.wrap}
+		f := fault{wrap: test.wrap, stdin: nonBlocking}
 		switch r := f.login(t, t.TempDir()); {
 		case test.words == "" && (!r.went || r.keys != 5 || r.stderr != ""):
 			t.Errorf("%s: %+v", test.what, r)
