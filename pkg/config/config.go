@@ -60,7 +60,7 @@ type Config struct {
 	Metrics    string         // path of the resident server's counters for Prometheus; empty for none
 }
 
-// Default returns the configuration that holds where no file is.
+// Default returns the configuration that applies without a file.
 func Default() *Config {
 	return &Config{
 		Table:      nftset.Table{Family: nftset.INet, Name: "filter"},
@@ -86,8 +86,8 @@ func Default() *Config {
 const maxFile = 32 << 10
 
 // Load reads a configuration. An empty path stands for Path, which need not
-// exist; a file that is named must. A file of 0 bytes is an error, since its
-// author cannot be told from an editor that is about to write it.
+// exist; a file that is named must. A file of 0 bytes is an error: it may be one
+// that an editor is about to write.
 func Load(path string) (*Config, error) {
 	named := path != ""
 	if !named {
@@ -146,8 +146,8 @@ func read(path string) ([]byte, error) {
 		case more > 0:
 			continue
 		case n == 0:
-			// An editor that is about to write leaves it so for an instant;
-			// the defaults would trust who is in ignore.
+			// An editor can leave the file so for an instant, before it
+			// writes. The defaults would trust an address in ignore.
 			return nil, fmt.Errorf("%s is empty; remove the file to use the defaults", path)
 		}
 		return data[:n], nil

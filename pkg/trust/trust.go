@@ -46,8 +46,8 @@ func Decide(c *config.Config, l Login) (*Grant, error) {
 		return nil, nil
 	}
 	// A client at the server's own address is webmail, or a proxy that does
-	// not forward: whoever uses it would be trusted with everybody else. So
-	// would they be as a part of the client's network.
+	// not forward: whoever uses it would be trusted with everybody else. The
+	// same holds where the client's network has the server's address in it.
 	if local, err := ParseAddr(l.LocalIP); err == nil && network(c, addr).Contains(local) {
 		return nil, nil
 	}
@@ -178,7 +178,7 @@ func Refuse(c *config.Config, addr netip.Addr) error {
 		return fmt.Errorf("%s is the broadcast address", addr)
 	}
 	network := network(c, addr)
-	// In the sets it would look like the network that network has not cut it to.
+	// The rule that masks an address would take it for the whole network.
 	if cut, _ := addr.Prefix(c.IPv6Prefix); addr.Is6() && network != cut && addr == cut.Addr() {
 		return fmt.Errorf("%s stands for all of %s, which has NAT64 addresses in it", addr, cut)
 	}
