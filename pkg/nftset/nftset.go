@@ -68,7 +68,7 @@ func ParseTable(s string) (Table, error) {
 		words = []string{"ip", words[0]}
 	}
 	if len(words) != 2 {
-		return Table{}, fmt.Errorf("%q is not a table: write FAMILY NAME, such as inet filter", s)
+		return Table{}, fmt.Errorf("%.40q is not a table: write FAMILY NAME, such as inet filter", s)
 	}
 	for _, n := range familyNames {
 		if n.name == words[0] {
@@ -78,7 +78,7 @@ func ParseTable(s string) (Table, error) {
 			return Table{n.family, words[1]}, nil
 		}
 	}
-	return Table{}, fmt.Errorf("%q is not a family of nftables: inet, ip, ip6, bridge, netdev or arp", words[0])
+	return Table{}, fmt.Errorf("%.40q is not a family of nftables: inet, ip, ip6, bridge, netdev or arp", words[0])
 }
 
 // maxName is NFT_NAME_MAXLEN less the final NUL.

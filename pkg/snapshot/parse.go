@@ -237,6 +237,8 @@ func (p *parser) parse() error {
 		switch {
 		case p.kind == end:
 			return nil
+		case p.is("{"):
+			return fmt.Errorf("this is JSON; nftwl reads what nft lists without --json")
 		case !p.is("table"):
 			// Commands, such as flush ruleset, are not what nft list prints.
 			// To obey them would undo what is to be restored into.
@@ -260,15 +262,18 @@ func (p *parser) table() error {
 		if p.kind != word || len(words) == 2 {
 			return fmt.Errorf("%s where { must be", p.found())
 		}
-		if err := nftset.CheckName(p.tok); err != nil {
-			return err
-		}
 		words = append(words, p.tok)
 	}
-	table, err := nftset.ParseTable(strings.Join(words, " "))
+	// The kernel takes names of other programs that nft's grammar does not, so
+	// the name counts only where it is a wanted one.
+	if len(words) < 2 {
+		words = append([]string{"ip"}, words...)
+	}
+	table, err := nftset.ParseTable(words[0] + " name")
 	if err != nil {
 		return err
 	}
+	table.Name = words[len(words)-1]
 	for {
 		if err := p.skipLines(); err != nil {
 			return err
@@ -279,9 +284,6 @@ func (p *parser) table() error {
 		case p.is("set"):
 			name, err := p.word("the name of a set")
 			if err != nil {
-				return err
-			}
-			if err = nftset.CheckName(name); err != nil {
 				return err
 			}
 			if p.wanted(table, name) {

@@ -364,6 +364,20 @@ func TestSaveSorted(t *testing.T) {
 	}
 }
 
+// Names of other programs that nft lists and its grammar does not take.
+func TestRestoreBesideOddNames(t *testing.T) {
+	c := dial(t, "")
+	text := "table ip .foo {\n\tset 10-nat {\n\t\ttype ipv4_addr\n\t}\n}\ntable inet foo:bar {\n\tchain 4 {\n\t}\n}\n" +
+		list("trusted_ipv4", "type ipv4_addr . inet_service; flags timeout", "192.0.2.1 . 993 timeout 1h")
+	f := parse(t, text)
+	if r := mustRestore(t, c, f); r.Restored != 1 || len(f.Passed) != 2 {
+		t.Errorf("%+v, %q", r, f.Passed)
+	}
+	if tables := run(t, "nft", "list", "tables"); tables != "table inet filter\n" {
+		t.Errorf("made %q", tables)
+	}
+}
+
 // A file with a key twice, as an editor leaves it: the later end counts.
 func TestRestoreTwiceInSnapshot(t *testing.T) {
 	for _, lines := range [][]string{
