@@ -366,14 +366,14 @@ configured port or on those of --port. An address that was not there is said,
 and is no error. The firewall's own limit bans the whole /64 of an IPv6 address:
 where that is what is banned, the command that ends it is said.
 
-With --comment it removes only elements with just that comment, so that one
-tool's unban leaves another's ban alone. Bans on ports that are not configured,
+With --comment it removes only elements with that comment, so that one tool's
+unban leaves another's ban alone. Bans on ports that are not configured,
 which fail2ban's jails have, end with --port, or with 'fail2ban-client unban'.` + addressesHelp + changeExit
 		cmd.Example = `  nftwl unban 198.51.100.66
   nftwl unban --comment postfix-sasl 198.51.100.66`
 	}
 	cmd.Flags().VarP(&ports, "port", "", portHelp)
-	cmd.Flags().StringVar(&comment, "comment", "", "only elements with this `TEXT` as their comment")
+	cmd.Flags().StringVar(&comment, "comment", "", "only elements whose comment is `TEXT`, or names that user")
 	return cmd
 }
 

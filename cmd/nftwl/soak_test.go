@@ -263,16 +263,30 @@ func (s *soak) step() {
 		for _, port := range soakPorts {
 			e := entry{"trusted", addr, port}
 			l := s.span(timeout, comment, start, end)
-			// Those who logged in before from there are named, too.
-			if old, ok := s.model[e]; ok {
-				if !old.perhaps && old.early.After(end.Add(jiffy)) {
-					l.comments = nil
-				}
-				for _, c := range old.comments {
-					l.comments = append(l.comments, trust.AddName(c, comment))
-				}
-			}
+			old, there := s.model[e]
 			s.model.put(e, l, min(timeout/100, time.Second), start, end)
+			if !there {
+				continue
+			}
+			// Those who logged in before from there are named, too. Someone new is
+			// named even where nothing else is to be changed, and then the time
+			// left is never shorter than asked.
+			new := false
+			if !old.perhaps && old.early.After(end.Add(jiffy)) {
+				l.comments = nil
+			}
+			for _, c := range old.comments {
+				l.comments = append(l.comments, trust.AddName(c, comment))
+				new = new || !trust.HasName(c, comment)
+			}
+			named := s.model[e]
+			if new {
+				s.model[e] = old
+				s.model.put(e, l, 0, start, end)
+				named = named.union(s.model[e])
+			}
+			named.comments = l.comments
+			s.model[e] = named
 		}
 	case "add":
 		command := map[string]string{"trusted": "add", "banned": "ban"}[list]

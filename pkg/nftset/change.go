@@ -23,8 +23,9 @@ const (
 // permanent element expire, whatever others do at the same time. The outcomes are
 // those of the elements, in order.
 //
-// comment returns the comment for an element that gets a new timeout, of the
-// one that it has and the one that was asked for; nil stands for the latter.
+// comment returns the comment of an element that is there, of the one that it has
+// and the one that was asked for. With nil, an element that gets a new timeout
+// gets the latter, and the others keep theirs.
 //
 // All is one transaction. On kernels before 6.12 it can take a second one,
 // after the first turned out to have renewed nothing; and where the set is too
@@ -107,12 +108,10 @@ func (c *Conn) extendUnique(s *Set, elems []Element, slack time.Duration, commen
 
 // extend is one transaction of Extend's. With inPlace it has the kernel renew
 // without deleting; an element that it asked that for is returned as it was.
-// It sets the comments of elems to those that the set will have.
 func (c *Conn) extend(s *Set, elems []Element, slack time.Duration, comment func(old, new string) string, inPlace bool) (outcomes []Outcome, renewed *Element, err error) {
 	keys := make([]Key, len(elems))
-	asked := make([]string, len(elems))
 	for i, e := range elems {
-		keys[i], asked[i] = e.Key, e.Comment
+		keys[i] = e.Key
 	}
 	// Between the lookup and the transaction another login can add an element,
 	// or renew one for longer. So elements that were missing are created, which
@@ -126,43 +125,43 @@ func (c *Conn) extend(s *Set, elems []Element, slack time.Duration, comment func
 			return nil, nil, err
 		}
 		outcomes, renewed = make([]Outcome, len(elems)), nil
+		var create, renew, replace []Element
 		for i, e := range elems {
-			switch old, ok := there[e.Key]; {
+			old, ok := there[e.Key]
+			if ok && comment != nil {
+				e.Comment = comment(old.Comment, e.Comment)
+			}
+			switch kept := ok && old.Outlives(e, slack); {
 			case !ok:
 				outcomes[i] = Added
-			case !old.Outlives(e, slack):
-				outcomes[i] = Extended
+				create = append(create, e)
+				continue
+			case kept && (comment == nil || old.Permanent() || old.Comment == e.Comment):
+				continue
+			case kept && old.Outlives(e, 0): // it gets the comment alone
+				e.Timeout, e.Expires = old.Timeout, old.Expires
 			}
+			outcomes[i] = Extended
+			if !inPlace || e.Permanent() || old.Comment != e.Comment {
+				replace = append(replace, e)
+				continue
+			}
+			// Without a deletion, so that a login does not wait for RCU when
+			// the connection closes: the kernel renews an element whose
+			// expiration is given.
+			renewed = &old
+			e.Expires = e.left()
+			renew = append(renew, e)
 		}
-		if !slices.Contains(outcomes, Extended) {
+		if len(renew)+len(replace) == 0 {
 			generation = 0
 		}
 		batch := c.BatchAt(generation)
-		var replace []Element
-		for i := range elems {
-			e := &elems[i]
-			old := there[e.Key]
-			switch outcomes[i] {
-			case Added:
-				e.Comment = asked[i]
-				batch.Create(s, *e)
-			case Extended:
-				e.Comment = asked[i]
-				if comment != nil {
-					e.Comment = comment(old.Comment, asked[i])
-				}
-				if !inPlace || e.Permanent() || old.Comment != e.Comment {
-					replace = append(replace, *e)
-					continue
-				}
-				// Without a deletion, so that a login does not wait for RCU
-				// when the connection closes: the kernel renews an element
-				// whose expiration is given.
-				renewed = &old
-				renewal := *e
-				renewal.Expires = e.left()
-				batch.Add(s, renewal)
-			}
+		for _, e := range create {
+			batch.Create(s, e)
+		}
+		for _, e := range renew {
+			batch.Add(s, e)
 		}
 		batch.Replace(s, replace)
 		err = batch.Commit()

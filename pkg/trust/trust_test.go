@@ -126,3 +126,38 @@ func FuzzDecide(f *testing.F) {
 		}
 	})
 }
+
+func TestAddName(t *testing.T) {
+	long := strings.Repeat("x", nftset.MaxComment-10)
+	for _, test := range []struct{ comment, user, want string }{
+		{"", "alice", "alice"},
+		{"alice", "alice", "alice"},
+		{"alice", "bob", "bob, alice"},
+		{"bob, alice", "alice", "bob, alice"},
+		{"bob, alice", "carol", "carol, bob, alice"},
+		{"alice", "", "alice"}, // with comment: false
+		{"alice2", "alice", "alice, alice2"},
+		{"the office", "alice", "alice, the office"},
+		{long, "bob", "bob, " + long},
+		{long, "bob@example.org", "bob@example.org"},
+		{long + ", carol", "bob", "bob, " + long},
+	} {
+		got := AddName(test.comment, test.user)
+		if got != test.want || nftset.CheckComment(got) != nil {
+			t.Errorf("%q and %q: %q, want %q", test.comment, test.user, got, test.want)
+		}
+		if AddName(got, test.user) != got || test.user != "" && !HasName(got, test.user) {
+			t.Errorf("%q does not name %q", got, test.user)
+		}
+	}
+	for _, text := range []string{"bob", "alice", "bob, alice"} {
+		if !HasName("bob, alice", text) {
+			t.Errorf("%q is not in it", text)
+		}
+	}
+	for _, text := range []string{"ali", "b", "", ", ", "alice, bob"} {
+		if HasName("bob, alice", text) {
+			t.Errorf("%q is in it", text)
+		}
+	}
+}
