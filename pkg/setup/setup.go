@@ -206,36 +206,50 @@ func (p *Plan) checkProgram(o *Options) {
 	}
 }
 
-// OnlyRoots returns an error where others than root can change a program, or
-// put another in its place. Who owns the root folder, who in a user namespace
-// is not always root, could do so with any.
+// OnlyRoots returns an error if others than root can change a program or put
+// another one in its place: if they own it, a directory on the way to it, or a
+// link there, or can write it. A sticky directory is no exception: its files
+// are safe from others until a boot empties it, and then anyone can make that
+// path anew.
+//
+// The owner of the root directory counts as root, who in a user namespace is
+// another. A group counts as others, root's own too.
 func OnlyRoots(program string) error {
-	target, err := filepath.EvalSymlinks(program)
-	if err != nil {
-		return err
-	}
 	top, err := os.Stat("/")
 	if err != nil {
 		return err
 	}
 	owner := func(info fs.FileInfo) uint32 { return info.Sys().(*syscall.Stat_t).Uid }
-	for _, path := range []string{program, target} {
-		for below := ""; path != below; path, below = filepath.Dir(path), path {
-			info, err := os.Lstat(path)
+	path, rest, links := "/", strings.Split(program, "/"), 0
+	for {
+		info, err := os.Lstat(path)
+		if err != nil {
+			return err
+		}
+		if uid := owner(info); uid != 0 && uid != owner(top) {
+			return fmt.Errorf("%s belongs to user %d", path, uid)
+		}
+		if info.Mode()&fs.ModeSymlink != 0 {
+			to, err := os.Readlink(path)
+			if links++; err == nil && links > 40 { // as in the kernel, path_resolution(7)
+				err = &fs.PathError{Op: "open", Path: program, Err: syscall.ELOOP}
+			}
 			if err != nil {
 				return err
 			}
-			if uid := owner(info); uid != 0 && uid != owner(top) {
-				return fmt.Errorf("%s belongs to user %d", path, uid)
+			path, rest = filepath.Dir(path), append(strings.Split(to, "/"), rest...)
+			if filepath.IsAbs(to) {
+				path = "/"
 			}
-			mode := info.Mode()
-			sticky := mode.IsDir() && mode&fs.ModeSticky != 0 // what is in it is its owner's
-			if mode&0o022 != 0 && !sticky && mode&fs.ModeSymlink == 0 {
-				return fmt.Errorf("%s has mode %04o", path, mode.Perm())
-			}
+		} else if mode := info.Mode(); mode&0o022 != 0 {
+			return fmt.Errorf("%s has mode %04o", path, mode.Perm())
 		}
+		if len(rest) == 0 {
+			return nil
+		}
+		// path has no links, so that ".." is what it says.
+		path, rest = filepath.Join(path, rest[0]), rest[1:]
 	}
-	return nil
 }
 
 // installed is the remedy for a program that is where it was built.

@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"nftwl/pkg/nstest"
 )
 
@@ -27,18 +29,31 @@ func TestDoveconfHeldOpen(t *testing.T) {
 
 // Whoever can write a folder above a program can put another in its place.
 func TestOnlyRoots(t *testing.T) {
-	dir := t.TempDir() // in /tmp, which is sticky
 	must := func(err error) {
 		t.Helper()
 		if err != nil {
 			t.Fatal(err)
 		}
 	}
+	// Everything under a test's own folder is in one that everyone can write.
+	sticky := filepath.Join(t.TempDir(), "nftwl")
+	must(os.WriteFile(sticky, nil, 0o755))
+	if err := OnlyRoots(sticky); err == nil {
+		t.Errorf("%s, which is in %s, is well", sticky, os.TempDir())
+	}
+	nstest.New(t)
+	must(unix.Unshare(unix.CLONE_NEWNS))
+	must(unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
+	const dir = "/opt"
+	must(unix.Mount("none", dir, "tmpfs", 0, "mode=755"))
 	real, link := filepath.Join(dir, "opt/bin/nftwl"), filepath.Join(dir, "usr/nftwl")
-	must(os.MkdirAll(filepath.Dir(real), 0o755))
-	must(os.MkdirAll(filepath.Dir(link), 0o755))
+	between := filepath.Join(dir, "between/bin")
+	for _, path := range []string{real, link, between} {
+		must(os.MkdirAll(filepath.Dir(path), 0o755))
+	}
 	must(os.WriteFile(real, nil, 0o755))
-	must(os.Symlink(real, link))
+	must(os.Symlink("../opt/bin", between))
+	must(os.Symlink(between+"/nftwl", link))
 	for _, path := range []string{real, link} {
 		must(OnlyRoots(path))
 	}
@@ -48,7 +63,8 @@ func TestOnlyRoots(t *testing.T) {
 		linkOnly bool
 	}{
 		{"opt/bin/nftwl", 0o775, false}, {"opt/bin/nftwl", 0o757 | os.ModeSticky, false},
-		{"opt/bin", 0o775, false}, {"opt", 0o757, false}, {"usr", 0o775, true},
+		{"opt/bin", 0o775, false}, {"opt", 0o757, false}, {"usr", 0o775, true}, {"between", 0o775, true},
+		{"opt", 0o777 | os.ModeSticky, false}, {"", 0o777 | os.ModeSticky, false}, {"usr", 0o777 | os.ModeSticky, true},
 	} {
 		path := filepath.Join(dir, v.path)
 		must(os.Chmod(path, v.mode))
@@ -60,10 +76,12 @@ func TestOnlyRoots(t *testing.T) {
 		}
 		must(os.Chmod(path, 0o755))
 	}
-	must(os.Chmod(filepath.Join(dir, "opt"), 0o777|os.ModeSticky))
-	must(OnlyRoots(real))
+	must(os.Symlink("loop", filepath.Join(dir, "loop")))
+	if err := OnlyRoots(filepath.Join(dir, "loop")); !errors.Is(err, unix.ELOOP) {
+		t.Errorf("a link to itself: %v", err)
+	}
 	nstest.NeedUsers(t)
-	for _, path := range []string{real, filepath.Dir(real), link} {
+	for _, path := range []string{real, filepath.Dir(real), link, between, filepath.Dir(between), dir} {
 		must(os.Lchown(path, 1000, 0))
 		if err := OnlyRoots(link); err == nil {
 			t.Errorf("%s is user 1000's", path)
