@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"nftwl/pkg/config"
+	"nftwl/pkg/install"
 	"nftwl/pkg/nstest"
 )
 
@@ -124,7 +125,7 @@ func TestDocsNames(t *testing.T) {
 
 // refused says why the command line has no such command or flags.
 func refused(args []string) string {
-	if _, _, ok := loginArgs(args); ok {
+	if _, _, ok := install.LoginArgs(args); ok {
 		return ""
 	}
 	root := newRoot()

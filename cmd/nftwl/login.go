@@ -17,33 +17,6 @@ import (
 	"nftwl/pkg/trust"
 )
 
-// loginArgs recognises `nftwl [--config FILE] login COMMAND…`. It passes over
-// empty arguments up to the command, which a second space in Dovecot's
-// configuration makes: they would deny every login.
-func loginArgs(args []string) (config string, command []string, ok bool) {
-	for args = afterEmpty(args); len(args) > 1; args = afterEmpty(args) {
-		if file, ok := strings.CutPrefix(args[0], "--config="); ok {
-			config, args = file, args[1:]
-		} else if args[0] == "--config" {
-			config, args = args[1], args[2:]
-		} else {
-			break
-		}
-	}
-	if len(args) == 0 || args[0] != "login" {
-		return "", nil, false
-	}
-	return config, afterEmpty(args[1:]), true
-}
-
-// afterEmpty returns the arguments from the first that is not empty.
-func afterEmpty(args []string) []string {
-	for len(args) > 0 && args[0] == "" {
-		args = args[1:]
-	}
-	return args
-}
-
 // login trusts the client that has just logged in and becomes the command,
 // which is Dovecot's: whatever happens here, the command must be executed, or
 // a user cannot read their mail. So everything that can fail does so inside

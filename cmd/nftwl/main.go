@@ -17,12 +17,13 @@ import (
 	"github.com/spf13/cobra"
 
 	"nftwl/pkg/config"
+	"nftwl/pkg/install"
 )
 
 func main() {
 	// Before anything else sees the arguments: no argument of the command
 	// that login becomes may be taken for one of nftwl's.
-	if configPath, command, ok := loginArgs(os.Args[1:]); ok {
+	if configPath, command, ok := install.LoginArgs(os.Args[1:]); ok {
 		os.Exit(login(configPath, command))
 	}
 	os.Exit(run(os.Args[1:]))

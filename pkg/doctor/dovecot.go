@@ -10,13 +10,9 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-)
 
-// mailServices are Dovecot's services that ask after a login, by the names that
-// its setting "protocols" has for them.
-var mailServices = []struct{ protocol, service string }{
-	{"imap", "imap"}, {"pop3", "pop3"}, {"submission", "submission"}, {"sieve", "managesieve"},
-}
+	"nftwl/pkg/doveconf"
+)
 
 var dropIn = remedy{"put the shipped settings (contrib/dovecot) into /etc/dovecot/conf.d, and have Dovecot read them", "nftwl setup dovecot --write && doveadm reload"}
 
@@ -26,8 +22,8 @@ func reload(format string, args ...any) remedy {
 }
 
 func (d *Doctor) checkDovecot(ctx context.Context) {
-	doveconf := find("doveconf")
-	if doveconf == "" {
+	program := find("doveconf")
+	if program == "" {
 		d.skip("dovecot", "Dovecot is not installed here")
 		return
 	}
@@ -47,10 +43,7 @@ func (d *Doctor) checkDovecot(ctx context.Context) {
 		d.skip("dovecot.settings", "only root can read all of Dovecot's settings")
 		return
 	}
-	// Named settings come with their defaults in both versions, those of the
-	// services among them, which doveconf -n and -a leave out; -x puts in what
-	// a value refers to.
-	out, err = output(ctx, doveconf, "-x", "base_dir", "libexec_dir", "protocols", "default_vsz_limit", "default_process_limit", "service")
+	out, err = output(ctx, program, doveconf.Arguments()...)
 	if errors.Is(err, errNoAnswer) {
 		d.warn("dovecot.settings", remedy{"see why it does not answer; Dovecot's settings are not looked at", "doveconf -n"}, "%v", err)
 		return
@@ -59,7 +52,7 @@ func (d *Doctor) checkDovecot(ctx context.Context) {
 		d.fail("dovecot.settings", remedy{"correct them: Dovecot would not start with them", "doveconf -n"}, "%s", strings.TrimPrefix(err.Error(), "doveconf: ")) // it says its name itself
 		return
 	}
-	dovecot := parseDoveconf(string(out))
+	dovecot := doveconf.Parse(string(out))
 	for _, p := range d.checkProtocols(dovecot) {
 		d.checkPostLogin(ctx, dovecot, p)
 	}
@@ -68,49 +61,49 @@ func (d *Doctor) checkDovecot(ctx context.Context) {
 
 // checkProtocols checks whom the mail services ask after a login, and returns
 // the post-login services among them.
-func (d *Doctor) checkProtocols(dovecot *settings) []*postLogin {
+func (d *Doctor) checkProtocols(dovecot *doveconf.Settings) []*postLogin {
 	const check = "dovecot.protocols"
 	var services []*postLogin
 	var enabled, silent, asking []string
 	denied := false // logins; one failure says so, and hides the others
-	for _, m := range mailServices {
-		if !dovecot.protocols()[m.protocol] {
+	for _, m := range doveconf.MailServices {
+		if !dovecot.Protocols()[m.Protocol] {
 			continue
 		}
-		enabled = append(enabled, m.protocol)
-		service := dovecot.section("service " + m.service)
-		name, asks := socketOf(service.values["executable"])
-		if !asks {
-			silent = append(silent, m.protocol)
+		enabled = append(enabled, m.Protocol)
+		service := dovecot.Section("service " + m.Service)
+		name, at := doveconf.SocketOf(service.Values["executable"])
+		if at < 0 {
+			silent = append(silent, m.Protocol)
 			continue
 		}
-		path := dovecot.path(name)
-		post, listener := dovecot.listener(path)
+		path := dovecot.Path(name)
+		post, listener := dovecot.Listener(path)
 		switch {
 		case name == "" && !denied:
 			denied = true
-			d.fail(check, reload("take one of the two spaces in a row out of executable = %s in %s", service.values["executable"], service.name),
-				"an empty name of a post-login service denies every login by %s", m.protocol)
+			d.fail(check, reload("take one of the two spaces in a row out of executable = %s in %s", service.Values["executable"], service.Name),
+				"an empty name of a post-login service denies every login by %s", m.Protocol)
 		case post != nil:
 			i := slices.IndexFunc(services, func(p *postLogin) bool { return p.listener == listener })
 			if i < 0 {
-				i, services = len(services), append(services, &postLogin{settings: post, listener: listener})
+				i, services = len(services), append(services, &postLogin{Settings: post, listener: listener})
 			}
 			services[i].askers = append(services[i].askers, service)
-			asking = append(asking, m.protocol)
+			asking = append(asking, m.Protocol)
 		case filepath.IsAbs(name):
 			if !slices.Contains(d.asked, path) {
 				d.asked = append(d.asked, path)
 			}
-			asking = append(asking, m.protocol)
+			asking = append(asking, m.Protocol)
 		case !denied:
 			denied = true
-			d.fail(check, dropIn, "there is no service with a listener %s, which denies every login by %s", name, m.protocol)
+			d.fail(check, dropIn, "there is no service with a listener %s, which denies every login by %s", name, m.Protocol)
 		}
 	}
 	var whom []string
 	for _, p := range services {
-		whom = append(whom, p.name)
+		whom = append(whom, p.Name)
 	}
 	whom = append(whom, d.asked...)
 	missing := dropIn
@@ -129,24 +122,6 @@ func (d *Doctor) checkProtocols(dovecot *settings) []*postLogin {
 		d.ok(check, "after a login, %s ask %s", strings.Join(asking, ", "), strings.Join(whom, ", "))
 	}
 	return services
-}
-
-// socketOf returns the socket that a mail service asks after a login: the first
-// argument of its executable after the options, the -a, -t and -u of which have
-// a value (main.c of Dovecot's src/imap, src/pop3 and src/submission).
-func socketOf(executable string) (name string, ok bool) {
-	// Dovecot splits at each single space.
-	args := strings.Split(executable, " ")[1:]
-	for len(args) > 0 && strings.HasPrefix(args[0], "-") {
-		if slices.Contains([]string{"-a", "-t", "-u"}, args[0]) && len(args) > 1 {
-			args = args[1:]
-		}
-		args = args[1:]
-	}
-	if len(args) == 0 {
-		return "", false
-	}
-	return args[0], true
 }
 
 // checkLSM looks for what can deny a process more than the rest of this sees.

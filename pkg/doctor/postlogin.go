@@ -9,90 +9,74 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
 
 	"nftwl/pkg/config"
+	"nftwl/pkg/doveconf"
+	"nftwl/pkg/install"
 	"nftwl/pkg/setup"
 )
 
 // postLogin is a post-login service, and those who ask it.
 type postLogin struct {
-	*settings
-	listener *settings
-	askers   []*settings // services
-	user     string      // whom it starts programs as
+	*doveconf.Settings
+	listener *doveconf.Settings
+	askers   []*doveconf.Settings // services
+	user     string               // whom it starts programs as
 }
 
 func (p *postLogin) root() bool { return p.user == "root" || p.user == "0" }
 
 // checkPostLogin checks a service that runs nftwl login.
-func (d *Doctor) checkPostLogin(ctx context.Context, dovecot *settings, p *postLogin) {
-	words := strings.Split(p.values["executable"], " ")
-	if filepath.Base(words[0]) != "script-login" {
-		d.fail("dovecot.service", reload("executable = script-login %s login in %s", d.Executable, p.name),
-			"%s is not run by script-login, which denies every login: executable = %s", p.name, p.values["executable"])
-		return
-	}
-	if chroot := p.values["chroot"]; chroot != "" {
-		d.fail("dovecot.service", reload("take chroot = %s out of %s", chroot, p.name),
-			"%s has chroot = %s, where it does not find what it is to execute, which denies every login", p.name, chroot)
-		return
-	}
-	words = words[1:]
-	p.user = cmp.Or(p.values["user"], "root")
-	for len(words) > 0 && strings.HasPrefix(words[0], "-") {
-		if words[0] == "-d" {
-			p.user = "the mail user (script-login -d)"
+func (d *Doctor) checkPostLogin(ctx context.Context, dovecot *doveconf.Settings, p *postLogin) {
+	executable := p.Values["executable"]
+	login, err := install.ParsePostLogin(executable)
+	if err != nil {
+		remedy := reload("executable = script-login %s login in %s", d.Executable, p.Name)
+		if errors.Is(err, install.ErrEmptyWord) {
+			remedy = reload("remove one of the two spaces in a row from executable = %s in %s", executable, p.Name)
 		}
-		words = words[1:]
-	}
-	// Another program can come first, and then executes nftwl.
-	i := slices.IndexFunc(words, func(word string) bool { return filepath.Base(word) == "nftwl" })
-	if i < 0 {
-		i = slices.Index(words, "login") - 1
-	}
-	if i < 0 {
-		d.warn("dovecot.service", reload("put nftwl before it: executable = script-login %s login %s in %s", d.Executable, strings.Join(words, " "), p.name),
-			"%s runs %s, and whether that runs nftwl cannot be seen", p.name, strings.Join(words, " "))
+		d.fail("dovecot.service", remedy, "the executable of %s denies every login: %v: %s", p.Name, err, executable)
 		return
 	}
-	if slices.Contains(words[:i], "") {
-		d.fail("dovecot.service", reload("take one of the two spaces in a row out of executable = %s in %s", p.values["executable"], p.name),
-			"an empty word before nftwl in the executable of %s denies every login", p.name)
+	if chroot := p.Values["chroot"]; chroot != "" {
+		d.fail("dovecot.service", reload("take chroot = %s out of %s", chroot, p.Name),
+			"%s has chroot = %s, where it does not find what it is to execute, which denies every login", p.Name, chroot)
 		return
+	}
+	if login.Nftwl == "" {
+		d.warn("dovecot.service", chain(), "%s runs %s, and whether that runs nftwl cannot be seen", p.Name, strings.Join(login.Command, " "))
+		return
+	}
+	p.user = cmp.Or(p.Values["user"], "root")
+	if login.MailUser {
+		p.user = "the mail user (script-login -d)"
 	}
 	absolute := func(path string) string {
 		if !filepath.IsAbs(path) {
-			path = filepath.Join(dovecot.values["libexec_dir"], path) // as script-login does
+			path = filepath.Join(dovecot.Values["libexec_dir"], path) // as script-login does
 		}
 		return path
 	}
-	configPath, rest := parseLogin(words[i+1:])
-	path := absolute(words[i])
-	if len(rest) == 0 || rest[0] != "login" {
-		d.fail("dovecot.service", reload("executable = script-login %s login in %s", path, p.name),
-			"the executable of %s has no word login after nftwl, which denies every login: %s", p.name, p.values["executable"])
-		return
-	}
-	d.ok("dovecot.service", "%s runs nftwl login", p.name)
-	if doctors := cmp.Or(d.ConfigPath, config.Path); cmp.Or(configPath, config.Path) != doctors {
-		d.warn("dovecot.config", remedy{"have the doctor look at that one", "nftwl --config " + quote(cmp.Or(configPath, config.Path)) + " doctor"},
-			"logins are trusted by %s, and the doctor looks at %s", cmp.Or(configPath, config.Path), doctors)
+	path := absolute(login.Nftwl)
+	d.ok("dovecot.service", "%s runs nftwl login", p.Name)
+	if doctors := cmp.Or(d.ConfigPath, config.Path); cmp.Or(login.Config, config.Path) != doctors {
+		d.warn("dovecot.config", remedy{"have the doctor look at that one", "nftwl --config " + quote(cmp.Or(login.Config, config.Path)) + " doctor"},
+			"logins are trusted by %s, and the doctor looks at %s", cmp.Or(login.Config, config.Path), doctors)
 	}
 
 	d.checkExecutable(p, path)
 	var scripts []string
-	if i > 0 {
-		scripts = append(scripts, absolute(words[0]))
+	if len(login.Before) > 0 {
+		scripts = append(scripts, absolute(login.Before[0]))
 	}
-	if len(rest) > 1 {
+	if len(login.Command) > 0 {
 		// As nftwl finds it, to which Dovecot gives no PATH. From where a path
 		// with a slash begins cannot be seen.
-		switch script := rest[1]; {
+		switch script := login.Command[0]; {
 		case filepath.IsAbs(script):
 			scripts = append(scripts, script)
 		case !strings.Contains(script, "/") && unix.Access("/bin/"+script, unix.X_OK) == nil:
@@ -108,20 +92,13 @@ func (d *Doctor) checkPostLogin(ctx context.Context, dovecot *settings, p *postL
 	d.checkProcessLimit(dovecot, p)
 }
 
-// parseLogin takes nftwl's arguments apart as nftwl does, which passes over
-// empty ones: the configuration, and from the word login on the rest.
-func parseLogin(words []string) (configPath string, rest []string) {
-	words = slices.DeleteFunc(slices.Clone(words), func(word string) bool { return word == "" })
-	for len(words) > 0 {
-		if file, ok := strings.CutPrefix(words[0], "--config="); ok {
-			configPath, words = file, words[1:]
-		} else if words[0] == "--config" && len(words) > 1 {
-			configPath, words = words[1], words[2:]
-		} else {
-			break
-		}
+// chain is the remedy for a post-login service without nftwl.
+func chain() remedy {
+	if _, err := os.Lstat(setup.DropIn); err == nil {
+		return remedy{"have nftwl run it: 'nftwl setup dovecot' prints the services that run both, and which line elsewhere overrides them",
+			"nftwl setup dovecot"}
 	}
-	return configPath, words
+	return remedy{"have nftwl run it, as the same user: the drop-in that setup writes does both", "nftwl setup dovecot --write && doveadm reload"}
 }
 
 func (d *Doctor) checkExecutable(p *postLogin, path string) {
@@ -143,7 +120,7 @@ func (d *Doctor) checkExecutable(p *postLogin, path string) {
 func (d *Doctor) checkScripts(p *postLogin, paths []string) {
 	const check = "dovecot.script"
 	for _, path := range paths {
-		if !d.checkProgram(check, p, path, reload("put it there, or take it out of executable = %s in %s", p.values["executable"], p.name)) {
+		if !d.checkProgram(check, p, path, reload("put it there, or take it out of executable = %s in %s", p.Values["executable"], p.Name)) {
 			return
 		}
 	}
@@ -175,32 +152,32 @@ func (d *Doctor) checkProgram(check string, p *postLogin, path string, missing r
 // root: with drop_priv_before_exec, or from its second login on.
 func (d *Doctor) checkListener(p *postLogin) {
 	const check = "dovecot.listener"
-	mode, _ := strconv.ParseUint(cmp.Or(p.listener.values["mode"], "0600"), 8, 32) // 2.4 leaves the default out
+	mode, _ := strconv.ParseUint(cmp.Or(p.listener.Values["mode"], "0600"), 8, 32) // 2.4 leaves the default out
 	// It takes the right to write to connect, see unix(7).
 	may := mode&0o002 != 0 ||
-		mode&0o020 != 0 && p.listener.values["group"] != "" ||
-		mode&0o200 != 0 && cmp.Or(p.listener.values["user"], "root") != "root"
+		mode&0o020 != 0 && p.listener.Values["group"] != "" ||
+		mode&0o200 != 0 && cmp.Or(p.listener.Values["user"], "root") != "root"
 	for _, asker := range p.askers {
 		count := "service_count"
-		if _, ok := asker.values[count]; !ok {
+		if _, ok := asker.Values[count]; !ok {
 			count = "restart_request_count" // 2.4
 		}
-		if asker.values["drop_priv_before_exec"] != "yes" && cmp.Or(asker.values[count], "1") == "1" {
+		if asker.Values["drop_priv_before_exec"] != "yes" && cmp.Or(asker.Values[count], "1") == "1" {
 			continue
 		}
 		if !may {
-			d.fail(check, reload("in %s of %s, user = the mail user; or in %s, %s = 1", p.listener.name, p.name, asker.name, count),
+			d.fail(check, reload("in %s of %s, user = the mail user; or in %s, %s = 1", p.listener.Name, p.Name, asker.Name, count),
 				"the processes of %s ask as the mail user (%s = %s, drop_priv_before_exec = %s), and may not: those logins are denied",
-				asker.name, count, asker.values[count], asker.values["drop_priv_before_exec"])
+				asker.Name, count, asker.Values[count], asker.Values["drop_priv_before_exec"])
 			return
 		}
 	}
-	d.ok(check, "the mail services may ask %s", p.name)
+	d.ok(check, "the mail services may ask %s", p.Name)
 }
 
-func (d *Doctor) checkVszLimit(ctx context.Context, dovecot *settings, p *postLogin) {
+func (d *Doctor) checkVszLimit(ctx context.Context, dovecot *doveconf.Settings, p *postLogin) {
 	const check = "dovecot.vsz_limit"
-	written, limit, err := dovecot.vszLimit(p.settings)
+	written, limit, err := dovecot.VszLimit(p.Settings)
 	if err == nil && limit != 0 {
 		err = d.try(ctx, limit, "")
 	}
@@ -208,31 +185,31 @@ func (d *Doctor) checkVszLimit(ctx context.Context, dovecot *settings, p *postLo
 	case errors.Is(err, errUntried):
 		d.skip(check, "%v", err)
 	case err != nil:
-		d.fail(check, reload("vsz_limit = 1G in %s", p.name),
-			"nftwl does not run within the vsz_limit of %s, %s, which denies every login: %v", p.name, written, err)
+		d.fail(check, reload("vsz_limit = 1G in %s", p.Name),
+			"nftwl does not run within the vsz_limit of %s, %s, which denies every login: %v", p.Name, written, err)
 	case limit == 0:
-		d.ok(check, "%s has no vsz_limit", p.name)
+		d.ok(check, "%s has no vsz_limit", p.Name)
 	default:
-		d.ok(check, "nftwl runs within the vsz_limit of %s, %s", p.name, written)
+		d.ok(check, "nftwl runs within the vsz_limit of %s, %s", p.Name, written)
 	}
 }
 
 // checkPrivilege checks that what the service starts may write to nftables.
-func (d *Doctor) checkPrivilege(dovecot *settings, p *postLogin, path string) {
+func (d *Doctor) checkPrivilege(dovecot *doveconf.Settings, p *postLogin, path string) {
 	capable := hasFileCapability(path)
 	switch {
 	case p.root():
-		d.ok("dovecot.user", "%s runs as root", p.name)
+		d.ok("dovecot.user", "%s runs as root", p.Name)
 	case capable:
-		d.ok("dovecot.user", "%s runs as %s, and %s has the capability CAP_NET_ADMIN", p.name, p.user, path)
+		d.ok("dovecot.user", "%s runs as %s, and %s has the capability CAP_NET_ADMIN", p.Name, p.user, path)
 	default:
-		d.fail("dovecot.user", reload("user = root in %s", p.name),
-			"%s runs as %s, and only root, or a file with the capability CAP_NET_ADMIN, may write to nftables: no login is trusted", p.name, p.user)
+		d.fail("dovecot.user", reload("user = root in %s", p.Name),
+			"%s runs as %s, and only root, or a file with the capability CAP_NET_ADMIN, may write to nftables: no login is trusted", p.Name, p.user)
 		return
 	}
 
 	const check = "dovecot.privilege"
-	status, pid, err := masterStatus(dovecot.path("master.pid"))
+	status, pid, err := masterStatus(dovecot.Path("master.pid"))
 	if errors.Is(err, fs.ErrNotExist) {
 		d.skip(check, "Dovecot is not running")
 		return
@@ -253,7 +230,7 @@ func (d *Doctor) checkPrivilege(dovecot *settings, p *postLogin, path string) {
 	case bounding&(1<<unix.CAP_NET_ADMIN) == 0:
 		d.fail(check, allow, "the running Dovecot (%d) must not have CAP_NET_ADMIN: logins go on, and none is trusted", pid)
 	case status["NoNewPrivs"] == "1" && !p.root():
-		d.fail(check, remedy{words: "NoNewPrivileges=no in Dovecot's unit, or user = root in " + p.name},
+		d.fail(check, remedy{words: "NoNewPrivileges=no in Dovecot's unit, or user = root in " + p.Name},
 			"the running Dovecot (%d) gains no privileges from files (NoNewPrivileges): logins go on, and none is trusted", pid)
 	default:
 		d.ok(check, "the running Dovecot (%d) may have CAP_NET_ADMIN", pid)
@@ -291,15 +268,15 @@ func masterStatus(pidFile string) (status map[string]string, pid int, err error)
 
 // checkProcessLimit compares with the mail services, each login by which is a
 // process of both.
-func (d *Doctor) checkProcessLimit(dovecot *settings, p *postLogin) {
+func (d *Doctor) checkProcessLimit(dovecot *doveconf.Settings, p *postLogin) {
 	const check = "dovecot.process_limit"
-	own := dovecot.processLimit(p.settings)
+	own := dovecot.ProcessLimit(p.Settings)
 	for _, asker := range p.askers {
-		if most := dovecot.processLimit(asker); own < most {
-			d.warn(check, reload("process_limit = %d in %s", most, p.name),
-				"%s may have %d processes, and %s %d: when many log in at once, logins wait, and are denied after ten seconds", p.name, own, asker.name, most)
+		if most := dovecot.ProcessLimit(asker); own < most {
+			d.warn(check, reload("process_limit = %d in %s", most, p.Name),
+				"%s may have %d processes, and %s %d: when many log in at once, logins wait, and are denied after ten seconds", p.Name, own, asker.Name, most)
 			return
 		}
 	}
-	d.ok(check, "%s may have as many processes as the mail services", p.name)
+	d.ok(check, "%s may have as many processes as the mail services", p.Name)
 }

@@ -18,6 +18,9 @@ const (
 	socket        = "/run/nftwl/post-login"
 )
 
+// DropIn is where the drop-in for login belongs.
+const DropIn = dovecotFolder + "/" + loginFile
+
 // Dovecot plans the drop-in, which is the same for 2.3 and 2.4.
 func Dovecot(o *Options) (*Plan, error) {
 	if err := o.checkPaths(); err != nil {

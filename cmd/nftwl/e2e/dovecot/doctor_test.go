@@ -175,21 +175,39 @@ func TestDoctor(t *testing.T) {
 			name: "two spaces after script-login", login: denied,
 			with: with{dropIn: replace(command, strings.Replace(command, " /", "  /", 1))},
 			change: notAsked.but(diagnosis{
-				"dovecot.service": "fail: an empty word .* denies every login",
+				"dovecot.service": "fail: .* denies every login: .* empty word",
 			}),
 		},
 		{
 			name: "no script-login", login: denied,
 			with: with{dropIn: replace(command, "executable = /usr/bin/nftwl login")},
 			change: notAsked.but(diagnosis{
-				"dovecot.service": "fail: .* not run by script-login, which denies every login",
+				"dovecot.service": "fail: .* denies every login: script-login does not run it",
 			}),
 		},
 		{
 			name: "no word login", login: denied,
 			with: with{dropIn: replace(command, "executable = script-login /usr/bin/nftwl")},
 			change: notAsked.but(diagnosis{
-				"dovecot.service": "fail: .* no word login .* denies every login",
+				"dovecot.service": "fail: .* denies every login: .* no word login",
+			}),
+		},
+		{
+			name: "an option that script-login lacks", login: denied,
+			with: with{dropIn: replace(command, "executable = script-login -x /usr/bin/nftwl login")},
+			change: notAsked.but(diagnosis{
+				"dovecot.service": "fail: .* denies every login: script-login has no option -x",
+			}),
+		},
+		{
+			name: "two spaces after --config",
+			with: with{dropIn: replace(command, "executable = script-login /usr/bin/nftwl --config  /etc/nftwl.yaml login"), config: "timeout: 1d\n"},
+		},
+		{
+			name: "no file after --config", login: denied,
+			with: with{dropIn: replace(command, "executable = script-login /usr/bin/nftwl --config login")},
+			change: notAsked.but(diagnosis{
+				"dovecot.service": "fail: .* denies every login: .* no word login",
 			}),
 		},
 		{

@@ -1,0 +1,169 @@
+// Package doveconf reads Dovecot's settings, as doveconf of 2.3 and 2.4 prints
+// them.
+package doveconf
+
+import (
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// Settings is a section of what doveconf prints, or all of it.
+type Settings struct {
+	Name     string // "service imap"; empty for all of it
+	Values   map[string]string
+	Sections []*Settings
+}
+
+// MailServices are the services that ask a post-login service after a login, by
+// the names that the setting "protocols" has for them.
+var MailServices = []struct{ Protocol, Service string }{
+	{"imap", "imap"}, {"pop3", "pop3"}, {"submission", "submission"}, {"sieve", "managesieve"},
+}
+
+// Arguments are doveconf's for the settings that are named, with their defaults
+// and those of the services, which -n and -a leave out; -x puts in what a value
+// refers to.
+func Arguments(names ...string) []string {
+	return append([]string{"-x", "base_dir", "libexec_dir", "protocols", "default_vsz_limit", "default_process_limit", "service"}, names...)
+}
+
+// Parse reads what doveconf of Dovecot 2.3 or 2.4 prints. It passes
+// over what it does not know: the settings that are looked for are missing then.
+func Parse(text string) *Settings {
+	open := []*Settings{{Values: map[string]string{}}}
+	for line := range strings.Lines(text) {
+		line = strings.TrimLeft(strings.TrimSuffix(line, "\n"), " \t")
+		s := open[len(open)-1]
+		if key, value, ok := strings.Cut(line, " = "); ok {
+			s.Values[key] = unquote(value)
+		} else if name, ok := strings.CutSuffix(line, " {"); ok {
+			kind, name, _ := strings.Cut(name, " ")
+			inner := &Settings{strings.TrimSpace(kind + " " + unquote(name)), map[string]string{}, nil}
+			s.Sections = append(s.Sections, inner)
+			open = append(open, inner)
+		} else if line == "}" && len(open) > 1 {
+			open = open[:len(open)-1]
+		}
+	}
+	return open[0]
+}
+
+// unquote undoes str_escape() of Dovecot's src/lib/strescape.c, which doveconf
+// applies to a value that has spaces at an end or a # in it.
+func unquote(s string) string {
+	if len(s) < 2 || s[0] != '"' || s[len(s)-1] != '"' {
+		return s
+	}
+	var b strings.Builder
+	for s = s[1 : len(s)-1]; s != ""; s = s[1:] {
+		if s[0] == '\\' && len(s) > 1 {
+			s = s[1:]
+		}
+		b.WriteByte(s[0])
+	}
+	return b.String()
+}
+
+// Section returns one by its name; one that is not there is empty.
+func (s *Settings) Section(name string) *Settings {
+	for _, inner := range s.Sections {
+		if inner.Name == name {
+			return inner
+		}
+	}
+	return &Settings{Name: name}
+}
+
+// Protocols returns those that Dovecot serves: one setting, or in 2.4 a section
+// of them.
+func (s *Settings) Protocols() map[string]bool {
+	enabled := map[string]bool{}
+	for _, name := range strings.Fields(s.Values["protocols"]) {
+		enabled[name] = true
+	}
+	for name, value := range s.Section("protocols").Values {
+		enabled[name] = value == "yes"
+	}
+	return enabled
+}
+
+// Path makes an absolute path of one that is in Dovecot's run folder.
+func (s *Settings) Path(name string) string {
+	if filepath.IsAbs(name) {
+		return filepath.Clean(name)
+	}
+	return filepath.Join(s.Values["base_dir"], name)
+}
+
+// Listener returns the service that listens on a path, and the listener; nil
+// where none does.
+func (s *Settings) Listener(path string) (service, listener *Settings) {
+	for _, service := range s.Sections {
+		for _, listener := range service.Sections {
+			name, ok := strings.CutPrefix(listener.Name, "unix_listener ")
+			if ok && s.Path(name) == path {
+				return service, listener
+			}
+		}
+	}
+	return nil, nil
+}
+
+// ProcessLimit is the most processes that a service may have: 0, or nothing in
+// 2.4, stands for the default.
+func (s *Settings) ProcessLimit(service *Settings) uint64 {
+	for _, value := range []string{service.Values["process_limit"], s.Values["default_process_limit"]} {
+		if value == "unlimited" {
+			break
+		}
+		if n, err := strconv.ParseUint(value, 10, 64); err == nil && n > 0 {
+			return n
+		}
+	}
+	return 1<<64 - 1
+}
+
+// VszLimit is the limit on a service's address space as it is written, and in
+// bytes, where 0 is none. In 2.3, the largest number stands for the default.
+func (s *Settings) VszLimit(service *Settings) (written string, bytes uint64, err error) {
+	written = service.Values["vsz_limit"]
+	if written == "" || strings.HasPrefix(written, "18446744073709551615") {
+		written = s.Values["default_vsz_limit"]
+	}
+	if written == "unlimited" {
+		return written, 0, nil
+	}
+	unit := strings.TrimLeft(written, "0123456789")
+	n, err := strconv.ParseUint(written[:len(written)-len(unit)], 10, 64)
+	if err != nil {
+		return written, 0, fmt.Errorf("%q is not a size", written)
+	}
+	shift := 0
+	if unit = strings.ToUpper(strings.TrimSpace(unit)); unit != "" {
+		shift = 10 * strings.IndexByte("BKMGT", unit[0])
+	}
+	if shift < 0 || n > (1<<63)>>shift {
+		return written, 0, fmt.Errorf("%q is not a size", written)
+	}
+	return written, n << shift, nil
+}
+
+// SocketOf returns the socket that a mail service asks after a login: the first
+// argument of its executable after the options, the -a, -t and -u of which have
+// a value (main.c of Dovecot's src/imap, src/pop3 and src/submission). The index
+// is that argument's; -1 if it asks nobody.
+func SocketOf(executable string) (name string, index int) {
+	words := strings.Split(executable, " ") // as Dovecot splits it
+	for i := 1; i < len(words); i++ {
+		if !strings.HasPrefix(words[i], "-") {
+			return words[i], i
+		}
+		if slices.Contains([]string{"-a", "-t", "-u"}, words[i]) && i+1 < len(words) {
+			i++
+		}
+	}
+	return "", -1
+}

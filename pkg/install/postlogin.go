@@ -1,0 +1,128 @@
+// Package install knows how nftwl is installed: for login itself, for setup,
+// which installs it, and for doctor, which checks that.
+//
+// Every login links it. It imports little, and does nothing at init.
+package install
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// LoginArgs parses the arguments of `nftwl [--config FILE] login COMMAND…`; ok
+// is false if they are not those of login. It skips empty arguments up to the
+// command: Dovecot makes one of a second space in its configuration, and each
+// of them would otherwise deny every login.
+func LoginArgs(args []string) (config string, command []string, ok bool) {
+	for args = skipEmpty(args); len(args) > 0; args = skipEmpty(args) {
+		if args[0] == "login" {
+			return config, skipEmpty(args[1:]), true
+		}
+		if file, ok := strings.CutPrefix(args[0], "--config="); ok {
+			config, args = file, args[1:]
+			continue
+		}
+		if args[0] != "--config" {
+			break
+		}
+		rest := skipEmpty(args[1:])
+		if len(rest) > 0 && (rest[0] != "login" || len(rest) == len(args)-1) {
+			config, args = rest[0], rest[1:]
+		} else {
+			config, args = "", rest // --config "" login
+		}
+	}
+	return "", nil, false
+}
+
+func skipEmpty(args []string) []string {
+	for len(args) > 0 && args[0] == "" {
+		args = args[1:]
+	}
+	return args
+}
+
+// A PostLogin is what Dovecot runs after a login: the setting executable of a
+// post-login service.
+type PostLogin struct {
+	MailUser bool     // script-login -d: as the mail user, and not as the service's
+	Before   []string // a program that runs first and executes nftwl, and its arguments
+	Nftwl    string   // as it is written; "" if no nftwl is to be seen
+	Config   string   // of its --config; "" for the default
+	Command  []string // what comes after it, less Dovecot's own script-login; Before if there is no nftwl
+}
+
+// ErrEmptyWord is of a second space before nftwl.
+var ErrEmptyWord = errors.New("two spaces in a row make an empty word, which is executed")
+
+// ParsePostLogin parses it as Dovecot does. An error says why it denies every
+// login.
+func ParsePostLogin(executable string) (*PostLogin, error) {
+	// process_exec() of Dovecot's src/master/main.c splits at each single space.
+	words := strings.Split(executable, " ")
+	if name := words[0]; name[strings.LastIndexByte(name, '/')+1:] != "script-login" {
+		return nil, errors.New("script-login does not run it")
+	}
+	p := new(PostLogin)
+	words, err := p.options(words[1:])
+	if err != nil {
+		return nil, err
+	}
+	if len(words) == 0 {
+		return nil, errors.New("script-login has no program to run")
+	}
+	// A program that comes first is one that executes its arguments.
+	i := slices.IndexFunc(words, func(word string) bool {
+		return word == "nftwl" || strings.HasSuffix(word, "/nftwl")
+	})
+	if i < 0 { // perhaps it has another name
+		i = slices.Index(words, "login") - 1
+	}
+	if words[0] == "" || i > 0 && slices.Contains(words[:i], "") {
+		return nil, ErrEmptyWord
+	}
+	if i < 0 {
+		p.Command = words
+		return p, nil
+	}
+	p.Before, p.Nftwl = words[:i], words[i]
+	var ok bool
+	if p.Config, p.Command, ok = LoginArgs(words[i+1:]); !ok {
+		return nil, fmt.Errorf("%s has no word login after it", p.Nftwl)
+	}
+	return p, nil
+}
+
+// options parses script-login's, and returns the words after them. It is
+// getopt(3) with "+d" (Dovecot's src/util/script-login.c) and "c:i:ko:OL"
+// (master_service_getopt_string() of its src/lib-master).
+func (p *PostLogin) options(words []string) ([]string, error) {
+	for len(words) > 0 && len(words[0]) > 1 && words[0][0] == '-' {
+		option := words[0][1:]
+		words = words[1:]
+		if option == "-" {
+			break
+		}
+		for option != "" {
+			switch option[0] {
+			case 'd':
+				p.MailUser = true
+			case 'k', 'O', 'L':
+			case 'c', 'i', 'o':
+				if len(option) == 1 {
+					if len(words) == 0 {
+						return nil, fmt.Errorf("script-login's option -%s has no value", option)
+					}
+					words = words[1:]
+				}
+				option = option[:1]
+			default:
+				return nil, fmt.Errorf("script-login has no option -%c", option[0])
+			}
+			option = option[1:]
+		}
+	}
+	return words, nil
+}
