@@ -506,6 +506,7 @@ func TestSetupElsewhere(t *testing.T) {
 		}
 		h.write("/etc/dovecot/dovecot.conf", conf)
 		h.write("/etc/dovecot/conf.d/10-mail.conf", "") // an include of nothing is an error
+		const dropIn = "/etc/dovecot/conf.d/90-nftwl.conf"
 		out := setup("dovecot", "--write")
 		if strings.Contains(out, "does not include") || strings.Contains(out, "post-login") {
 			t.Errorf("a false alarm:\n%s", out)
@@ -523,26 +524,61 @@ func TestSetupElsewhere(t *testing.T) {
 		words = append(strings.Fields(command), "check", "192.0.2.7")
 		h.run(words[0], words[1:]...)
 
-		// A script that is there must not vanish unsaid.
-		h.must(os.Remove("/etc/dovecot/conf.d/90-nftwl.conf"))
-		h.write("/etc/dovecot/dovecot.conf", conf+`
+		// A script that is there goes on.
+		h.must(os.Remove(dropIn))
+		hello := func(settings string) {
+			h.Helper()
+			h.write("/etc/dovecot/dovecot.conf", conf+`
 service imap {
-  executable = imap hello
+  executable = imap -t 30 hello
 }
 service hello {
   executable = script-login /usr/local/bin/hello.sh
+`+settings+`
   unix_listener hello {
+    mode = 0666
   }
 }
 `)
+		}
+		const chained = "\nservice nftwl-imap {\n  executable = script-login " + command + " login /usr/local/bin/hello.sh\n  user = root\n  vsz_limit = 1G\n"
+		hello("")
 		out = setup("dovecot", "--write")
-		for _, words := range []string{"service imap asks hello after a login", "executable = script-login /opt/nftwl-1.0/nftwl login /usr/local/bin/hello.sh"} {
-			if !strings.Contains(out, words) {
-				t.Errorf("%q is not in\n%s", words, out)
+		text := h.read(dropIn)
+		for _, words := range []string{chained, "\n  executable = imap -t 30 nftwl-imap\n", "\n  executable = pop3 nftwl\n", "    mode = 0666\n"} {
+			if !strings.Contains(text, words) {
+				t.Errorf("%q is not in\n%s", words, text)
+			}
+		}
+		if words := `Delete "executable = imap -t 30 hello" from /etc/dovecot/dovecot.conf, line `; !strings.Contains(out, words) {
+			t.Errorf("%q is not in\n%s", words, out)
+		}
+		h.must(os.Remove(dropIn))
+		// A script with a larger limit keeps it.
+		hello("vsz_limit = 3G")
+		if out := setup("dovecot"); !strings.Contains(out, strings.Replace(chained, "1G", "3 G", 1)) {
+			t.Errorf("the limit is not kept:\n%s", out)
+		}
+		// What it cannot keep, it does not replace.
+		for _, c := range []struct{ settings, says string }{
+			{"chroot = /srv", "service imap asks service hello after a login, which nftwl cannot keep: it has chroot = /srv"},
+			{"privileged_group = mail", "it has privileged_group = mail"},
+			{"executable = script-login -d /x.sh\n}\nmail_privileged_group = mail\nservice hello {", "with script-login -d, it has mail_privileged_group = mail"},
+			{"executable = /usr/local/bin/hello", "cannot keep: script-login does not run it"},
+			{`executable = "script-login /x#.sh"`, "cannot keep: its executable has a character "},
+			{"user = nobody-here", "user = nobody-here, of whom the group is not known"},
+		} {
+			hello(c.settings)
+			_, stderr, code := h.try(nil, "/opt/nftwl-1.0/nftwl", "setup", "dovecot", "--write")
+			if code != 1 || !strings.Contains(stderr, c.says) {
+				t.Errorf("%s: exit %d: %s", c.settings, code, stderr)
+			}
+			if _, err := os.Lstat(dropIn); err == nil {
+				t.Errorf("%s: it is written", c.settings)
 			}
 		}
 		h.write("/etc/dovecot/dovecot.conf", "no such = setting\n"+conf)
-		if out := setup("dovecot"); !strings.Contains(out, "is not known: doveconf -n fails") {
+		if out := setup("dovecot"); !strings.Contains(out, "is not known: doveconf fails") {
 			t.Errorf("that doveconf fails is not said:\n%s", out)
 		}
 		h.write("/etc/dovecot/dovecot.conf", strings.ReplaceAll(conf, "!include", "#!include"))

@@ -3,18 +3,26 @@ package setup
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"time"
+
+	"nftwl/contrib"
+	"nftwl/pkg/doveconf"
+	"nftwl/pkg/install"
 )
 
 const (
 	dovecotFolder = "/etc/dovecot/conf.d"
+	dovecotConf   = "/etc/dovecot/dovecot.conf"
 	loginFile     = "90-nftwl.conf"
 	serveFile     = "90-nftwl-serve.conf"
+	mailUserFile  = "90-nftwl-mail-user.sh"
+	setpriv       = "/usr/bin/setpriv" // as mailUserFile has it
 	socket        = "/run/nftwl/post-login"
 )
 
@@ -36,29 +44,39 @@ func Dovecot(o *Options) (*Plan, error) {
 	}
 	p := new(Plan)
 	p.needFolder(dovecotFolder, "Dovecot")
+	text, script := p.keepPostLogin(o, text)
 	p.add(filepath.Join(dovecotFolder, name), text)
+	if script != "" {
+		path := filepath.Join(dovecotFolder, mailUserFile)
+		p.add(path, script)
+		p.Next = []string{"chmod 755 " + path}
+	}
 	if other := filepath.Join(dovecotFolder, other); exists(other) {
 		p.problem("rm "+other, "%s is there, and the two exclude each other", other)
 	}
-	if main := filepath.Join(filepath.Dir(dovecotFolder), "dovecot.conf"); !includesFolder(main) {
-		p.note("%s does not include conf.d/*.conf: without that Dovecot does not read the file.", main)
+	read, after := overriding(dovecotConf, filepath.Join(dovecotFolder, name))
+	if !read {
+		p.note("%s does not include conf.d/*.conf: without that Dovecot does not read the file.", dovecotConf)
+	}
+	for _, line := range after {
+		p.Next = append(p.Next, "# Delete "+line+": Dovecot reads it later, and it overrides the drop-in.")
+		p.Undo = append(p.Undo, "# Put back what you deleted: "+line+".")
 	}
 	if o.Serve {
 		if !exists(socket) {
 			p.note("There is no %s yet, and without it Dovecot denies every login: '%s setup systemd --serve' comes first.", socket, o.shell())
 		}
-		p.Next = []string{o.shell() + " status     # it must answer before Dovecot is told to ask it"}
+		p.Next = append(p.Next, o.shell()+" status     # it must answer before Dovecot is told to ask it")
 	} else {
 		p.checkProgram(o)
 	}
-	p.notePostLogin(o)
 	p.Next = append(p.Next,
 		"doveconf -n >/dev/null && doveadm reload",
 		"# Log in once with a mail client, and see that the client is there:",
 		o.shell()+" list",
 		o.shell()+" doctor",
 	)
-	p.Undo = []string{p.remove(), "doveadm reload"}
+	p.Undo = append(p.Undo, p.remove(), "doveadm reload")
 	return p, nil
 }
 
@@ -67,48 +85,252 @@ func exists(path string) bool {
 	return err == nil
 }
 
-func includesFolder(path string) bool {
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return true // as far as is known
-	}
-	for line := range strings.Lines(string(text)) {
-		if fields := strings.Fields(line); len(fields) > 1 && strings.HasPrefix(fields[0], "!include") && strings.HasSuffix(fields[1], "conf.d/*.conf") {
-			return true
+// overriding tells whether Dovecot reads the drop-in, as far as is known, and
+// returns the lines of its configuration that it reads after that and that set
+// what a mail service executes.
+func overriding(main, dropIn string) (read bool, lines []string) {
+	open := map[string]bool{} // Dovecot refuses a file that includes itself
+	var walk func(path string)
+	walk = func(path string) {
+		if path == dropIn {
+			read = true
+			return
+		}
+		text, err := os.ReadFile(path)
+		if err != nil || open[path] {
+			read = read || path == main
+			return
+		}
+		open[path] = true
+		defer delete(open, path)
+		n := 0
+		for line := range strings.Lines(string(text)) {
+			n++
+			words := strings.Fields(line)
+			switch {
+			case len(words) > 1 && strings.HasPrefix(words[0], "!include"):
+				pattern := words[1]
+				if !filepath.IsAbs(pattern) {
+					pattern = filepath.Join(filepath.Dir(path), pattern)
+				}
+				files, _ := filepath.Glob(pattern) // of a bad pattern none, as in Dovecot
+				if ok, _ := filepath.Match(pattern, dropIn); ok && !slices.Contains(files, dropIn) {
+					files = append(files, dropIn)
+					slices.Sort(files)
+				}
+				for _, file := range files {
+					walk(file)
+				}
+			case read && len(words) > 2 && words[0] == "executable" && slices.ContainsFunc(doveconf.MailServices, func(m struct{ Protocol, Service string }) bool {
+				return m.Service == filepath.Base(words[2])
+			}):
+				lines = append(lines, fmt.Sprintf("%q from %s, line %d", strings.TrimSpace(line), path, n))
+			}
 		}
 	}
-	return false
+	walk(main)
+	return read, lines
 }
 
-// notePostLogin says which post-login services the drop-in takes the place of.
-func (p *Plan) notePostLogin(o *Options) {
+// readDoveconf returns Dovecot's settings; nil without an error if it is not
+// installed.
+func readDoveconf() (*doveconf.Settings, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "doveconf", "-n")
+	cmd := exec.CommandContext(ctx, "doveconf", doveconf.Arguments("mail_uid", "mail_gid", "mail_access_groups", "mail_privileged_group")...)
 	cmd.WaitDelay = time.Second // or a child of its that holds the pipe is waited for
 	out, err := cmd.Output()
-	switch {
-	case errors.Is(err, exec.ErrNotFound):
-		return
-	case err != nil:
-		p.note("Whether there is a post-login script already is not known: doveconf -n fails. What the file would take the place of, and how to keep it, its comments say.")
-		return
+	if errors.Is(err, exec.ErrNotFound) {
+		return nil, nil
 	}
-	for line := range strings.Lines(string(out)) {
-		words := strings.Fields(line)
-		if len(words) < 4 || words[0] != "executable" || filepath.Base(words[3]) == "nftwl" {
+	if err != nil {
+		return nil, err
+	}
+	return doveconf.Parse(string(out)), nil
+}
+
+// keepPostLogin edits the drop-in so that what Dovecot runs after a login today
+// runs after nftwl, as the user that it ran as. script is the text of
+// mailUserFile; "" if it is not needed.
+func (p *Plan) keepPostLogin(o *Options, dropIn string) (text, script string) {
+	dovecot, err := readDoveconf()
+	if err != nil {
+		p.note("Whether there is a post-login script already is not known: doveconf fails. The drop-in would take its place.")
+	}
+	if dovecot == nil {
+		return dropIn, ""
+	}
+	keep := map[string]string{} // service of today: the new one's name
+	for _, m := range doveconf.MailServices {
+		service := dovecot.Section("service " + m.Service)
+		words := strings.Split(service.Values["executable"], " ")
+		asked, at := doveconf.SocketOf(service.Values["executable"])
+		if !dovecot.Protocols()[m.Protocol] || asked == socket {
 			continue
 		}
-		switch protocol, service := words[2], words[3]; {
-		case protocol == "script-login":
-			p.note("Dovecot has a post-login script already: %s", strings.Join(words[3:], " "))
-			if o.Serve {
-				p.note("nftwl serve runs no script: '%s setup dovecot' is for who needs one.", o.shell())
-			} else {
-				p.note("To keep it, put it last: executable = script-login %s login %s", o.Executable, strings.Join(words[3:], " "))
+		name := "nftwl"
+		old, listener := dovecot.Listener(dovecot.Path(asked))
+		switch {
+		case at < 0:
+			at, words = len(words), append(words, "")
+		case old == nil:
+			p.note("Dovecot's %s asks %s after a login, which this takes the place of.", service.Name, asked)
+		case o.Serve:
+			p.note("Dovecot's %s asks %s after a login, which this takes the place of: nftwl serve runs no script. '%s setup dovecot' is for those who need one.", service.Name, old.Name, o.shell())
+		case keep[old.Name] != "":
+			name = keep[old.Name]
+		default:
+			c, err := o.chain(dovecot, old)
+			if err != nil {
+				p.problem("remove "+asked+" from the executable of "+service.Name+" if you can do without it, or have its program execute nftwl login itself",
+					"%s asks %s after a login, which nftwl cannot keep: %v", service.Name, old.Name, err)
+				continue
 			}
-		case service != socket && slices.Contains([]string{"imap", "pop3", "submission", "managesieve"}, protocol):
-			p.note("Dovecot's service %s asks %s after a login, which this takes the place of.", protocol, service)
+			if c != nil {
+				name = "nftwl-" + m.Service
+				dropIn += c.service(o, name, dovecot, old, listener)
+				if c.mailUser {
+					script = o.mailUserScript(dovecot)
+				}
+				p.note("After a login %s asks %s, which runs %s as %s. The drop-in keeps that: service %s runs it after nftwl, as %s. Nothing asks %s any more.",
+					service.Name, old.Name, strings.Join(c.command, " "), c.user, name, c.user, old.Name)
+			}
+			keep[old.Name] = name
+		}
+		if o.Serve {
+			continue
+		}
+		words[at] = name
+		line := strings.Join(words, " ")
+		if !plain(line) {
+			p.problem("", "%s has a character in its executable that Dovecot would not take as it is: %s", service.Name, service.Values["executable"])
+			continue
+		}
+		dropIn = strings.Replace(dropIn, "\n  executable = "+m.Service+" nftwl\n", "\n  executable = "+line+"\n", 1)
+	}
+	return dropIn, script
+}
+
+// A chain is what a post-login service runs, and as whom.
+type chain struct {
+	command  []string
+	user     string
+	mailUser bool     // whose id is known at the login alone
+	drop     []string // a command that becomes that user, and executes its arguments
+}
+
+// chain returns that of a service; nil if it runs nothing but nftwl.
+func (o *Options) chain(dovecot, service *doveconf.Settings) (*chain, error) {
+	login, err := install.ParsePostLogin(service.Values["executable"])
+	if err != nil {
+		return nil, err
+	}
+	c := &chain{command: login.Command}
+	if login.Nftwl != "" {
+		c.command = slices.Concat(login.Before, login.Command)
+	}
+	if len(c.command) == 0 {
+		return nil, nil
+	}
+	// Whoever executes the first program looks for it elsewhere.
+	if first := c.command[0]; !filepath.IsAbs(first) && (login.Nftwl == "" || len(login.Before) > 0) {
+		c.command = slices.Concat([]string{filepath.Join(dovecot.Values["libexec_dir"], first)}, c.command[1:])
+	}
+	if !plain(strings.Join(c.command, " ")) {
+		return nil, errors.New("its executable has a character that Dovecot would not take as it is")
+	}
+	refuse := func(s *doveconf.Settings, keys ...string) error {
+		for _, key := range keys {
+			if value := s.Values[key]; value != "" {
+				return fmt.Errorf("it has %s = %s", key, value)
+			}
+		}
+		return nil
+	}
+	if err := refuse(service, "chroot", "privileged_group"); err != nil {
+		return nil, err
+	}
+
+	user, group, groups := service.Values["user"], service.Values["group"], service.Values["extra_groups"]
+	switch {
+	case login.MailUser:
+		if err := refuse(dovecot, "mail_access_groups", "mail_privileged_group"); err != nil {
+			return nil, fmt.Errorf("with script-login -d, %w", err)
+		}
+		c.user, c.mailUser, c.drop = "the mail user", true, []string{filepath.Join(dovecotFolder, mailUserFile)}
+	case (user == "" || user == "root" || user == "0") && group == "" && groups == "":
+		c.user = "root"
+		return c, nil
+	default:
+		if user == "" {
+			user = "root"
+		}
+		if group == "" { // the user's, as in service_create() of Dovecot's src/master/service.c
+			out, err := exec.Command("id", "-g", user).Output()
+			if err != nil {
+				return nil, fmt.Errorf("user = %s, of whom the group is not known", user)
+			}
+			group = strings.TrimSpace(string(out))
+		}
+		all := append([]string{group}, strings.FieldsFunc(groups, func(r rune) bool { return r == ' ' || r == ',' })...)
+		c.user = user
+		c.drop = []string{findSetpriv(), "--reuid=" + user, "--regid=" + group, "--groups=" + strings.Join(all, ",")}
+	}
+	// BusyBox's does not know the users' options.
+	if out, err := exec.Command(findSetpriv(), "--help").CombinedOutput(); err != nil || !strings.Contains(string(out), "--reuid") {
+		return nil, fmt.Errorf("to run it as %s needs setpriv of util-linux, which is not installed", c.user)
+	}
+	return c, nil
+}
+
+func findSetpriv() string {
+	if path, err := exec.LookPath("setpriv"); err == nil {
+		return path
+	}
+	return setpriv
+}
+
+// service is the block that runs the chain after nftwl.
+func (c *chain) service(o *Options, name string, dovecot, old, listener *doveconf.Settings) string {
+	vsz := "1G"
+	if written, limit, err := dovecot.VszLimit(old); err == nil && (limit == 0 || limit >= 2<<30) {
+		vsz = written
+	}
+	var inner strings.Builder
+	for _, key := range []string{"user", "group", "mode"} {
+		if value := listener.Values[key]; value != "" {
+			fmt.Fprintf(&inner, "    %s = %s\n", key, value)
 		}
 	}
+	return fmt.Sprintf(`
+# What Dovecot already ran after a login runs after nftwl.
+service %s {
+  executable = script-login %s login %s
+  user = root
+  vsz_limit = %s
+  process_limit = 1024
+  unix_listener %[1]s {
+%[5]s  }
+}
+`, name, o.command(), strings.Join(slices.Concat(c.drop, c.command), " "), vsz, &inner)
+}
+
+// mailUserScript is mailUserFile's text for this Dovecot.
+func (o *Options) mailUserScript(dovecot *doveconf.Settings) string {
+	text, err := contrib.Files.ReadFile("dovecot/" + mailUserFile)
+	if err != nil {
+		panic(err) // it is embedded
+	}
+	return strings.NewReplacer(
+		"default_uid=''", "default_uid="+quote(dovecot.Values["mail_uid"]),
+		"default_gid=''", "default_gid="+quote(dovecot.Values["mail_gid"]),
+		setpriv, findSetpriv(),
+	).Replace(string(text))
+}
+
+func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
+
+// plain tells whether Dovecot takes a value as it is, without quotes.
+func plain(s string) bool {
+	return strings.TrimSpace(s) == s && !strings.ContainsAny(s, "#\"'\\$%{}<\t\n")
 }

@@ -151,7 +151,11 @@ func writeFile(file File) error {
 	defer os.Remove(f.Name())
 	_, err = f.WriteString(file.Text)
 	if err == nil {
-		err = f.Chmod(0o644)
+		mode := fs.FileMode(0o644)
+		if strings.HasSuffix(file.Path, ".sh") {
+			mode = 0o755
+		}
+		err = f.Chmod(mode)
 	}
 	if err == nil {
 		err = f.Sync()
@@ -174,10 +178,7 @@ func (o *Options) read(name string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	command := o.Executable
-	if o.ConfigPath != "" {
-		command += " --config " + o.ConfigPath
-	}
+	command := o.command()
 	// Comments name the program, too, and are not about its arguments.
 	pairs := []string{"nftwl = " + shipped, "nftwl = " + command}
 	for _, verb := range []string{" login", " serve", " save", " restore", " check"} {
@@ -185,6 +186,14 @@ func (o *Options) read(name string) (string, error) {
 	}
 	pairs = append(pairs, shipped, o.Executable)
 	return strings.NewReplacer(pairs...).Replace(string(text)), nil
+}
+
+// command is this program with its configuration.
+func (o *Options) command() string {
+	if o.ConfigPath == "" {
+		return o.Executable
+	}
+	return o.Executable + " --config " + o.ConfigPath
 }
 
 // checkPaths refuses what one of those who read the files would split, expand

@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -21,7 +22,7 @@ func TestDoveconfHeldOpen(t *testing.T) {
 	}
 	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
 	before := time.Now()
-	new(Plan).notePostLogin(new(Options))
+	new(Plan).keepPostLogin(new(Options), "")
 	if took := time.Since(before); took > 15*time.Second {
 		t.Errorf("it took %v", took)
 	}
@@ -34,12 +35,6 @@ func TestOnlyRoots(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-	}
-	// Everything under a test's own folder is in one that everyone can write.
-	sticky := filepath.Join(t.TempDir(), "nftwl")
-	must(os.WriteFile(sticky, nil, 0o755))
-	if err := OnlyRoots(sticky); err == nil {
-		t.Errorf("%s, which is in %s, is well", sticky, os.TempDir())
 	}
 	nstest.New(t)
 	must(unix.Unshare(unix.CLONE_NEWNS))
@@ -108,5 +103,45 @@ func TestWriteReplacesNothing(t *testing.T) {
 	left, err := os.ReadDir(dir)
 	if err != nil || len(left) != 1 {
 		t.Errorf("%v are left, %v", left, err)
+	}
+}
+
+// Includes in Dovecot's order, and files that include themselves.
+func TestOverriding(t *testing.T) {
+	dir := t.TempDir()
+	write := func(name, text string) {
+		t.Helper()
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	main, dropIn := filepath.Join(dir, "dovecot.conf"), filepath.Join(dir, "conf.d/90-nftwl.conf")
+	if read, lines := overriding(main, dropIn); !read || lines != nil {
+		t.Errorf("without a configuration: %v, %q", read, lines)
+	}
+	write("dovecot.conf", "executable = imap before\n#!include conf.d/*.conf\n")
+	if read, lines := overriding(main, dropIn); read || lines != nil {
+		t.Errorf("without the include: %v, %q", read, lines)
+	}
+	const set = "service imap {\n  executable = imap x\n}\n"
+	write("dovecot.conf", set+"!include conf.d/*.conf\n!include_try local.conf\n!include_try missing.conf\nservice x {\n  executable = script-login imap\n")
+	write("conf.d/10-mail.conf", set)
+	write("conf.d/95-more.conf", set)
+	write("local.conf", "!include local.conf\n!include *.conf\n#executable = imap x\nservice pop3 {\n  executable = /usr/lib/dovecot/pop3 y\n")
+	want := []string{
+		`"executable = imap x" from ` + dir + "/conf.d/95-more.conf, line 2",
+		`"executable = /usr/lib/dovecot/pop3 y" from ` + dir + "/local.conf, line 5",
+	}
+	read, lines := overriding(main, dropIn)
+	if !read || !slices.Equal(lines, want) {
+		t.Errorf("%v, %q", read, lines)
+	}
+	write("conf.d/90-nftwl.conf", set)
+	if read, again := overriding(main, dropIn); !read || !slices.Equal(again, lines) {
+		t.Errorf("with the drop-in: %v, %q", read, again)
 	}
 }

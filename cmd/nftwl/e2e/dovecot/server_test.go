@@ -450,8 +450,8 @@ func (s *server) log() string {
 
 var (
 	logged = regexp.MustCompile(`(?m)^\w+ +\d+ [\d:]+ (.*?: (?:Warning|Error|Fatal|Panic): .*)$`)
-	// How Dovecot says that it was stopped, and that the machine was.
-	stopped = regexp.MustCompile(`Warning: (Killed with signal 15|Shutting down logging|Time moved forwards)`)
+	// How Dovecot says that it was stopped or reloaded, and that the machine was stopped.
+	stopped = regexp.MustCompile(`Warning: (Killed with signal 15|SIGHUP received|Shutting down logging|Time moved forwards)`)
 )
 
 // complaints stops Dovecot and returns what it logged above the level of

@@ -1,0 +1,229 @@
+package dovecot
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/nstest"
+)
+
+// note is a post-login script that notes as whom it runs.
+const note = `#!/bin/sh
+echo $(id -u) $(id -g) $(id -G) $(grep CapEff /proc/self/status) >>` + dir + `/seen/note
+exec "$@"
+`
+
+// existing is a post-login service as an administrator has it, before the
+// place of the drop-in.
+func existing(protocol, executable, settings string) string {
+	return strings.ReplaceAll(`service PROTOCOL {
+  executable = PROTOCOL PROTOCOL-postlogin
+}
+service PROTOCOL-postlogin {
+  executable = `+executable+`
+  `+settings+`
+  unix_listener PROTOCOL-postlogin {
+  }
+}
+`, "PROTOCOL", protocol)
+}
+
+// A post-login service that is there already goes on: what setup says, done to
+// the letter, denies no login, has the script run as the user that it ran as,
+// and the client trusted.
+func TestExistingPostLogin(t *testing.T) {
+	t.Parallel()
+	const script = "script-login " + dir + "/note"
+	const mailUser = "1000 1000 1000 CapEff: 0+\n"
+	const root, games = "0 0 0 CapEff: [0-9a-f]+[1-9a-f]\n", "5 60 60 CapEff: 0+\n"
+	for _, c := range []struct {
+		name   string
+		config string // Dovecot's, before the place of the drop-in
+		after  string // and after
+		user   string // of alice's entry in the user database, from the uid on
+		as     string // uid, gid, groups and capabilities of the script
+		rawlog bool   // alice has a folder for it
+	}{
+		{name: "plain", config: existing("imap", script, ""), as: root},
+		{name: "user", config: existing("imap", script, "user = games"), as: games},
+		{name: "groups", config: existing("imap", script, "user = games\n  group = mail\n  extra_groups = tape,audio"), as: "5 8 8 26 29 CapEff: 0+\n"},
+		{name: "group of root", config: existing("imap", script, "group = mail"), as: "0 8 8 CapEff: [0-9a-f]+[1-9a-f]\n"},
+		{name: "mail user", config: existing("imap", "script-login -d "+dir+"/note", ""), as: mailUser},
+		{name: "mail user by default", config: "mail_uid = 1000\nmail_gid = 1000\n" + existing("imap", "script-login -d "+dir+"/note", ""), user: "::::" + dir + "/mail/alice::", as: mailUser},
+		{name: "mail user with a system's groups", config: existing("imap", "script-login -d "+dir+"/note", ""), user: ":1000:1000::" + dir + "/mail/alice::userdb_system_groups_user=games", as: mailUser},
+		{name: "rawlog", config: existing("imap", "script-login rawlog", "")},
+		{name: "rawlog as the mail user", config: existing("imap", "script-login -d rawlog -t", ""), rawlog: true},
+		{name: "another for POP3", config: existing("imap", "script-login /bin/sh "+dir+"/note", "") + existing("pop3", script, "user = games"), as: root},
+		{name: "nftwl already", config: existing("imap", "script-login /usr/bin/nftwl login "+dir+"/note", "vsz_limit = 1G"), as: root},
+		{name: "later in the configuration", after: existing("imap", script, "user = games"), as: games},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			eachDovecot(t, func(t *testing.T, d dovecot) {
+				s := d.start(t, with{
+					dropIn:  func(string) string { return c.config + "!include_try /etc/dovecot/conf.d/90-nftwl.conf\n" },
+					dovecot: "!include_try " + dir + "/later.conf\n",
+					files:   map[string]string{"note": note, "later.conf": c.after},
+				})
+				must(t, os.Mkdir(s.path("seen"), 0o755))
+				must(t, os.Chmod(s.path("seen"), 0o777)) // whatever the umask
+				must(t, unix.Mount("none", filepath.Join(d.root, "etc/dovecot/conf.d"), "tmpfs", 0, "mode=755"))
+				s.install()
+				const rawlog = "mail/alice/dovecot.rawlog"
+				if c.rawlog {
+					must(t, os.Mkdir(s.path(rawlog), 0o755))
+					must(t, os.Chown(s.path(rawlog), 1000, 1000))
+				}
+				loadSets(t)
+
+				if c.user != "" {
+					s.write("users", strings.Replace(users, ":1000:1000::"+dir+"/mail/alice::", c.user, 1), 0o644)
+				}
+
+				// logIn returns what a login leaves of the script.
+				logIn := func(client, name string) string {
+					t.Helper()
+					_ = os.Remove(s.path("seen/note")) // there is none at first
+					p := protocols[name]
+					if err := login(client, p.port, p.visit, "alice", password); err != nil {
+						t.Errorf("a login by %s: %v", name, err)
+					}
+					b, err := os.ReadFile(s.path("seen/note"))
+					if err != nil && !errors.Is(err, fs.ErrNotExist) {
+						t.Error(err)
+					}
+					seen := string(b)
+					logs, err := filepath.Glob(s.path(rawlog + "/*"))
+					must(t, err)
+					for _, path := range logs {
+						info, err := os.Stat(path)
+						must(t, err)
+						seen += fmt.Sprintln(filepath.Ext(path), info.Sys().(*syscall.Stat_t).Uid)
+						must(t, os.Remove(path))
+					}
+					return seen
+				}
+				before, pop := logIn(client4, "imap"), logIn(client6, "pop3")
+				want := c.as
+				if c.rawlog {
+					want = "[.]in 1000\n[.]out 1000\n"
+				}
+				if !regexp.MustCompile("^" + want + "$").MatchString(before) {
+					t.Fatalf("the script leaves %q, want %q", before, want)
+				}
+
+				s.follow(s.remedy())
+				for client, p := range map[string]struct{ name, left string }{client4: {"imap", before}, client6: {"pop3", pop}} {
+					nstest.Nft(t, "flush ruleset")
+					loadSets(t)
+					if left := logIn(client, p.name); left != p.left {
+						t.Errorf("by %s, the script leaves %q, and left %q", p.name, left, p.left)
+					}
+					wantTrusted(t, client, "alice", day)
+				}
+				for _, r := range s.results() {
+					if strings.HasPrefix(r.Check, "dovecot.") && r.Status == "fail" {
+						t.Errorf("the doctor finds %+v", r)
+					}
+				}
+				// It is said once, and is the same the next time.
+				if out := s.shell("nftwl setup dovecot --write"); !strings.Contains(out, "there already, and the same: ") {
+					t.Errorf("the second time:\n%s", out)
+				}
+				for _, line := range s.complaints(0) {
+					// As rawlog of Dovecot 2.4 does without nftwl.
+					if strings.Contains(line, "nftwl") && !strings.Contains(line, " leaked (parent=") {
+						t.Error(line)
+					}
+				}
+			})
+		})
+	}
+}
+
+// shell runs a script where Dovecot runs, and waits for the reload that may be
+// in it.
+func (s *server) shell(script string) string {
+	s.t.Helper()
+	const reloaded = "SIGHUP received - reloading configuration"
+	before := strings.Count(s.log(), reloaded)
+	cmd := exec.Command("/bin/sh", "-euc", script)
+	cmd.Dir = "/"
+	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: s.d.root}
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		s.t.Fatalf("%s: %v\n%s", script, err, out)
+	}
+	if strings.Contains(script, "doveadm reload") {
+		poll(s.t, "Dovecot to reload", func() bool { return strings.Count(s.log(), reloaded) > before })
+	}
+	return string(out)
+}
+
+var toDelete = regexp.MustCompile(`# Delete "(.*)" from (\S+), line (\d+)`)
+
+// follow runs a command, and does what it says is next, up to the reload.
+func (s *server) follow(command string) {
+	s.t.Helper()
+	out := s.shell(command)
+	s.t.Log(out)
+	_, next, _ := strings.Cut(out, "\nNext:\n")
+	for line := range strings.Lines(next) {
+		line = strings.TrimSpace(line)
+		if m := toDelete.FindStringSubmatch(line); m != nil {
+			path := filepath.Join(s.d.root, m[2])
+			b, err := os.ReadFile(path)
+			must(s.t, err)
+			lines := strings.Split(string(b), "\n")
+			n, err := strconv.Atoi(m[3])
+			must(s.t, err)
+			if strings.TrimSpace(lines[n-1]) != m[1] {
+				s.t.Errorf("line %d of %s is %q", n, path, lines[n-1])
+			}
+			must(s.t, os.WriteFile(path, []byte(strings.Join(slices.Delete(lines, n-1, n), "\n")), 0o644))
+		} else if !strings.HasPrefix(line, "#") {
+			s.shell(line)
+		}
+		if strings.Contains(line, "doveadm reload") {
+			return
+		}
+	}
+	s.t.Fatalf("nothing to reload in\n%s", out)
+}
+
+// A result is one of the doctor's.
+type result struct{ Check, Status, Text, Remedy, Command string }
+
+func (s *server) results() (results []result) {
+	s.t.Helper()
+	out := s.shell("nftwl doctor --json || :") // other groups' checks fail
+	must(s.t, json.Unmarshal([]byte(out), &results))
+	return results
+}
+
+// remedy is the doctor's for a post-login service without nftwl.
+func (s *server) remedy() string {
+	s.t.Helper()
+	results := s.results()
+	for _, r := range results {
+		if (r.Status == "warn" || r.Status == "fail") && (r.Check == "dovecot.service" || r.Check == "dovecot.protocols") {
+			return r.Command
+		}
+	}
+	s.t.Fatalf("the doctor finds nothing: %+v", results)
+	return ""
+}

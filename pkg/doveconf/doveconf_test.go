@@ -1,0 +1,45 @@
+package doveconf
+
+import "testing"
+
+func TestParse(t *testing.T) {
+	s := Parse(`base_dir = /run/dovecot
+default_vsz_limit = 256 M
+protocols = imap pop3
+service "a b" {
+  executable = "script-login /x#.sh \"y\" "
+  vsz_limit = 18446744073709551615 B
+  unix_listener login/a {
+    mode = 0666
+  }
+}
+}
+`)
+	service, listener := s.Listener("/run/dovecot/login/a")
+	if service == nil || service.Name != "service a b" || service.Values["executable"] != `script-login /x#.sh "y" ` || listener.Values["mode"] != "0666" {
+		t.Fatalf("%+v, %+v", service, listener)
+	}
+	if written, limit, err := s.VszLimit(service); written != "256 M" || limit != 256<<20 || err != nil {
+		t.Errorf("%s, %d, %v", written, limit, err)
+	}
+	if p := s.Protocols(); len(p) != 2 || !p["imap"] || !p["pop3"] {
+		t.Errorf("%v", p)
+	}
+	if s.Section("service b").Values["executable"] != "" {
+		t.Error("a section that is not there has settings")
+	}
+}
+
+func TestSocketOf(t *testing.T) {
+	for _, c := range []struct {
+		executable, name string
+		index            int
+	}{
+		{"", "", -1}, {"imap", "", -1}, {"imap nftwl", "nftwl", 1}, {"imap -t 30 -x nftwl x", "nftwl", 4},
+		{"imap  nftwl", "", 1}, {"imap -t", "", -1}, {"imap -t30 nftwl", "nftwl", 2},
+	} {
+		if name, index := SocketOf(c.executable); name != c.name || index != c.index {
+			t.Errorf("%q: %q, %d", c.executable, name, index)
+		}
+	}
+}
