@@ -106,6 +106,32 @@ func TestPackageNamed(t *testing.T) {
 			}
 			m.logsIn(1 + i)
 		}
+		// A script names it for Dovecot, in one way or the other.
+		const wrap = "/usr/local/bin/wrap.sh"
+		names := func(program string) {
+			m.Helper()
+			m.run("sh", "-euc", `rm -f /etc/dovecot/conf.d/90-nftwl*
+				sed "s,/usr/bin/nftwl login,$1," /usr/share/nftwl/dovecot/90-nftwl.conf >/etc/dovecot/conf.d/90-nftwl.conf
+				doveadm reload`, "sh", program)
+		}
+		for _, c := range []struct{ program, text string }{
+			{wrap, "#!/bin/sh\nexec /usr/bin/nftwl login \"$@\"\n"},
+			{"-d " + wrap, "#!/bin/sh\nNFTWL=/bin/nftwl; exec $NFTWL login \"$@\"\n"},
+			{"/bin/sh " + wrap, "[ $IP = :: ]||nftwl add $IP>&2;exec \"$@\"\n"},
+		} {
+			m.write(wrap[1:], c.text)
+			m.run("chmod", "755", wrap)
+			names(c.program)
+			if out := m.fails("dpkg", "--remove", "nftwl"); !strings.Contains(out, "names "+wrap+", which executes ") {
+				t.Errorf("%s: it does not say why: %s", c.text, out)
+			}
+		}
+		// Scripts that do not, and what is no script.
+		m.write(wrap[1:], "#!/bin/sh\n# not /usr/bin/nftwl\nexec \"$@\" # nftwl-like\n")
+		m.write("usr/local/bin/wrap.bin", "\x00 /usr/bin/nftwl \n")
+		names(wrap + " /usr/local/bin/wrap.bin /dev/zero /usr/local/bin/missing")
+		m.run("dpkg", "--remove", "nftwl")
+		m.run("dpkg", "--install", "/root/new.deb")
 		// Another's, of which the package has no part.
 		m.run("sh", "-euc", `cp /bin/true /usr/local/bin/nftwl
 			sed -i -e "s,/usr/bin/nftwl,/usr/local/bin/nftwl," /usr/share/nftwl/dovecot/90-nftwl.conf
@@ -279,7 +305,7 @@ func newUninstalled(t *testing.T, b base) *machine {
 
 func (m *machine) dropIns() []string {
 	m.Helper()
-	found, err := filepath.Glob(m.file("etc/dovecot/conf.d/90-nftwl*.conf"))
+	found, err := filepath.Glob(m.file("etc/dovecot/conf.d/90-nftwl*"))
 	m.must(err)
 	return found
 }
