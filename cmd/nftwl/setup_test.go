@@ -593,8 +593,8 @@ service hello {
 			ufw      string
 			commands int
 		}{
-			{[]string{"systemd", "--write"}, "no", 5},
-			{[]string{"systemd", "--write"}, "yes", 5},
+			{[]string{"systemd", "--write"}, "no", 4},
+			{[]string{"systemd", "--write"}, "yes", 3},
 			{[]string{"systemd", "--serve", "--write"}, "no", 1},
 		} {
 			h, setup := start(t)

@@ -156,7 +156,6 @@ func (d *Doctor) checkOrder(persist, beforeReload unit) {
 		{persist, "Requisite", nftables},
 		{persist, "ReloadPropagatedFrom", nftables},
 		{beforeReload, "Before", nftables},
-		{beforeReload, "BindsTo", "nftwl-persist.service"},
 		{beforeReload, "ReloadPropagatedFrom", nftables},
 	} {
 		if !need.has(need.property, need.word) {
@@ -247,7 +246,7 @@ func (d *Doctor) checkSave(ctx context.Context, persist, beforeReload, timer, sa
 			"nftwl-save.timer is %s: a power cut loses what was added since the last reload or stop", timer["ActiveState"])
 		return false
 	case save["ExecMainExitTimestamp"] == "":
-		d.ok(check, "nftwl-save.timer is active; its first save is due within ten minutes")
+		d.ok(check, "nftwl-save.timer is active; its first save is due within a minute")
 		return false
 	}
 	d.ok(check, "nftwl-save.timer is active, and the last save succeeded (%s)", save["ExecMainExitTimestamp"])
@@ -320,7 +319,7 @@ func (d *Doctor) checkSnapshot(saving bool) {
 	}
 	if age := time.Since(saved); saving && age > maxAge {
 		d.warn(check, remedy{"see that no other program replaces it, and that nftwl-save.service saves to this file", "systemctl start nftwl-save"},
-			"%s: %d elements, saved %s ago, though nftwl-save.timer saves every ten minutes", path, elements, ago(saved))
+			"%s: %d elements, saved %s ago, though nftwl-save.timer saves every minute", path, elements, ago(saved))
 		return
 	}
 	d.ok(check, "%s: %d elements, saved %s ago", path, elements, ago(saved))

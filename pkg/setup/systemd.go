@@ -83,7 +83,7 @@ func Systemd(o *Options) (*Plan, error) {
 		}
 	}
 	if !o.Serve {
-		p.Undo = []string{"systemctl disable nftwl-persist && systemctl stop nftwl-save.timer"}
+		p.Undo = []string{"systemctl disable --now nftwl-persist"}
 	}
 	if len(p.Files) > 0 {
 		p.Undo = append(p.Undo, p.remove())

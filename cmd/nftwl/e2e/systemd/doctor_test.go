@@ -111,9 +111,9 @@ func TestDoctorPersistence(t *testing.T) {
 			"persistence.snapshot": "skip: no snapshot yet: " + file,
 		})
 		m.install()
-		m.diagnoses("nothing is saved yet", "persistence", map[string]string{
-			"persistence.save":     "ok: .*within ten minutes",
-			"persistence.snapshot": "skip: no snapshot yet: " + file,
+		m.diagnoses("nobody is trusted yet", "persistence", map[string]string{
+			"persistence.save":     "ok: .*the last save succeeded",
+			"persistence.snapshot": "ok: " + file + ": 0 elements, ",
 		})
 		want := m.fill()
 		m.run("systemctl", "start", "nftwl-save")
@@ -138,12 +138,8 @@ func TestDoctorPersistence(t *testing.T) {
 			m.run("cp", "-p", "/run/good", file)
 		}
 		older := func() {
-			header, rest, _ := strings.Cut(m.snapshot(), "\n")
-			before, at, _ := strings.Cut(header, ", saved ")
-			saved, err := time.Parse(time.RFC3339Nano, at)
-			m.must(err)
 			// In its place, as it has an owner.
-			m.must(os.WriteFile(m.file(snapshotFile), []byte(before+", saved "+saved.Add(-2*time.Hour).Format(time.RFC3339Nano)+"\n"+rest), 0))
+			m.must(os.WriteFile(m.file(snapshotFile), []byte(m.older(2*time.Hour)), 0))
 		}
 		nothing := map[string]string{"persistence.save": "skip: nothing is saved while nftwl-persist.service is "}
 		with := func(check, text string) map[string]string {
@@ -152,7 +148,11 @@ func TestDoctorPersistence(t *testing.T) {
 			return all
 		}
 		m.tries("persistence", []fault{
-			{"a reload that restored nothing", func() { truncate(); m.fails("systemctl", "reload", "nftwl-persist") },
+			{"a reload that restored nothing", func() {
+				truncate()
+				m.run("nft", "-f", "/etc/nftables.conf")
+				m.fails("systemctl", "reload", "nftwl-persist")
+			},
 				m.commands("cp -p /run/good " + file + "; systemctl reload nftwl-persist"),
 				map[string]string{
 					"persistence.unit":     "fail: the sets were not restored after the last reload of nftables: .*cut short",
@@ -164,10 +164,10 @@ func TestDoctorPersistence(t *testing.T) {
 				truncate()
 				m.run("systemctl", "start", nftables)
 				m.settle()
-			}, m.commands("cp -p /run/good " + file + "; systemctl start nftwl-persist; systemctl start nftwl-save"),
+				m.fails("systemctl", "start", "nftwl-save")
+			}, m.commands("cp -p /run/good " + file + "; systemctl start nftwl-save"),
 				map[string]string{
-					"persistence.unit":     "fail: the sets were not restored: .*cut short",
-					"persistence.save":     nothing["persistence.save"] + "failed",
+					"persistence.save":     `fail: the last save failed \(.+\): .*cut short`,
 					"persistence.snapshot": "fail: " + file + ": line .*cut short",
 				}},
 			{"nftables.service stopped", func() { m.run("systemctl", "stop", nftables); m.settle() },
@@ -189,7 +189,7 @@ func TestDoctorPersistence(t *testing.T) {
 				edit("nftwl-snapshot.service", "Before=shutdown.target", "Before=nftables.service shutdown.target"),
 				map[string]string{"persistence.order": "fail: .*: nftwl-snapshot.service lacks Before=nftables.service$"}},
 			{"no save before a reload", edit("nftwl-snapshot.service", "ReloadPropagatedFrom=nftables.service", ""),
-				edit("nftwl-snapshot.service", "BindsTo=nftwl-persist.service", "&\\nReloadPropagatedFrom=nftables.service"),
+				edit("nftwl-snapshot.service", "PartOf=nftwl-persist.service", "ReloadPropagatedFrom=nftables.service\\n&"),
 				map[string]string{"persistence.order": "fail: .*: nftwl-snapshot.service lacks ReloadPropagatedFrom=nftables.service$"}},
 			{"timer stopped", m.commands("systemctl stop nftwl-save.timer"), m.commands("systemctl start nftwl-save.timer nftwl-save"),
 				map[string]string{"persistence.save": "warn: nftwl-save.timer is inactive: a power cut loses "}},
@@ -207,7 +207,7 @@ func TestDoctorPersistence(t *testing.T) {
 				map[string]string{"persistence.snapshot": "fail: " + file + " belongs to user 1234"}},
 			{"old", older, m.commands("systemctl start nftwl-save"),
 				map[string]string{"persistence.snapshot": "warn: .* saved 2h ago, though nftwl-save.timer saves"}},
-			{"of other sets", m.commands("nft add table inet other; nft list table inet other >" + file + "; nft delete table inet other"), m.commands("systemctl start nftwl-save"),
+			{"of other sets", m.commands("cp -p " + file + " /run/good; nft add table inet other; nft list table inet other >" + file + "; nft delete table inet other"), m.commands("cp -p /run/good " + file),
 				map[string]string{"persistence.snapshot": "fail: .*none of the sets in it is one of table inet filter"}},
 			{"a damaged one kept", m.commands("touch " + file + ".bad"), m.commands("rm " + file + ".bad"),
 				map[string]string{"persistence.bad": "warn: .*" + file + ".bad"}},

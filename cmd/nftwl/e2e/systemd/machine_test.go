@@ -25,7 +25,7 @@ import (
 // A machine boots systemd on a tree of files, which it does not change: its
 // disk is a layer above, and lasts from one boot to the next.
 type machine struct {
-	*testing.T
+	testing.TB
 	dir    string // upper is the disk
 	lower  string
 	pid    int    // of PID 1, 0 while it is off
@@ -35,12 +35,12 @@ type machine struct {
 
 // newMachine prepares a machine on which nftwl, its units and a ruleset are
 // installed, and nothing is enabled. It boots it.
-func newMachine(t *testing.T, b base) *machine {
+func newMachine(t testing.TB, b base) *machine {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		nstest.Skip(t, "only root can boot a systemd: run the tests as root")
 	}
-	m := &machine{T: t, dir: t.TempDir(), lower: b.root}
+	m := &machine{TB: t, dir: t.TempDir(), lower: b.root}
 	m.write("etc/fstab", "")
 	m.write("etc/machine-id", strings.Repeat("6e667477", 4)+"\n")
 	m.write("etc/nftwl.yaml", "# all defaults\n")
@@ -233,7 +233,8 @@ func boot(args []string) error {
 	); err != nil {
 		return err
 	}
-	// Sysctls of the host are not to be changed.
+	// Sysctls of the host are not to be changed. The machine has the host's boot
+	// id: another one, mounted here, would not be in the units' own /proc.
 	sysctl := filepath.Join(root, "proc/sys")
 	err := unix.Mount(sysctl, sysctl, "", unix.MS_BIND, "")
 	if err == nil {
@@ -241,18 +242,6 @@ func boot(args []string) error {
 	}
 	if err != nil {
 		return fmt.Errorf("/proc/sys read-only: %w", err)
-	}
-	// The journal tells boots apart by it.
-	id, err := os.ReadFile("/proc/sys/kernel/random/uuid")
-	if err != nil {
-		return err
-	}
-	bootID := filepath.Join(dir, "boot_id")
-	if err := os.WriteFile(bootID, id, 0o444); err != nil {
-		return err
-	}
-	if err := unix.Mount(bootID, filepath.Join(sysctl, "kernel/random/boot_id"), "", unix.MS_BIND, ""); err != nil {
-		return err
 	}
 	// Nor are its modules, its clock and its devices.
 	for _, c := range []uintptr{unix.CAP_SYS_MODULE, unix.CAP_SYS_TIME, unix.CAP_SYS_RAWIO} {

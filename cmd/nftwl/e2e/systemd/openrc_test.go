@@ -54,16 +54,9 @@ func newOpenRC(t *testing.T) *machine {
 		t.Fatalf("%v: %s", err, out)
 	}
 	m := newMachine(t, base{"openrc", layer + ":/"})
-	contrib := filepath.Join(nstest.Root(t), "contrib/openrc")
-	for from, to := range map[string]string{
-		"nftwl.conf": "etc/rc.conf.d/nftwl.conf",
-		"nftwl-save": "etc/periodic/15min/nftwl-save",
-	} {
-		text, err := os.ReadFile(filepath.Join(contrib, from))
-		m.must(err)
-		m.write(to, string(text))
-	}
-	m.must(os.Chmod(m.file("etc/periodic/15min/nftwl-save"), 0o755))
+	text, err := os.ReadFile(filepath.Join(nstest.Root(t), "contrib/openrc/nftwl.conf"))
+	m.must(err)
+	m.write(openrcConf, string(text))
 	m.write("etc/init.d/nftables", openrcNftables)
 	m.must(os.Chmod(m.file("etc/init.d/nftables"), 0o755))
 	for _, level := range []string{"default", "shutdown"} {
@@ -72,6 +65,21 @@ func newOpenRC(t *testing.T) *machine {
 	m.run("rc-update", "add", "nftables", "default")
 	m.up()
 	return m
+}
+
+const openrcConf = "etc/rc.conf.d/nftwl.conf"
+
+// cron is what nftwl.conf says that crond should run each minute.
+func (m *machine) cron() string {
+	m.Helper()
+	text, err := os.ReadFile(m.file(openrcConf))
+	m.must(err)
+	_, rest, ok := strings.Cut(string(text), "\n#   * * * * * ")
+	command, _, _ := strings.Cut(rest, "\n")
+	if !ok || command == "" {
+		m.Fatalf("no line for cron:\n%s", text)
+	}
+	return command
 }
 
 // up enters the runlevel default, as OpenRC does at the end of a boot.
@@ -108,7 +116,7 @@ func TestOpenRC(t *testing.T) {
 	m.has(want, 0)
 
 	want = m.login(7)
-	m.run("run-parts", "/etc/periodic/15min")
+	m.run("sh", "-c", m.cron())
 	m.kill()
 	m.boot()
 	m.up()
@@ -121,7 +129,7 @@ func TestOpenRC(t *testing.T) {
 	m.fails("rc-service", "nftables", "reload")
 	m.has(want, 0)
 	m.fails("rc-service", "nftables", "restart")
-	m.run("run-parts", "/etc/periodic/15min")
+	m.fails("sh", "-c", m.cron())
 	m.write("etc/nftables.conf", string(good))
 	m.run("rc-service", "nftables", "start")
 	m.has(want, 0)
@@ -139,7 +147,7 @@ func TestOpenRCOtherSets(t *testing.T) {
 	}
 	was := m.snapshot()
 	m.login(1)
-	m.run("run-parts", "/etc/periodic/15min")
+	m.fails("sh", "-c", m.cron())
 	m.run("rc-service", "nftables", "stop")
 	m.same(was, "a save and a stop")
 }
@@ -151,16 +159,15 @@ func TestOpenRCCorruptSnapshot(t *testing.T) {
 	bad := m.snapshot()
 	bad = bad[:len(bad)/2]
 	m.must(os.WriteFile(m.file(snapshotFile), []byte(bad), 0o600))
-	if out := m.run("rc-service", "nftables", "start"); !strings.Contains(out, "error: /"+snapshotFile+": ") || !strings.Contains(out, "not restored") {
+	if out := m.run("rc-service", "nftables", "start"); !strings.Contains(out, "error: /"+snapshotFile) || !strings.Contains(out, "not restored") {
 		t.Errorf("a snapshot that is corrupt: %s", out)
 	}
 	m.run("rc-service", "nftables", "status")
 	m.has(nil, 0)
-	// With elements, nftwl itself would replace the file.
 	m.login(1)
-	m.run("run-parts", "/etc/periodic/15min")
+	m.fails("sh", "-c", m.cron())
 	m.run("rc-service", "nftables", "reload")
 	m.run("rc-service", "nftables", "restart")
 	m.run("rc-service", "nftables", "stop")
-	m.same(bad, "after a reload, a restart and a stop")
+	m.same(bad, "after a save, a reload, a restart and a stop")
 }

@@ -115,6 +115,7 @@ func TestStandalone(t *testing.T) {
 		m.reboot()
 		m.has(want, 0)
 		m.loaded()
+		m.early()
 		m.noCycle()
 		m.state(nftables, "inactive")
 		boot := m.jobs("start")
@@ -147,15 +148,17 @@ func TestStandalone(t *testing.T) {
 		}
 
 		// By hand.
-		for _, how := range []string{"restart", "stop"} {
-			if out := m.fails("systemctl", how, persist); !strings.Contains(out, "refused") {
-				t.Errorf("%s: %s", how, out)
+		for _, how := range []string{"reload", "restart"} {
+			for _, again := range []string{"", "; nft -f /etc/nftwl/standalone.nft"} {
+				m.run("sh", "-c", "nft delete table inet nftwl"+again)
+				m.run("systemctl", how, persist)
+				m.settle()
+				if diffs := m.diff(want, 0, slack); len(diffs) > 0 {
+					t.Fatalf("nft delete table%s, and systemctl %s: %s", again, how, diffs[0])
+				}
+				m.loaded()
 			}
 		}
-		m.run("nft", "delete", "table", "inet", "nftwl")
-		m.run("systemctl", "reload", persist)
-		m.has(want, 0)
-		m.loaded()
 	})
 }
 
@@ -174,10 +177,11 @@ func TestStandaloneBroken(t *testing.T) {
 		m.boot()
 		m.loaded()
 		m.has(nil, 0)
-		m.state(persist, "failed")
-		m.state("nftwl-save.timer", "inactive")
+		m.state(persist, "active")
+		m.state("nftwl-save.service", "failed")
+		m.state("nftwl-save.timer", "active")
 		m.state("multi-user.target", "active")
-		if log := m.journal("--unit=nftwl-persist"); !strings.Contains(log, "error: /"+snapshotFile+": ") {
+		if log := m.journal("--unit=nftwl-save"); !strings.Contains(log, "error: /"+snapshotFile) {
 			t.Errorf("the journal does not say what is wrong:\n%s", log)
 		}
 		m.fails("systemctl", "reload", persist)
@@ -203,6 +207,7 @@ func TestStandaloneBroken(t *testing.T) {
 
 		m.write("etc/nftwl/standalone.nft", string(rules))
 		m.run("systemctl", "start", persist)
+		m.settle()
 		m.has(want, 0)
 		m.loaded()
 		m.state("nftwl-save.timer", "active")
