@@ -49,10 +49,13 @@ bench: test-deps build
 	go test -run '^$$' -bench . -benchtime 1x ./cmd/nftwl/e2e/dovecot
 	test "$$(id -u)" != 0 || PATH=$(CURDIR)/build:$$PATH unshare --net $(BENCH)/snapshot -most $(MOST)
 
-# Logins, bans, saves and restores at random, against a model.
+# Logins, bans, saves and restores at random, against a model; and reloads,
+# restarts, saves, reboots and power cuts in random orders, under systemd and
+# OpenRC.
 SOAK = 10m
-soak:
+soak: test-deps
 	SOAK=$(SOAK) go test -count=1 -timeout 2h -run TestSoak -v ./cmd/nftwl
+	SOAK=$(SOAK) go test -count=1 -timeout 2h -run Steps -v ./cmd/nftwl/e2e/systemd
 
 # Thousands of logins at once, and hundreds through a real Dovecot.
 storm: test-deps
