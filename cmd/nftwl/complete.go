@@ -85,9 +85,6 @@ func addCompletions(root *cobra.Command, configPath *string) {
 			cmd.ValidArgsFunction = completeAddresses(configPath, banned)
 		}
 		// An error is a command without that flag.
-		file := cobra.FixedCompletions(nil, cobra.ShellCompDirectiveDefault)
-		_ = cmd.RegisterFlagCompletionFunc("listen", file)
-		_ = cmd.RegisterFlagCompletionFunc("socket", file)
 		_ = cmd.RegisterFlagCompletionFunc("port", completePorts(configPath))
 	}
 }

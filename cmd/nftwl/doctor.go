@@ -47,7 +47,7 @@ Exit status: 0 when nothing failed, 1 when something did.`,
 					return failed(err)
 				}
 			}
-			d := &doctor.Doctor{Executable: exe, ConfigPath: path, Socket: socketPath}
+			d := &doctor.Doctor{Executable: exe, ConfigPath: path}
 			results := []doctor.Result{}
 			broken := false
 			d.Run(ctx, func(r doctor.Result) {

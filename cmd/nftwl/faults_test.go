@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -24,7 +23,7 @@ import (
 )
 
 // A fault is something that is wrong when a user logs in. Whatever it is, the
-// login goes on: nftwl login executes the command, nftwl serve answers.
+// login goes on: nftwl login executes the command.
 type fault struct {
 	group, name string
 
@@ -42,11 +41,9 @@ type fault struct {
 	static   bool // the login executes a static program, which needs no descriptor
 	during   func(t *testing.T) (end func())
 
-	says      string // the line on stderr has this in it; empty for no line
-	serveSays string // where it is another for nftwl serve
-	keys      int    // elements in the trusted sets afterwards
-	waits     string // what the login waits for; empty for nothing
-	noServe   string // why the fault cannot befall nftwl serve
+	says  string // the line on stderr has this in it; empty for no line
+	keys  int    // elements in the trusted sets afterwards
+	waits string // what the login waits for; empty for nothing
 }
 
 // deadline is that of the default configuration.
@@ -91,21 +88,21 @@ func faults() []fault {
 		{name: "an interval set", rules: set("type ipv4_addr; flags interval, timeout;"), says: "is an interval set"},
 		{name: "a constant set", rules: set("type ipv4_addr; flags constant; elements = { 203.0.113.1 };"), says: "is constant"},
 		{name: "a set that is full", rules: set("type ipv4_addr . inet_service; flags timeout; size 2;"), says: "is full (2 elements)"},
-		{name: "another's transaction of a million elements meanwhile", config: "short", during: hugeTransaction, keys: 5, serveSays: "went on without the kernel's answer", waits: "that transaction, and `serve` at most the deadline"},
+		{name: "another's transaction of a million elements meanwhile", config: "short", during: hugeTransaction, keys: 5, waits: "that transaction"},
 
 		{group: "privileges", name: "no CAP_NET_ADMIN", wrap: unprivileged, says: "the capability CAP_NET_ADMIN is missing"},
 		{name: "another user", wrap: []string{"setpriv", "--reuid=1000", "--regid=1000", "--clear-groups"}, says: "the capability CAP_NET_ADMIN is missing"},
 
 		{group: "kernel", name: "netlink sockets are refused", seccomp: "socket EAFNOSUPPORT", says: "the kernel offers no nf_tables"},
 		{name: "netlink sockets are forbidden", seccomp: "socket EPERM", says: "CAP_NET_ADMIN is missing"},
-		{name: "no answer ever comes", seccomp: "sendto 0", says: "the kernel did not answer in time", serveSays: "went on without the kernel's answer", waits: theDeadline},
+		{name: "no answer ever comes", seccomp: "sendto 0", says: "the kernel did not answer in time", waits: theDeadline},
 		{name: "the answer is lost (ENOBUFS)", seccomp: "recvfrom ENOBUFS", says: "no buffer space available"},
-		{name: "each wait for it is interrupted (EINTR)", seccomp: "recvfrom EINTR", says: "the kernel did not answer in time", serveSays: "went on without the kernel's answer", waits: theDeadline},
-		{name: "each request is interrupted (EINTR)", seccomp: "sendto EINTR", says: "the kernel did not answer in time", serveSays: "went on without the kernel's answer", waits: theDeadline},
+		{name: "each wait for it is interrupted (EINTR)", seccomp: "recvfrom EINTR", says: "the kernel did not answer in time", waits: theDeadline},
+		{name: "each request is interrupted (EINTR)", seccomp: "sendto EINTR", says: "the kernel did not answer in time", waits: theDeadline},
 		{name: "the answer is empty", seccomp: "recvfrom 0", says: "a truncated netlink message"},
 		{name: "no memory (ENOMEM)", seccomp: "sendto ENOMEM", says: "cannot allocate memory"},
 
-		{group: "process", name: "no descriptor is left", wrap: []string{"prlimit", "--nofile=3:3"}, static: true, says: "too many open files", noServe: "requests wait in the socket (TestServeOutOfDescriptors)"},
+		{group: "process", name: "no descriptor is left", wrap: []string{"prlimit", "--nofile=3:3"}, static: true, says: "too many open files"},
 		{name: "a soft limit of memory that is passed", variable: "GOMEMLIMIT=1", keys: 5},
 		{name: "stderr is closed", rules: "table inet other { }", close: "2>&-"},
 		{name: "stderr is a pipe that nobody reads", rules: "table inet other { }", stderr: fullPipe},
@@ -137,7 +134,7 @@ func prepare(t *testing.T, dir string) {
 
 // What a fault made of a login.
 type result struct {
-	went   bool // the command was executed, or the answer came
+	went   bool // the command was executed
 	took   time.Duration
 	stderr string
 	keys   int // in the trusted sets
@@ -159,12 +156,7 @@ func TestFaults(t *testing.T) {
 			t.Run(group+"/"+f.name, func(t *testing.T) {
 				t.Parallel()
 				login := f.login(t, dir)
-				f.check(t, "login", login)
-				serve := f.noServe
-				if serve == "" {
-					f.check(t, "serve", f.serve(t, dir))
-					serve = "answers"
-				}
+				f.check(t, login)
 				said := strings.TrimSpace(strings.ReplaceAll(login.stderr, filepath.Join(dir, f.config), "/etc/nftwl.yaml"))
 				if said != "" {
 					said = "`" + strings.ReplaceAll(said, "|", "\\|") + "`"
@@ -173,7 +165,7 @@ func TestFaults(t *testing.T) {
 				if login.keys > 0 {
 					trusted = "yes"
 				}
-				rows[i] = fmt.Sprintf("| %s | %s | executes | %s | %s | %s | %s |\n", f.group, f.name, serve, f.waits, trusted, said)
+				rows[i] = fmt.Sprintf("| %s | %s | executes | %s | %s | %s |\n", f.group, f.name, f.waits, trusted, said)
 			})
 		}
 	})
@@ -195,41 +187,32 @@ func TestFaults(t *testing.T) {
 const faultsHead = `# When something is wrong
 
 A login goes on whatever nftwl, the kernel or the administrator does. Each row
-is a run of the real binary on the kernel's nftables: "executes" and "answers"
-say that the user got to their mail. "trusted" is whether the client's address
-is in the sets afterwards, and the last column what Dovecot's log says of it
-("nftwl serve" says the same in its own log, but where the wait has a reason of
-its own).
+is a run of the real binary on the kernel's nftables: "executes" says that
+the user got to their mail. "trusted" is whether the client's address is in the
+sets afterwards, and the last column what Dovecot's log says of it.
 
 This table is what ` + "`UPDATE_DOCS=1 go test -run TestFaults ./cmd/nftwl`" + ` found.
 
-| | what is wrong | ` + "`nftwl login` | `nftwl serve`" + ` | waits for | trusted | in the log |
-|---|---|---|---|---|---|---|
+| | what is wrong | ` + "`nftwl login`" + ` | waits for | trusted | in the log |
+|---|---|---|---|---|---|
 `
 
-func (f *fault) check(t *testing.T, way string, r result) {
+func (f *fault) check(t *testing.T, r result) {
 	t.Helper()
 	if !r.went {
-		t.Errorf("%s: the login failed", way)
-	}
-	says := f.says
-	if way == "serve" && f.serveSays != "" {
-		says = f.serveSays
+		t.Error("the login failed")
 	}
 	line, more, _ := strings.Cut(r.stderr, "\n")
-	if way == "serve" {
-		more = regexp.MustCompile(`^nftwl: (hint: |error: nobody is trusted until the configuration ).*\n$`).ReplaceAllString(more, "")
-	}
-	if more != "" || (says == "") != (line == "") || !strings.Contains(line, says) {
-		t.Errorf("%s: stderr %q, want a line with %q", way, r.stderr, says)
+	if more != "" || (f.says == "") != (line == "") || !strings.Contains(line, f.says) {
+		t.Errorf("stderr %q, want a line with %q", r.stderr, f.says)
 	}
 	if r.keys != f.keys {
-		t.Errorf("%s: %d elements in the sets, want %d", way, r.keys, f.keys)
+		t.Errorf("%d elements in the sets, want %d", r.keys, f.keys)
 	}
 	if f.waits == theDeadline && r.took < deadline {
-		t.Errorf("%s: after %v, want the deadline of %v", way, r.took, deadline)
+		t.Errorf("after %v, want the deadline of %v", r.took, deadline)
 	}
-	t.Logf("%s: %v, %q", way, r.took.Round(100*time.Microsecond), r.stderr)
+	t.Logf("%v, %q", r.took.Round(100*time.Microsecond), r.stderr)
 }
 
 // command returns what runs nftwl with arguments, the fault around it.
@@ -280,7 +263,9 @@ func (f *fault) login(t *testing.T, dir string) (r result) {
 	}
 	r.keys = f.around(t, func() {
 		cmd := f.command(t, dir, append([]string{"login"}, command...)...)
-		cmd.Env = append(cmd.Env, f.environment()...)
+		if f.variable != "" {
+			cmd.Env = append(cmd.Env, f.variable)
+		}
 		if !f.noIP {
 			cmd.Env = append(cmd.Env, "IP="+cmp.Or(f.ip, client))
 		}
@@ -303,43 +288,6 @@ func (f *fault) login(t *testing.T, dir string) (r result) {
 		r.stderr = stderr.String()
 	})
 	return r
-}
-
-func (f *fault) serve(t *testing.T, dir string) (r result) {
-	t.Helper()
-	r.keys = f.around(t, func() {
-		cmd := f.command(t, dir, "serve", "--listen", "s.sock")
-		cmd.Env = append(cmd.Env, f.environment()...)
-		if f.stderr != nil {
-			cmd.Stderr = f.stderr(t)
-		}
-		end := startServe(t, cmd)
-		if f.during != nil {
-			defer f.during(t)()
-		}
-		ip := cmp.Or(f.ip, client)
-		if f.noIP {
-			ip = ""
-		}
-		start := time.Now()
-		answer := ask(t, filepath.Join(cmd.Dir, "s.sock"), "", ip, "alice", "k=v")
-		r.took = time.Since(start)
-		r.went = answer == "alice\tk=v\n"
-		signal := unix.SIGTERM
-		if f.waits == theDeadline {
-			signal = unix.SIGKILL // or it waits for what never comes, for a while
-		}
-		r.stderr = end(signal)
-	})
-	return r
-}
-
-// environment is what the user database adds to a login's.
-func (f *fault) environment() []string {
-	if f.variable == "" {
-		return nil
-	}
-	return []string{f.variable}
 }
 
 // limit bounds what must happen.

@@ -258,8 +258,8 @@ func TestLoginExitCodes(t *testing.T) {
 	}
 }
 
-// Whom a login trusts, by way of nftwl login and of nftwl serve. Nothing is ever on stdout but the command's own, and
-// what is not an error is not on stderr, where Dovecot would log it as one.
+// Whom a login trusts. Nothing is ever on stdout but the command's own, and what is
+// not an error is not on stderr, where Dovecot would log it as one.
 func TestLoginDecides(t *testing.T) {
 	const port = " . 993"
 	for _, test := range []struct {
@@ -310,55 +310,29 @@ func TestLoginDecides(t *testing.T) {
 			if out != "mail\n" || code != 0 {
 				t.Errorf("stdout %q, exit %d", out, code)
 			}
-			check := func(errs string) {
-				t.Helper()
-				lines := strings.Count(errs, "\n")
-				if (test.words == "") != (errs == "") || !strings.Contains(errs, test.words) || lines > 1 || len(errs) > 1100 {
-					t.Errorf("stderr %q, want %q", errs, test.words)
-				}
-				if errs != "" && !strings.HasPrefix(errs, "nftwl: error: ") {
-					t.Errorf("stderr %q", errs)
-				}
-				now := trustedNow(t, "trusted_ipv4") + trustedNow(t, "trusted_ipv6")
-				switch {
-				case test.key == "" && strings.Contains(now, "elements"):
-					t.Errorf("trusts\n%s", now)
-				case !strings.Contains(now, test.key):
-					t.Errorf("want %q in\n%s", test.key, now)
-				case test.key != "":
-					for _, p := range []string{"143", "993", "995", "465", "587"} {
-						if !strings.Contains(now, " . "+p+" ") {
-							t.Errorf("port %s is missing in\n%s", p, now)
-						}
-					}
-					if n := strings.Count(now, " expires "); n != 5 {
-						t.Errorf("%d elements in\n%s", n, now)
+			lines := strings.Count(errs, "\n")
+			if (test.words == "") != (errs == "") || !strings.Contains(errs, test.words) || lines > 1 || len(errs) > 1100 {
+				t.Errorf("stderr %q, want %q", errs, test.words)
+			}
+			if errs != "" && !strings.HasPrefix(errs, "nftwl: error: ") {
+				t.Errorf("stderr %q", errs)
+			}
+			now := trustedNow(t, "trusted_ipv4") + trustedNow(t, "trusted_ipv6")
+			switch {
+			case test.key == "" && strings.Contains(now, "elements"):
+				t.Errorf("trusts\n%s", now)
+			case !strings.Contains(now, test.key):
+				t.Errorf("want %q in\n%s", test.key, now)
+			case test.key != "":
+				for _, p := range []string{"143", "993", "995", "465", "587"} {
+					if !strings.Contains(now, " . "+p+" ") {
+						t.Errorf("port %s is missing in\n%s", p, now)
 					}
 				}
-			}
-			check(errs)
-
-			nstest.Nft(t, "flush ruleset\n"+sets)
-			cmd := nftwl(t, nil, "serve", "--listen", "s.sock")
-			cmd.Dir = t.TempDir()
-			end := startServe(t, cmd)
-			var fields []string
-			is := map[string]string{"USER": "nobody"}
-			for _, v := range test.env {
-				name, value, _ := strings.Cut(v, "=")
-				switch name {
-				case "IP", "LOCAL_IP", "USER":
-					is[name] = value
-				default:
-					fields = append(fields, strings.ToLower(name)+"="+value)
+				if n := strings.Count(now, " expires "); n != 5 {
+					t.Errorf("%d elements in\n%s", n, now)
 				}
 			}
-			answer := ask(t, filepath.Join(cmd.Dir, "s.sock"), is["LOCAL_IP"], is["IP"], is["USER"], fields...)
-			_, want, _ := strings.Cut(request("", "", is["USER"], fields...), "\t\t")
-			if answer != want {
-				t.Errorf("answer %q, want %q", answer, want)
-			}
-			check(end(unix.SIGTERM))
 		})
 	}
 }

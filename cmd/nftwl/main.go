@@ -92,7 +92,7 @@ line was wrong.`,
 	}
 	root.PersistentFlags().StringVar(&configPath, "config", "", "read `FILE`, not "+config.Path+" (which need not exist)")
 	root.AddCommand(
-		loginHelp(), newServe(&configPath), newStatus(),
+		loginHelp(),
 		newPut(&configPath, trusted), newDrop(&configPath, trusted),
 		newPut(&configPath, banned), newDrop(&configPath, banned),
 		newList(&configPath), newCheck(&configPath), newFlush(&configPath),

@@ -1,15 +1,10 @@
 package main
 
 import (
-	"bufio"
 	"fmt"
-	"io"
-	"net"
 	"os"
 	"path/filepath"
-	"strconv"
 	"testing"
-	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
@@ -35,7 +30,6 @@ func TestScripts(t *testing.T) {
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
 		UpdateScripts:       os.Getenv("UPDATE_SCRIPTS") != "",
-		Cmds:                map[string]func(*testscript.TestScript, bool, []string){"post-login": postLogin},
 		Setup: func(env *testscript.Env) error {
 			// testscript runs a script's commands on the goroutine that
 			// calls Setup.
@@ -45,28 +39,4 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 	})
-}
-
-// postLogin asks the server on a socket as Dovecot does, with the line of a
-// login, in which \t, \n and \x01 are replaced. The answer is in the file
-// "answer". It waits for the server to listen.
-func postLogin(ts *testscript.TestScript, neg bool, args []string) {
-	if neg || len(args) != 2 {
-		ts.Fatalf("usage: post-login SOCKET LINE")
-	}
-	line, err := strconv.Unquote(`"` + args[1] + `"`)
-	ts.Check(err)
-	var conn net.Conn
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		if conn, err = net.Dial("unix", ts.MkAbs(args[0])); err == nil || time.Now().After(end) {
-			break
-		}
-	}
-	ts.Check(err)
-	defer conn.Close()
-	_, err = io.WriteString(conn, "VERSION\tscript-login\t1\t0\n"+line)
-	ts.Check(err)
-	answer, err := bufio.NewReader(conn).ReadBytes('\n')
-	ts.Check(err)
-	ts.Check(os.WriteFile(ts.MkAbs("answer"), answer, 0o644))
 }

@@ -212,10 +212,6 @@ writes and
 reads, and
 .IR sets.nft.old ,
 the one before.
-.TP
-.I /run/nftwl/post\-login
-The socket of
-.BR serve .
 .SH SEE ALSO
 .BR nftwl.yaml (5),
 .BR nft (8),

@@ -17,7 +17,7 @@ import (
 )
 
 func newSetup(configPath *string) *cobra.Command {
-	var serve, write bool
+	var write bool
 	parts := map[string]func(*setup.Options) (*setup.Plan, error){
 		"dovecot":  setup.Dovecot,
 		"nftables": setup.Nftables,
@@ -46,17 +46,13 @@ line was wrong.`,
 		Args:      cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
 			part := parts[args[0]]
-			switch {
-			case part == nil:
+			if part == nil {
 				return fmt.Errorf("setup: %q is not one of dovecot, nftables, systemd and fail2ban", args[0])
-			case serve && args[0] != "dovecot" && args[0] != "systemd":
-				return fmt.Errorf("setup: --serve is for dovecot and systemd, and makes no difference to %s", args[0])
 			}
 			o, err := setupOptions(*configPath)
 			if err != nil {
 				return failed(err)
 			}
-			o.Serve = serve
 			p, err := part(o)
 			var problem *setup.Problem
 			if errors.As(err, &problem) {
@@ -72,7 +68,6 @@ line was wrong.`,
 			return failed(err)
 		},
 	}
-	cmd.Flags().BoolVar(&serve, "serve", false, "the drop-in or the units for 'nftwl serve'")
 	cmd.Flags().BoolVar(&write, "write", false, "put the files in their places")
 	return cmd
 }

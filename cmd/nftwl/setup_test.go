@@ -28,10 +28,8 @@ var setups = []struct {
 	files         int
 }{
 	{[]string{"dovecot"}, "/etc/dovecot/conf.d", "dovecot", 1},
-	{[]string{"dovecot", "--serve"}, "/etc/dovecot/conf.d", "dovecot", 1},
 	{[]string{"nftables"}, "/etc/nftwl", "nftables", 8},
 	{[]string{"systemd"}, "/etc/systemd/system", "systemd", 5},
-	{[]string{"systemd", "--serve"}, "/etc/systemd/system", "systemd", 2},
 	{[]string{"fail2ban"}, "/etc/fail2ban", "fail2ban", 4},
 }
 
@@ -300,14 +298,9 @@ func TestSetupNeverOverwrites(t *testing.T) {
 	}
 	t.Run("two", func(t *testing.T) {
 		h := newHost(t)
-		h.write("/etc/systemd/system/nftwl.socket", "")
-		h.write("/etc/systemd/system/nftwl.service", "")
-		h.refuses(1, []string{"/nftwl.socket is there", "/nftwl.service is there"}, "systemd", "--serve", "--write")
-	})
-	t.Run("the other drop-in", func(t *testing.T) {
-		h := newHost(t)
-		h.setup("dovecot", "--write")
-		h.refuses(1, []string{"90-nftwl.conf is there, and the two exclude each other", "nftwl: hint: rm /etc/dovecot/conf.d/90-nftwl.conf"}, "dovecot", "--serve", "--write")
+		h.write("/etc/systemd/system/nftwl-save.timer", "")
+		h.write("/etc/systemd/system/nftwl-save.service", "")
+		h.refuses(1, []string{"/nftwl-save.timer is there", "/nftwl-save.service is there"}, "systemd", "--write")
 	})
 }
 
@@ -357,8 +350,6 @@ func TestSetupProblems(t *testing.T) {
 func TestSetupUsage(t *testing.T) {
 	h := newHost(t)
 	h.refuses(2, []string{`nftwl: error: setup: "postfix" is not one of `}, "postfix", "--write")
-	h.refuses(2, []string{"nftwl: error: setup: --serve is for dovecot and systemd"}, "nftables", "--serve", "--write")
-	h.refuses(2, []string{"nftwl: error: setup: --serve is for dovecot and systemd"}, "fail2ban", "--serve")
 	h.refuses(2, []string{"accepts 1 arg"})
 	h.write("/etc/nftwl.yaml", "tabel: x\n")
 	h.refuses(1, []string{`nftwl: error: config: /etc/nftwl.yaml:1: unknown key "tabel"`}, "dovecot", "--write")
@@ -379,9 +370,9 @@ func TestSetupPackagedUnits(t *testing.T) {
 	}
 	h.same(before)
 	// All but one, of another version.
-	h.write(folder+"/nftwl.socket", "")
-	out = h.setup("systemd", "--serve", "--write")
-	if !strings.HasPrefix(out, "written: /etc/systemd/system/nftwl.socket\n\nInstalled already, in /usr/lib/systemd/system: nftwl.service.\n") {
+	h.write(folder+"/nftwl-save.timer", "")
+	out = h.setup("systemd", "--write")
+	if !strings.HasPrefix(out, "written: /etc/systemd/system/nftwl-save.timer\n\nInstalled already, in /usr/lib/systemd/system: nftwl-persist.service, ") {
 		t.Error(out)
 	}
 }
@@ -588,18 +579,10 @@ service hello {
 	})
 	t.Run("systemd", func(t *testing.T) {
 		analyze := nstest.Need(t, "systemd-analyze", "systemd")
-		for _, c := range []struct {
-			args     []string
-			ufw      string
-			commands int
-		}{
-			{[]string{"systemd", "--write"}, "no", 4},
-			{[]string{"systemd", "--write"}, "yes", 3},
-			{[]string{"systemd", "--serve", "--write"}, "no", 1},
-		} {
+		for ufw, commands := range map[string]int{"no": 4, "yes": 3} {
 			h, setup := start(t)
-			h.write("/etc/ufw/ufw.conf", "ENABLED="+c.ufw+"\n")
-			setup(c.args...)
+			h.write("/etc/ufw/ufw.conf", "ENABLED="+ufw+"\n")
+			setup("systemd", "--write")
 			units, err := filepath.Glob("/etc/systemd/system/nftwl*.*")
 			h.must(err)
 			n := 0
@@ -619,7 +602,7 @@ service hello {
 					}
 				}
 			}
-			if n != c.commands {
+			if n != commands {
 				t.Errorf("%d commands in %q", n, units)
 			}
 		}

@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"github.com/google/nftables"
-	"golang.org/x/sys/unix"
 
 	"nftwl/pkg/nstest"
 	"nftwl/pkg/trust"
@@ -169,9 +168,6 @@ func TestSoak(t *testing.T) {
 		t.Fatal(err)
 	}
 	nstest.Nft(t, s.rules)
-	serve := nftwl(t, nil, "serve", "--listen", "s.sock")
-	serve.Dir = s.dir
-	end := startServe(t, serve)
 	checks := 0
 	for begin := time.Now(); time.Since(begin) < length && !t.Failed(); {
 		for range 1 + s.random.IntN(20) {
@@ -183,9 +179,6 @@ func TestSoak(t *testing.T) {
 			t.Error(diff)
 		}
 		checks++
-	}
-	if said := end(unix.SIGTERM); said != "" {
-		t.Errorf("nftwl serve says %q", said)
 	}
 	t.Logf("%d checks, after %v", checks, s.did)
 	if t.Failed() {
@@ -244,22 +237,14 @@ func (s *soak) step() {
 		port := pick(s, ports...)
 		ports, only = []uint16{port}, []string{"--port", fmt.Sprint(port)}
 	}
-	what := pick(s, "login", "serve", "add")
+	what := pick(s, "login", "login", "add")
 	if s.random.IntN(3) == 0 {
 		what = pick(s, "remove", "remove with comment", "flush", "save", "restore", "reload", "reload unseen", "crash", "read")
 	}
 	s.did[what]++
 	switch what {
-	case "login", "serve":
-		var start, end time.Time
-		if what == "login" {
-			start, end = s.run([]string{"IP=" + addr.String(), "USER=" + comment, "NFTWL_TIMEOUT=" + timeout.String()}, "login", "/bin/true")
-		} else {
-			start = time.Now()
-			ask(s.T, filepath.Join(s.dir, "s.sock"), "", addr.String(), comment, "nftwl_timeout="+timeout.String())
-			end = time.Now()
-			s.history = append(s.history, fmt.Sprint(start.Format("05.000"), " serve ", addr, comment, timeout))
-		}
+	case "login":
+		start, end := s.run([]string{"IP=" + addr.String(), "USER=" + comment, "NFTWL_TIMEOUT=" + timeout.String()}, "login", "/bin/true")
 		for _, port := range soakPorts {
 			e := entry{"trusted", addr, port}
 			l := s.span(timeout, comment, start, end)

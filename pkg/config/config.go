@@ -57,7 +57,6 @@ type Config struct {
 	Comment    bool           // note the user's name on the element
 	Deadline   time.Duration  // the longest wait for the kernel; more than 0
 	Snapshot   string         // path of the snapshot file
-	Metrics    string         // path of the resident server's counters for Prometheus; empty for none
 }
 
 // Default returns the configuration that applies without a file.
@@ -297,10 +296,8 @@ func (c *Config) set(key string, v ast.Node) (err error) {
 		}
 	case "snapshot":
 		c.Snapshot, err = path(v)
-	case "metrics":
-		c.Metrics, err = path(v)
 	default:
-		return at(v, fmt.Errorf("unknown key %q; the keys are table, trusted, banned, ports, timeout, ban_timeout, ipv6_prefix, ignore, comment, deadline, snapshot and metrics", key))
+		return at(v, fmt.Errorf("unknown key %q; the keys are table, trusted, banned, ports, timeout, ban_timeout, ipv6_prefix, ignore, comment, deadline and snapshot", key))
 	}
 	return in(v, key, err)
 }

@@ -56,7 +56,6 @@ ignore: ["10.0.0.0/8", 192.0.2.1]
 comment: false
 deadline: 1s
 snapshot: "/x y"
-metrics: /m.prom
 `))
 	if err != nil {
 		t.Fatal(err)
@@ -72,7 +71,6 @@ metrics: /m.prom
 		Ignore:     []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("192.0.2.1/32")},
 		Deadline:   time.Second,
 		Snapshot:   "/x y",
-		Metrics:    "/m.prom",
 	}
 	if !reflect.DeepEqual(c, want) {
 		t.Errorf("got  %+v\nwant %+v", c, want)
@@ -144,7 +142,6 @@ func TestErrors(t *testing.T) {
 		{"ignore:", "1", "ignore: a list"},
 		{"comment: maybe", "1", `comment: "maybe" is not true or false`},
 		{"snapshot: sets.nft", "1", "snapshot: "},
-		{"metrics: nftwl.prom", "1", `metrics: "nftwl.prom" is not an absolute path`},
 		{"- a\n- b", "1", "keys with values"},
 		{"just words", "1", "keys with values"},
 		{"timeout: 1d\n---\ntimeout: 1d", "3", "a second YAML document"},

@@ -42,7 +42,6 @@ type Result struct {
 type Doctor struct {
 	Executable string // path of this very program
 	ConfigPath string // as config.Load takes it: "" for the default
-	Socket     string // of the resident server
 
 	report func(Result)
 
@@ -50,7 +49,6 @@ type Doctor struct {
 	config *config.Config // never nil: the default where the file is wrong
 	valid  bool           // config is what the administrator wrote
 	conn   *nftset.Conn   // nil where the kernel's nftables cannot be read
-	asked  []string       // the sockets that Dovecot's mail processes ask after a login
 }
 
 // Run makes every check, in the order in which a login and a reboot meet what
@@ -63,7 +61,6 @@ func (d *Doctor) Run(ctx context.Context, report func(Result)) {
 		d.checkSets,
 		d.checkRules,
 		d.checkDovecot,
-		d.checkServe,
 		d.checkPersistence,
 		d.checkFail2ban,
 		d.checkLogin,

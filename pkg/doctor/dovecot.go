@@ -64,7 +64,7 @@ func (d *Doctor) checkDovecot(ctx context.Context) {
 func (d *Doctor) checkProtocols(dovecot *doveconf.Settings) []*postLogin {
 	const check = "dovecot.protocols"
 	var services []*postLogin
-	var enabled, silent, asking []string
+	var enabled, silent, asking, foreign []string
 	denied := false // logins; one failure says so, and hides the others
 	for _, m := range doveconf.MailServices {
 		if !dovecot.Protocols()[m.Protocol] {
@@ -91,9 +91,9 @@ func (d *Doctor) checkProtocols(dovecot *doveconf.Settings) []*postLogin {
 			}
 			services[i].askers = append(services[i].askers, service)
 			asking = append(asking, m.Protocol)
-		case filepath.IsAbs(name):
-			if !slices.Contains(d.asked, path) {
-				d.asked = append(d.asked, path)
+		case filepath.IsAbs(name) && exists(path): // another program listens there
+			if !slices.Contains(foreign, path) {
+				foreign = append(foreign, path)
 			}
 			asking = append(asking, m.Protocol)
 		case !denied:
@@ -105,23 +105,28 @@ func (d *Doctor) checkProtocols(dovecot *doveconf.Settings) []*postLogin {
 	for _, p := range services {
 		whom = append(whom, p.Name)
 	}
-	whom = append(whom, d.asked...)
-	missing := dropIn
-	if d.asked != nil {
-		missing.command = "nftwl setup dovecot --serve --write && doveadm reload"
-	}
+	whom = append(whom, foreign...)
 	switch {
 	case enabled == nil:
 		d.skip(check, "Dovecot serves no protocol by which users log in")
 	case denied:
 	case asking == nil:
-		d.fail(check, missing, "no mail protocol runs nftwl: logins by %s trust no one", strings.Join(silent, ", "))
+		d.fail(check, dropIn, "no mail protocol runs nftwl: logins by %s trust no one", strings.Join(silent, ", "))
 	case silent != nil:
-		d.fail(check, missing, "logins by %s trust no one", strings.Join(silent, ", "))
+		d.fail(check, dropIn, "logins by %s trust no one", strings.Join(silent, ", "))
 	default:
 		d.ok(check, "after a login, %s ask %s", strings.Join(asking, ", "), strings.Join(whom, ", "))
 	}
+	for _, path := range foreign {
+		d.warn("dovecot.socket", remedy{words: "log in once, and look whether the client is trusted"},
+			"no service of Dovecot's listens on %s, and whether what does runs nftwl cannot be seen", path)
+	}
 	return services
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
 }
 
 // checkLSM looks for what can deny a process more than the rest of this sees.

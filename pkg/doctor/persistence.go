@@ -17,6 +17,8 @@ import (
 	"nftwl/pkg/snapshot"
 )
 
+var reloadUnits = remedy{"have systemd read the files again", "systemctl daemon-reload"}
+
 func (d *Doctor) checkPersistence(ctx context.Context) {
 	saving := false
 	if program := systemctl(); program == "" {

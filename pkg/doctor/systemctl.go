@@ -22,9 +22,9 @@ func systemctl() string {
 type unit map[string]string
 
 // properties are those that the checks look at; a unit has those of its type.
-const properties = "Id,LoadState,ActiveState,SubState,UnitFileState,NeedDaemonReload,Result,ReloadResult,Listen," +
+const properties = "Id,LoadState,ActiveState,UnitFileState,NeedDaemonReload,Result,ReloadResult," +
 	"After,Before,Requisite,BindsTo,ReloadPropagatedFrom," +
-	"ExecStart,MainPID,ExecMainExitTimestamp,ExecMainExitTimestampMonotonic,ActiveEnterTimestampMonotonic"
+	"ExecStart,ExecMainExitTimestamp,ExecMainExitTimestampMonotonic,ActiveEnterTimestampMonotonic"
 
 // show asks systemd for units.
 func show(ctx context.Context, systemctl string, names ...string) ([]unit, error) {
@@ -37,7 +37,7 @@ func show(ctx context.Context, systemctl string, names ...string) ([]unit, error
 		u := make(unit)
 		for line := range strings.SplitSeq(block, "\n") {
 			key, value, _ := strings.Cut(line, "=")
-			if before := u[key]; before != "" { // as for each socket that it listens on, and each command
+			if before := u[key]; before != "" { // as for each command
 				value = before + " " + value
 			}
 			u[key] = value
@@ -58,11 +58,6 @@ func (u unit) has(property, word string) bool {
 // startsAtBoot is about what is told to; a static unit is started by another.
 func (u unit) startsAtBoot() bool {
 	return slices.Contains([]string{"enabled", "static", "generated"}, u["UnitFileState"])
-}
-
-// failing is about a unit that has failed, or does time and again.
-func (u unit) failing() bool {
-	return u["ActiveState"] == "failed" || u["SubState"] == "auto-restart"
 }
 
 // why returns the last error of nftwl's in the journal of a unit, or else what

@@ -20,10 +20,8 @@ const (
 	dovecotFolder = "/etc/dovecot/conf.d"
 	dovecotConf   = "/etc/dovecot/dovecot.conf"
 	loginFile     = "90-nftwl.conf"
-	serveFile     = "90-nftwl-serve.conf"
 	mailUserFile  = "90-nftwl-mail-user.sh"
 	setpriv       = "/usr/bin/setpriv" // as mailUserFile has it
-	socket        = "/run/nftwl/post-login"
 )
 
 // DropIn is where the drop-in for login belongs.
@@ -34,27 +32,20 @@ func Dovecot(o *Options) (*Plan, error) {
 	if err := o.checkPaths(); err != nil {
 		return nil, err
 	}
-	name, other := loginFile, serveFile
-	if o.Serve {
-		name, other = serveFile, loginFile
-	}
-	text, err := o.read("dovecot/" + name)
+	text, err := o.read("dovecot/" + loginFile)
 	if err != nil {
 		return nil, err
 	}
 	p := new(Plan)
 	p.needFolder(dovecotFolder, "Dovecot")
 	text, script := p.keepPostLogin(o, text)
-	p.add(filepath.Join(dovecotFolder, name), text)
+	p.add(DropIn, text)
 	if script != "" {
 		path := filepath.Join(dovecotFolder, mailUserFile)
 		p.add(path, script)
 		p.Next = []string{"chmod 755 " + path}
 	}
-	if other := filepath.Join(dovecotFolder, other); exists(other) {
-		p.problem("rm "+other, "%s is there, and the two exclude each other", other)
-	}
-	read, after := overriding(dovecotConf, filepath.Join(dovecotFolder, name))
+	read, after := overriding(dovecotConf, DropIn)
 	if !read {
 		p.note("%s does not include conf.d/*.conf: without that Dovecot does not read the file.", dovecotConf)
 	}
@@ -62,14 +53,7 @@ func Dovecot(o *Options) (*Plan, error) {
 		p.Next = append(p.Next, "# Delete "+line+": Dovecot reads it later, and it overrides the drop-in.")
 		p.Undo = append(p.Undo, "# Put back what you deleted: "+line+".")
 	}
-	if o.Serve {
-		if !exists(socket) {
-			p.note("There is no %s yet, and without it Dovecot denies every login: '%s setup systemd --serve' comes first.", socket, o.shell())
-		}
-		p.Next = append(p.Next, o.shell()+" status     # it must answer before Dovecot is told to ask it")
-	} else {
-		p.checkProgram(o)
-	}
+	p.checkProgram(o)
 	p.Next = append(p.Next,
 		"doveconf -n >/dev/null && doveadm reload",
 		"# Log in once with a mail client, and see that the client is there:",
@@ -165,7 +149,7 @@ func (p *Plan) keepPostLogin(o *Options, dropIn string) (text, script string) {
 		service := dovecot.Section("service " + m.Service)
 		words := strings.Split(service.Values["executable"], " ")
 		asked, at := doveconf.SocketOf(service.Values["executable"])
-		if !dovecot.Protocols()[m.Protocol] || asked == socket {
+		if !dovecot.Protocols()[m.Protocol] {
 			continue
 		}
 		name := "nftwl"
@@ -175,8 +159,6 @@ func (p *Plan) keepPostLogin(o *Options, dropIn string) (text, script string) {
 			at, words = len(words), append(words, "")
 		case old == nil:
 			p.note("Dovecot's %s asks %s after a login, which this takes the place of.", service.Name, asked)
-		case o.Serve:
-			p.note("Dovecot's %s asks %s after a login, which this takes the place of: nftwl serve runs no script. '%s setup dovecot' is for those who need one.", service.Name, old.Name, o.shell())
 		case keep[old.Name] != "":
 			name = keep[old.Name]
 		default:
@@ -196,9 +178,6 @@ func (p *Plan) keepPostLogin(o *Options, dropIn string) (text, script string) {
 					service.Name, old.Name, strings.Join(c.command, " "), c.user, name, c.user, old.Name)
 			}
 			keep[old.Name] = name
-		}
-		if o.Serve {
-			continue
 		}
 		words[at] = name
 		line := strings.Join(words, " ")

@@ -22,7 +22,6 @@ type Options struct {
 	Executable string         // path of this very program
 	ConfigPath string         // absolute; "" for the default
 	Config     *config.Config // what is in that file
-	Serve      bool           // for nftwl serve, and not for login and the persistence
 }
 
 // A Plan is what a part of the installation needs.
@@ -181,7 +180,7 @@ func (o *Options) read(name string) (string, error) {
 	command := o.command()
 	// Comments name the program, too, and are not about its arguments.
 	pairs := []string{"nftwl = " + shipped, "nftwl = " + command}
-	for _, verb := range []string{" login", " serve", " save", " restore", " check"} {
+	for _, verb := range []string{" login", " save", " restore", " check"} {
 		pairs = append(pairs, shipped+verb, command+verb)
 	}
 	pairs = append(pairs, shipped, o.Executable)

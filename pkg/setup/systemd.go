@@ -16,22 +16,19 @@ const (
 	variantFolder = "standalone/"     // in contrib, of units that take the place of others
 )
 
-// Systemd plans the units that keep the sets, or those of nftwl serve.
+// Systemd plans the units that keep the sets.
 func Systemd(o *Options) (*Plan, error) {
 	if err := o.checkPaths(); err != nil {
 		return nil, err
 	}
 	loads := o.unitLoads()
 	names := []string{"nftwl-persist.service", "nftwl-save.service", "nftwl-save.timer", "nftwl-snapshot.service", sandboxFolder + "/sandbox.conf"}
-	switch {
-	case o.Serve:
-		names = []string{"nftwl.service", "nftwl.socket"}
-	case loads:
+	if loads {
 		names = []string{variantFolder + "nftwl-persist.service", "nftwl-save.service", "nftwl-save.timer", sandboxFolder + "/sandbox.conf"}
 	}
 	p := new(Plan)
 	if !exists("/run/systemd/system") {
-		p.problem("contrib/openrc has the same for OpenRC; without either, 'nftwl save' and 'nftwl restore' do it, and 'nftwl serve --listen "+socket+"' makes the socket",
+		p.problem("contrib/openrc has the same for OpenRC; without either, 'nftwl save' and 'nftwl restore' do it",
 			"systemd does not run here")
 	}
 	p.checkProgram(o)
@@ -54,18 +51,7 @@ func Systemd(o *Options) (*Plan, error) {
 	if len(packaged) > 0 {
 		p.note("Installed already, in %s: %s.", packageFolder, strings.Join(packaged, ", "))
 	}
-	switch {
-	case o.Serve:
-		p.Next = []string{
-			"systemctl daemon-reload && systemctl enable --now nftwl",
-			o.shell() + " status     # when it answers, Dovecot may ask it:",
-			o.shell() + " setup dovecot --serve",
-		}
-		p.Undo = []string{
-			"# Dovecot must not ask it any more, or denies every login. Then:",
-			"systemctl disable --now nftwl.service nftwl.socket",
-		}
-	case loads:
+	if loads {
 		if !exists(ownRules) {
 			p.note("nftwl-persist.service loads %s, which is not there yet: %s setup nftables --write", ownRules, o.shell())
 		}
@@ -75,16 +61,14 @@ func Systemd(o *Options) (*Plan, error) {
 			"systemctl daemon-reload && systemctl enable --now nftwl-persist",
 			o.shell() + " doctor",
 		}
-	default:
+	} else {
 		p.Next = []string{
 			"# nftables.service must be enabled and running: the units follow it.",
 			"systemctl daemon-reload && systemctl enable --now nftwl-persist",
 			o.shell() + " doctor",
 		}
 	}
-	if !o.Serve {
-		p.Undo = []string{"systemctl disable --now nftwl-persist"}
-	}
+	p.Undo = []string{"systemctl disable --now nftwl-persist"}
 	if len(p.Files) > 0 {
 		p.Undo = append(p.Undo, p.remove())
 	}
@@ -118,7 +102,7 @@ func (p *Plan) checkSandbox(o *Options) {
 	if info, err := os.Stat(path); err == nil && info.Mode()&0o004 == 0 {
 		p.note("%s must be readable by all, as the units do not run as root: chmod a+r %s", path, path)
 	}
-	if snapshot := filepath.Clean(o.Config.Snapshot); !o.Serve && !strings.HasPrefix(snapshot, stateFolder) {
+	if snapshot := filepath.Clean(o.Config.Snapshot); !strings.HasPrefix(snapshot, stateFolder) {
 		p.problem("put it into that folder ("+path+"), or the units by hand, with another StateDirectory= in sandbox.conf",
 			"snapshot: the units may write in %s alone, and not %s", stateFolder, snapshot)
 	}

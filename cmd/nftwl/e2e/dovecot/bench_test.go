@@ -22,7 +22,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nftwl/pkg/nstest"
-	"nftwl/pkg/resident"
 )
 
 // BenchmarkLogin measures whole logins over IMAP (connect, LOGIN, LOGOUT) and
@@ -51,7 +50,6 @@ func BenchmarkLogin(b *testing.B) {
 	must(b, err)
 	candidates := []*candidate{
 		{name: "no hook", with: with{dropIn: func(string) string { return "" }}},
-		{name: "`nftwl serve`", with: with{serve: true}, trusts: true},
 		{name: "`nftwl login`", trusts: true},
 		{name: "the shell script", trusts: true, with: with{
 			files: map[string]string{"trust.sh": string(script)},
@@ -109,13 +107,6 @@ func BenchmarkLogin(b *testing.B) {
 			median(c.atOnce).Seconds(), ratio(c.atOnce, none.atOnce),
 			ms(c.used)/(starts*passes*logins))
 	}
-	for _, c := range table {
-		if c.with.serve {
-			n := float64(starts * (warmUp + rounds + warmUp + passes*logins))
-			fmt.Fprintf(w, "\n%s answered a request in %.2f ms on average, and took %.2f ms of processor time for it.\n",
-				c.name, 1000*c.answers/n, ms(c.resident)/n)
-		}
-	}
 	fmt.Fprintln(w)
 	b.ReportMetric(0, "ns/op") // which would be that of all together
 }
@@ -128,8 +119,6 @@ type candidate struct {
 
 	inTurn, atOnce []time.Duration
 	used           time.Duration // in the passes, by all of the server's processes
-	answers        float64       // seconds for all answers of the resident server
-	resident       time.Duration // used by it
 
 	// Since the last start.
 	testing.TB
@@ -178,12 +167,6 @@ func (c *candidate) stop() {
 		}
 		if got := len(elements(c, "trusted_ipv4")); got != want {
 			c.Errorf("%s: after %d logins set trusted_ipv4 has %d elements, want %d", c.name, c.count, got, want)
-		}
-		if c.server.resident != nil {
-			stats, err := resident.Ask(socket)
-			must(c, err)
-			c.answers += stats.Seconds
-			c.resident += c.process(c.server.resident.Process.Pid).cpu
 		}
 		c.server.wantLog()
 	})
@@ -302,9 +285,6 @@ func (c *candidate) rest() {
 // those that have ended: each was waited for by its parent.
 func (c *candidate) cpu() (sum time.Duration) {
 	pids := append(c.children(), c.server.cmd.Process.Pid)
-	if c.server.resident != nil {
-		pids = append(pids, c.server.resident.Process.Pid)
-	}
 	for _, pid := range pids {
 		sum += c.process(pid).cpu
 	}

@@ -4,11 +4,13 @@ import (
 	"encoding/json"
 	"errors"
 	"maps"
+	"net"
 	"net/textproto"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -460,6 +462,30 @@ func (d dovecot) deniesSecondLogin(t *testing.T, listener string) {
 	poll(t, "Dovecot's log to deny the second login", func() bool { return re.MatchString(s.log()) })
 }
 
+// manyLogins has one process serve them all.
+const manyLogins = `service imap {
+  $COUNT = 100
+  process_limit = 1
+}
+`
+
+// settings puts the name that this Dovecot has for service_count into some.
+func (d dovecot) settings(s string) string {
+	name := "restart_request_count"
+	if d.is23() {
+		name = "service_count"
+	}
+	return strings.ReplaceAll(s, "$COUNT", name)
+}
+
+// mailIsNobodys makes user nobody the owner of all mail.
+func (s *server) mailIsNobodys() {
+	s.t.Helper()
+	id := strconv.Itoa(nobody)
+	s.write("users", strings.ReplaceAll(users, "1000", id), 0o644)
+	run(s.t, "chown", "-R", id+":"+id, s.path("mail"))
+}
+
 // onListener has settings of the post-login service's listener.
 func onListener(settings string) string {
 	return "service nftwl {\n  unix_listener nftwl {\n    " + settings + "\n  }\n}\n"
@@ -512,16 +538,26 @@ func TestDoctorByHand(t *testing.T) {
 	})
 }
 
-// With the resident server Dovecot has no service, and who asks whom is all
-// that there is to look at.
-func TestDoctorOnServe(t *testing.T) {
+// A post-login socket can be another program's. If there is none, every login is
+// denied.
+func TestDoctorOnForeignSocket(t *testing.T) {
 	t.Parallel()
+	const socket = dir + "/foreign"
 	eachDovecot(t, func(t *testing.T, d dovecot) {
-		s := d.start(t, with{serve: true})
+		s := d.start(t, with{dropIn: func(s string) string {
+			return strings.ReplaceAll(s, "executable = imap nftwl", "executable = imap "+socket)
+		}})
 		s.install()
 		loadSets(t)
-		diagnoses(t, s.doctor(), healthy.but(notAsked).but(diagnosis{
-			"dovecot.protocols": "ok: after a login, imap, pop3, submission(, sieve)? ask " + socket + "$",
+		diagnoses(t, s.doctor(), healthy.but(diagnosis{
+			"dovecot.protocols": "fail: there is no service with a listener " + socket + ", which denies every login by imap$",
+		}))
+		l, err := net.Listen("unix", s.path("foreign"))
+		must(t, err)
+		defer l.Close()
+		diagnoses(t, s.doctor(), healthy.but(diagnosis{
+			"dovecot.protocols": "ok: after a login, imap, pop3, submission(, sieve)? ask service nftwl, " + socket + "$",
+			"dovecot.socket":    "warn: no service of Dovecot's listens on " + socket + ", and whether ",
 		}))
 	})
 }

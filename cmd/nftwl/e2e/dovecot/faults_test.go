@@ -1,6 +1,7 @@
 package dovecot
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"regexp"
@@ -104,4 +105,19 @@ func TestProcessLimitReached(t *testing.T) {
 		}
 		wantTrusted(t, client4, "alice", day)
 	})
+}
+
+// busy is a transaction that takes the kernel half a second: ranges in several
+// fields are the dearest elements to add. As root of a user namespace nft's
+// socket takes no batch that is much larger.
+func busy() string {
+	var b strings.Builder
+	b.WriteString("table inet other { set s { type ipv6_addr . ipv6_addr . ipv6_addr; flags interval; }; }\nadd element inet other s {\n")
+	for i := range 400 {
+		for field, end := range []string{" . ", " . ", ",\n"} {
+			fmt.Fprintf(&b, "2001:db8:%x:%x::1-2001:db8:%x:%x:ffff:ffff:ffff:fff0%s", i, field, i, field, end)
+		}
+	}
+	b.WriteString("}\n")
+	return b.String()
 }

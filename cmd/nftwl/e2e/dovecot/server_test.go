@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -126,21 +125,6 @@ func hostDovecot(t testing.TB) dovecot {
 	return findDovecot(t, "/")
 }
 
-// eachWay runs a test on every Dovecot there is, for each of the two ways in
-// which a login comes to nftwl.
-func eachWay(t *testing.T, test func(*testing.T, dovecot, with)) {
-	for _, serve := range []bool{false, true} {
-		name := "login"
-		if serve {
-			name = "serve"
-		}
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			eachDovecot(t, func(t *testing.T, d dovecot) { test(t, d, with{serve: serve}) })
-		})
-	}
-}
-
 // is23 says whether it wants Dovecot 2.3's settings, not 2.4's.
 func (d dovecot) is23() bool { return strings.HasPrefix(d.version, "2.3.") }
 
@@ -181,10 +165,6 @@ type with struct {
 	hide    []string              // files under /usr/lib/dovecot that are not to exist
 	wrap    []string              // a command to run Dovecot under
 	env     []string              // more of Dovecot's environment
-	serve   bool                  // nftwl serve and its drop-in, in place of nftwl login
-
-	residentUser int      // whom nftwl serve runs as; root if 0
-	residentWrap []string // a command to run nftwl serve under
 }
 
 type server struct {
@@ -193,8 +173,6 @@ type server struct {
 	with with
 	cmd  *exec.Cmd
 	done chan struct{} // closed once Dovecot has exited
-
-	resident *exec.Cmd // nftwl serve; nil without
 }
 
 // start runs Dovecot in new network and mount namespaces, in which the nftwl
@@ -204,9 +182,6 @@ func (d dovecot) start(t testing.TB, w with) *server {
 	t.Helper()
 	nftwl := nstest.Build(t, "cmd/nftwl")
 	dropIn := filepath.Join(nstest.Root(t), "contrib/dovecot/90-nftwl.conf")
-	if w.serve {
-		dropIn = filepath.Join(nstest.Root(t), "contrib/dovecot/90-nftwl-serve.conf")
-	}
 
 	nstest.New(t)
 	for _, a := range []string{server4 + "/32", client4 + "/32", server6 + "/128", client6 + "/128"} {
@@ -273,17 +248,6 @@ func (d dovecot) start(t testing.TB, w with) *server {
 	s.write("dovecot.conf", header+configBoth+
 		"protocols = "+strings.Join(d.protocols, " ")+"\n"+w.dovecot, 0o644)
 
-	if w.serve {
-		must(t, os.Mkdir(filepath.Dir(socket), 0o755))
-		must(t, os.Chown(filepath.Dir(socket), w.residentUser, w.residentUser))
-		t.Cleanup(func() {
-			if t.Failed() {
-				t.Logf("nftwl serve:\n%s", s.read("resident"))
-			}
-		})
-		s.startResident()
-	}
-
 	argv := slices.Concat(w.wrap, []string{"/usr/sbin/dovecot", "-F", "-c", dir + "/dovecot.conf"})
 	out, err := os.Create(s.path("out"))
 	must(t, err)
@@ -322,68 +286,6 @@ func (d dovecot) start(t testing.TB, w with) *server {
 		return true
 	})
 	return s
-}
-
-// socket is where nftwl serve listens.
-const socket = "/run/nftwl/post-login"
-
-// startResident runs nftwl serve, and waits until it listens. What it says is
-// in the file "resident".
-func (s *server) startResident() {
-	s.t.Helper()
-	s.runResident(nil, "/usr/bin/nftwl", "serve", "--listen", socket)
-	poll(s.t, "nftwl serve to listen", func() bool {
-		c, err := net.Dial("unix", socket)
-		if err != nil {
-			return false
-		}
-		c.Close()
-		return true
-	})
-}
-
-// runResident starts nftwl serve by a command, which may get a file as its
-// descriptor 3.
-func (s *server) runResident(file *os.File, argv ...string) {
-	t := s.t
-	t.Helper()
-	log, err := os.OpenFile(s.path("resident"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
-	must(t, err)
-	defer log.Close()
-	argv = slices.Concat(s.with.residentWrap, argv)
-	cmd := exec.Command(argv[0], argv[1:]...)
-	cmd.Dir = "/"
-	cmd.Env = []string{} // as little as under systemd
-	cmd.Stderr = log
-	if file != nil {
-		cmd.ExtraFiles = []*os.File{file}
-	}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: s.d.root, Pdeathsig: syscall.SIGKILL}
-	if id := uint32(s.with.residentUser); id != 0 {
-		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: id, Gid: id}
-	}
-	must(t, cmd.Start())
-	s.resident = cmd
-	t.Cleanup(func() {
-		if cmd.ProcessState == nil {
-			s.stopResident(syscall.SIGTERM)
-		}
-	})
-}
-
-// stopResident sends nftwl serve a signal and waits for its end.
-func (s *server) stopResident(signal syscall.Signal) {
-	s.t.Helper()
-	cmd := s.resident
-	must(s.t, cmd.Process.Signal(signal))
-	late := time.AfterFunc(patience, func() {
-		s.t.Errorf("nftwl serve did not end on %v", signal)
-		_ = cmd.Process.Kill() // fails where it has just exited
-	})
-	defer late.Stop()
-	if err := cmd.Wait(); err != nil && signal == syscall.SIGTERM {
-		s.t.Errorf("nftwl serve: %v", err)
-	}
 }
 
 // stop ends Dovecot and waits until it is gone.
@@ -488,52 +390,16 @@ func (s *server) wantLog(want ...string) {
 	}
 }
 
-// moreLikeIt is how nftwl serve ends a line that stands for several.
-var moreLikeIt = regexp.MustCompile(`^(.*) \(and (\d+) more like it\)$`)
-
-// residentComplaints returns what nftwl serve complained of until now, each as
-// often as it happened.
-func (s *server) residentComplaints() []string {
-	s.t.Helper()
-	var all []string
-	for line := range strings.Lines(s.read("resident")) {
-		text, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "nftwl: error: ")
-		if !ok {
-			continue // a hint
-		}
-		count := 1
-		if m := moreLikeIt.FindStringSubmatch(text); m != nil {
-			more, err := strconv.Atoi(m[2])
-			must(s.t, err)
-			text, count = m[1], 1+more
-		}
-		all = append(all, slices.Repeat([]string{text}, count)...)
-	}
-	return all
-}
-
-// wantComplaints stops everything and compares what nftwl complained of, to
-// Dovecot's log or its own, with what it should have: one regular expression
-// a line. Nobody else may have complained.
+// wantComplaints stops Dovecot and compares what nftwl complained of to its log
+// with what it should have: one regular expression a line. Nobody else may have
+// complained.
 func (s *server) wantComplaints(want ...string) {
 	s.t.Helper()
-	if s.resident == nil {
-		var lines []string
-		for _, w := range want {
-			lines = append(lines, "nftwl: Error: nftwl: error: "+w)
-		}
-		s.wantLog(lines...)
-		return
+	var lines []string
+	for _, w := range want {
+		lines = append(lines, "nftwl: Error: nftwl: error: "+w)
 	}
-	s.wantLog()
-	s.stopResident(syscall.SIGTERM) // which has it write what it held back
-	got := s.residentComplaints()
-	if !slices.EqualFunc(got, want, func(line, re string) bool {
-		return regexp.MustCompile("^" + re + "$").MatchString(line)
-	}) {
-		s.t.Errorf("nftwl serve complains:\n\t%s\nwant:\n\t%s",
-			strings.Join(got, "\n\t"), strings.Join(want, "\n\t"))
-	}
+	s.wantLog(lines...)
 }
 
 func poll(t testing.TB, what string, done func() bool) {

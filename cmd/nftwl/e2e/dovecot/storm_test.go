@@ -10,8 +10,6 @@ import (
 	"strconv"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // Many users log in at once, each from another address, while the sets are
@@ -38,7 +36,6 @@ service imap-login {
 	}{
 		{"without", with{dropIn: func(string) string { return "" }}, false},
 		{"login", with{}, true},
-		{"serve", with{serve: true}, true},
 	} {
 		way.with.dovecot = settings
 		t.Run(way.name, func(t *testing.T) {
@@ -110,17 +107,6 @@ service imap-login {
 			for i := range count {
 				if n := trusted[address(i)]; way.trusts && n != 5 {
 					t.Errorf("%s is trusted on %d ports", address(i), n)
-				}
-			}
-			if s.resident != nil {
-				fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", s.resident.Process.Pid))
-				must(t, err)
-				if len(fds) > 20 {
-					t.Errorf("nftwl serve has %d descriptors open after the storm", len(fds))
-				}
-				s.stopResident(unix.SIGTERM)
-				if said := s.read("resident"); said != "" {
-					t.Errorf("nftwl serve says %q", said)
 				}
 			}
 			s.wantLog()

@@ -2,19 +2,14 @@ package systemd
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
 	"maps"
-	"net"
 	"os"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // doctor returns the status and the text of each check whose name begins so.
@@ -271,158 +266,5 @@ func TestDoctorStandalone(t *testing.T) {
 					"persistence.unit":  "fail: the last reload of nftwl-persist.service failed: persistence.rules says why$",
 				}},
 		})
-	})
-}
-
-func TestDoctorServe(t *testing.T) {
-	t.Parallel()
-	onEach(t, func(t *testing.T, b base) {
-		t.Parallel()
-		m := newMachine(t, b)
-		m.only()
-		m.diagnoses("not in use", "serve", map[string]string{"serve": "skip: nftwl serve is not in use$"})
-		m.run("nft", "-f", "/etc/nftwl/sets.nft")
-		m.run("systemctl", "enable", "--now", "nftwl")
-		const path = "/" + socketFile
-		m.diagnoses("a healthy machine", "serve", map[string]string{
-			"serve.unit":       "ok: ",
-			"serve.socket":     "ok: " + path + " answers, and is root's$",
-			"serve.counters":   "ok: 0 logins since ",
-			"serve.sandbox":    "ok: ",
-			"serve.executable": "ok: nftwl.service runs /usr/bin/nftwl$",
-		})
-
-		// asks makes a request of Dovecot's.
-		asks := func() {
-			conn, err := net.Dial("unix", m.file(socketFile))
-			m.must(err)
-			defer conn.Close()
-			m.must(conn.SetDeadline(time.Now().Add(patience)))
-			_, err = fmt.Fprintf(conn, "VERSION\tscript-login\t1\t0\n%s\t%s\talice\n", mailServer, client(1))
-			m.must(err)
-			_, err = io.ReadFull(conn, make([]byte, len("alice\n")))
-			m.must(err)
-		}
-		// closed waits: systemd 257 says that a socket is stopped a moment before
-		// it closes it.
-		closed := func() {
-			m.until("the socket is closed", func() error {
-				conn, err := net.Dial("unix", m.file(socketFile))
-				if err == nil {
-					conn.Close()
-					return errors.New("it is open")
-				}
-				return nil
-			})
-		}
-		// dropIn has nftwl.service run otherwise, and undo as it was.
-		dropIn := func(text string) func() {
-			return func() {
-				m.dropIn("[Service]\n" + text)
-				m.run("systemctl", "restart", "nftwl")
-			}
-		}
-		undo := m.commands("rm /etc/systemd/system/nftwl.service.d/override.conf; systemctl daemon-reload; systemctl restart nftwl")
-		program := m.program()
-		m.tries("serve", []fault{
-			{"not enabled", m.commands("systemctl disable nftwl nftwl.socket"), m.commands("systemctl enable nftwl"),
-				map[string]string{"serve.unit": "fail: nftwl.socket is not enabled"}},
-			{"socket stopped", func() { m.run("systemctl", "stop", "nftwl.socket"); closed() }, m.commands("systemctl start nftwl"),
-				map[string]string{
-					"serve.unit":    "fail: nftwl.socket is inactive$",
-					"serve.socket":  "fail: nothing listens on " + path + "$",
-					"serve.sandbox": "skip: nftwl.service is inactive",
-				}},
-			{"no socket", m.commands("systemctl stop nftwl.socket; rm " + path), m.commands("systemctl start nftwl"),
-				map[string]string{
-					"serve.unit":    "fail: nftwl.socket is inactive$",
-					"serve.socket":  "fail: nothing listens on " + path + "$",
-					"serve.sandbox": "skip: nftwl.service is inactive",
-				}},
-			// A login, and a question, start it.
-			{"service stopped", m.commands("systemctl stop nftwl"), m.commands(""), nil},
-			{"everyone can ask", m.commands("chmod 666 " + path), m.commands("chmod 600 " + path),
-				map[string]string{"serve.socket": "fail: " + path + " has mode 0666: others than its owner can connect"}},
-			{"the group can ask", m.commands("chmod 620 " + path), m.commands("chmod 600 " + path),
-				map[string]string{"serve.socket": "fail: " + path + " has mode 0620: others"}},
-			{"a folder for everyone", m.commands("chmod 1777 /run/nftwl"), m.commands("chmod 755 /run/nftwl"),
-				map[string]string{"serve.socket": "fail: .*in a folder where others than root"}},
-			{"a folder of another's", m.commands("chown 1234 /run/nftwl"), m.commands("chown root /run/nftwl"),
-				map[string]string{"serve.socket": "fail: .*in a folder where others than root"}},
-			{"the mail user's", m.commands("chown 1234 " + path), m.commands("chown root " + path),
-				map[string]string{"serve.socket": "ok: .*user 1234's"}},
-			{"it cannot start", func() {
-				m.dropIn("[Service]\nExecStart=\nExecStart=/usr/bin/nftwl serve --listen /nowhere/socket\nRestartSec=1h\n")
-				m.fails("systemctl", "restart", "nftwl")
-			}, undo, map[string]string{"serve.unit": "fail: nftwl.service fails: serve: there is a socket from systemd"}},
-			{"masked", m.commands("systemctl stop nftwl; cd /etc/systemd/system; mv nftwl.service /run; ln -s /dev/null nftwl.service; systemctl daemon-reload"),
-				m.commands("mv /run/nftwl.service /etc/systemd/system/; systemctl daemon-reload; systemctl start nftwl"),
-				map[string]string{"serve.unit": "fail: nftwl.service is masked"}},
-			{"root", dropIn("DynamicUser=no\nUser=root\n"), undo,
-				map[string]string{"serve.sandbox": "warn: nftwl.service runs as root"}},
-			{"more capabilities", dropIn("CapabilityBoundingSet=CAP_NET_RAW\n"), undo,
-				map[string]string{"serve.sandbox": "warn: nftwl.service has more capabilities"}},
-			{"no capabilities", dropIn("CapabilityBoundingSet=\nAmbientCapabilities=\n"), undo,
-				map[string]string{"serve.sandbox": "fail: nftwl.service runs without CAP_NET_ADMIN"}},
-			{"upgraded", func() { m.installs(program) }, m.commands("systemctl restart nftwl"),
-				map[string]string{"serve.executable": "warn: nftwl.service still runs the nftwl that was there before"}},
-			{"another program", func() {
-				m.run("cp", "/usr/bin/nftwl", "/usr/local/bin/other")
-				dropIn("ExecStart=\nExecStart=/usr/local/bin/other serve\n")()
-			}, undo, map[string]string{"serve.executable": "warn: nftwl.service runs /usr/local/bin/other, and this is /usr/bin/nftwl"}},
-			{"logins that failed", func() { m.run("nft", "flush", "ruleset"); asks() },
-				m.commands("nft -f /etc/nftwl/sets.nft; systemctl restart nftwl"),
-				map[string]string{"serve.counters": `warn: logins whose client could not be trusted \(missing 1\); 1 logins since `}},
-			{"requests refused", func() {
-				conn, err := net.Dial("unix", m.file(socketFile))
-				m.must(err)
-				_, err = io.WriteString(conn, "HELO\n")
-				m.must(err)
-				_, err = io.ReadAll(conn)
-				if err != nil {
-					m.must(err)
-				}
-				conn.Close()
-			}, m.commands("systemctl restart nftwl"),
-				map[string]string{"serve.counters": `warn: requests refused, .*\(request 1\); 0 logins since `}},
-		})
-
-		// As the README undoes it, which leaves the socket's file.
-		m.run("systemctl", "disable", "--now", "nftwl.service", "nftwl.socket")
-		closed()
-		m.must(unix.Access(m.file(socketFile), unix.F_OK))
-		m.diagnoses("not in use any more", "serve", map[string]string{"serve": "skip: nftwl serve is not in use$"})
-
-		m.run("mv", "/run/doveconf", "/usr/bin")
-		m.mail()
-		m.diagnoses("Dovecot asks nobody", "serve", map[string]string{
-			"serve.unit":    "fail: nftwl.socket is not enabled: after a reboot nothing listens, and Dovecot denies every login$",
-			"serve.socket":  "fail: nothing listens on " + path + ", and Dovecot denies every login$",
-			"serve.sandbox": "skip: nftwl.service is inactive",
-		})
-		m.run("systemctl", "enable", "--now", "nftwl")
-		m.diagnoses("Dovecot asks", "serve", nil)
-
-		// A unit of the administrator's own, in place of both.
-		m.run("systemctl", "disable", "--now", "nftwl.service", "nftwl.socket")
-		const own = "/run/mail-trust/post-login"
-		m.write("etc/systemd/system/mail-trust.service", "[Service]\nRuntimeDirectory=mail-trust\nExecStart=/usr/bin/nftwl serve --listen "+own+"\n[Install]\nWantedBy=multi-user.target\n")
-		m.commands("sed -i 's,/run/nftwl/post-login," + own + ",' /etc/dovecot/conf.d/90-nftwl-serve.conf; systemctl enable --now mail-trust")()
-		m.until("it listens", func() error { return unix.Access(m.file(own), unix.F_OK) })
-		elsewhere := map[string]string{
-			"serve.unit":    "skip: Dovecot asks " + own + ", and nftwl.socket does not listen there",
-			"serve.socket":  "ok: " + own + " answers",
-			"serve.sandbox": "skip: nftwl.service is inactive",
-		}
-		m.diagnoses("Dovecot asks another socket", "serve", elsewhere)
-		m.run("systemctl", "stop", "mail-trust")
-		elsewhere["serve.socket"] = "fail: nothing listens on " + own + ", and Dovecot denies every login$"
-		m.diagnoses("where nobody listens", "serve", elsewhere)
-
-		// Where nftwl.socket is to listen there, it should.
-		m.write("etc/systemd/system/nftwl.socket.d/own.conf", "[Socket]\nListenStream=\nListenStream="+own+"\nListenStream=/run/other\n")
-		m.run("systemctl", "daemon-reload")
-		elsewhere["serve.unit"] = "fail: nftwl.socket is not enabled"
-		m.diagnoses("where nftwl.socket should listen", "serve", elsewhere)
 	})
 }

@@ -61,14 +61,6 @@ func TestReadmeInstall(t *testing.T) {
 				m.trusts(1)
 				m.healthy()
 
-				// And with the resident server, as the README goes on.
-				for _, block := range m.section("Without a process per login") {
-					m.run("sh", "-euc", block.text)
-				}
-				m.logsIn(2)
-				m.trusts(1, 2)
-				m.healthy()
-
 				for _, block := range m.section("Undo") {
 					switch {
 					case strings.Contains(block.text, "reload nftables"):
@@ -84,7 +76,7 @@ func TestReadmeInstall(t *testing.T) {
 					}
 				}
 				m.settle()
-				m.logsIn(3)
+				m.logsIn(2)
 				if rules := m.run("nft", "list", "ruleset"); rules != "" {
 					t.Errorf("still in the kernel:\n%s", rules)
 				}
@@ -127,7 +119,7 @@ func (m *machine) healthy() {
 			m.Errorf("%s %s: %s (%s; %s)", r.Status, r.Check, r.Text, r.Remedy, r.Command)
 		}
 	}
-	for _, group := range []string{"config", "kernel", "sets", "rules", "dovecot", "serve", "persistence", "fail2ban", "login"} {
+	for _, group := range []string{"config", "kernel", "sets", "rules", "dovecot", "persistence", "fail2ban", "login"} {
 		if !groups[group] {
 			m.Errorf("doctor has not looked at %s", group)
 		}

@@ -419,3 +419,16 @@ func removeGroup(dir string) error {
 	}
 	return errors.Join(err, fmt.Errorf("%s is busy", dir))
 }
+
+// shows checks a property of a unit.
+func (m *machine) shows(unit, property, want string) {
+	m.Helper()
+	if got := m.property(unit, property); got != want {
+		m.Errorf("%s has %s=%s and not %s", unit, property, got, want)
+	}
+}
+
+func (m *machine) property(unit, name string) string {
+	m.Helper()
+	return strings.TrimSpace(m.run("systemctl", "show", "--value", "--property="+name, unit))
+}

@@ -65,11 +65,10 @@ const dovecotBoth = `
 ssl = no
 protocols = imap
 first_valid_uid = 1000
-!include conf.d/90-nftwl-serve.conf
+!include_try conf.d/90-*.conf
 `
 
-// mail configures Dovecot, which nftwl serve is to tell about its users, and
-// starts neither.
+// mail configures a Dovecot that does not know of nftwl, and does not start it.
 func (m *machine) mail() {
 	m.Helper()
 	if _, err := os.Stat(m.file("usr/lib/dovecot/imap")); err != nil {
@@ -83,7 +82,7 @@ func (m *machine) mail() {
 	m.write("etc/dovecot/users", "alice:{PLAIN}secret:1000:1000::/srv/alice::\n")
 	m.must(os.MkdirAll(m.file("srv/alice"), 0o755))
 	m.must(os.Chown(m.file("srv/alice"), 1000, 1000))
-	m.copy(filepath.Join(nstest.Root(m), "contrib/dovecot"), "etc/dovecot/conf.d")
+	m.must(os.MkdirAll(m.file("etc/dovecot/conf.d"), 0o755))
 	m.addresses()
 }
 
@@ -92,15 +91,6 @@ func (m *machine) addresses() {
 	m.Helper()
 	m.run("ip", "address", "add", mailServer+"/32", "dev", "lo")
 	m.run("ip", "route", "add", "local", mailClients, "dev", "lo")
-}
-
-// serve is what 90-nftwl-serve.conf says, and Dovecot's start.
-func (m *machine) serve() {
-	m.Helper()
-	m.install()
-	m.mail()
-	m.run("systemctl", "enable", "--now", "nftwl")
-	m.run("systemctl", "start", "dovecot")
 }
 
 // imap logs in from an address, and out.
@@ -121,6 +111,14 @@ func (m *machine) imap(from string) error {
 		err = fmt.Errorf("login from %s: %w", from, err)
 	}
 	return err
+}
+
+// logsIn has a client log in, who must not be denied.
+func (m *machine) logsIn(n int) {
+	m.Helper()
+	if err := m.imap(client(n)); err != nil {
+		m.Error(err)
+	}
 }
 
 func (m *machine) joinNetwork() error {
@@ -205,6 +203,13 @@ func (m *machine) crowd(least int, meanwhile func(turn func(n int))) (n int, den
 		})
 	}()
 	return int(last.Load()), denied
+}
+
+func upTo(n int) (numbers []int) {
+	for i := range n {
+		numbers = append(numbers, i+1)
+	}
+	return numbers
 }
 
 // trusts checks that the clients with these numbers are trusted on each port.

@@ -71,49 +71,26 @@ func TestPackageRPM(t *testing.T) {
 	m.livesThrough(rpm)
 }
 
-// Dovecot's configuration can name the program and the socket in many ways.
+// Dovecot's configuration can name the program in several ways.
 func TestPackageNamed(t *testing.T) {
 	t.Parallel()
 	onEach(t, func(t *testing.T, b base) {
 		t.Parallel()
 		m := newUninstalled(t, b)
 		m.run("dpkg", "--install", "/root/new.deb")
-		const moved, own, bare = "/run/mail/post-login", "/run/own/post-login", "nftwl-login"
-		m.write("etc/systemd/system/nftwl.socket.d/moved.conf", "[Socket]\nListenStream=\nListenStream="+moved+"\n")
-		m.write("etc/systemd/system/own.service", "[Service]\nRuntimeDirectory=own\nExecStart=/usr/bin/nftwl serve --listen="+own+"\n")
-		m.write("etc/systemd/system/bare.service", "[Service]\nExecStart=/usr/bin/nftwl serve --listen /run/dovecot/"+bare+"\n")
-		m.run("systemctl", "daemon-reload")
-		m.run("systemctl", "start", "nftwl.socket", "own", "bare")
-		for _, socket := range []string{"run/own/post-login", "run/dovecot/" + bare} {
-			m.until(socket, func() error {
-				_, err := os.Stat(m.file(socket))
-				return err
-			})
-		}
-		const program, socket = "/usr/bin/nftwl", "/run/nftwl/post-login"
-		for i, c := range []struct{ file, from, to string }{
-			{"90-nftwl.conf", program, "/bin/nftwl"},
-			{"90-nftwl-serve.conf", socket, moved},
-			{"90-nftwl-serve.conf", socket, "/var" + moved},
-			{"90-nftwl-serve.conf", socket, own},
-			{"90-nftwl-serve.conf", socket, bare},
-		} {
-			m.run("sh", "-euc", `rm -f /etc/dovecot/conf.d/90-nftwl*
-				sed "s,$2,$3," "/usr/share/nftwl/dovecot/$1" >/etc/dovecot/conf.d/90-nftwl.conf
-				doveadm reload`, "sh", c.file, c.from, c.to)
-			if out := m.fails("dpkg", "--remove", "nftwl"); !strings.Contains(out, "names "+c.to+": without it") {
-				t.Errorf("%s: it does not say why: %s", c.to, out)
-			}
-			m.logsIn(1 + i)
-		}
-		// A script names it for Dovecot, in one way or the other.
-		const wrap = "/usr/local/bin/wrap.sh"
 		names := func(program string) {
 			m.Helper()
 			m.run("sh", "-euc", `rm -f /etc/dovecot/conf.d/90-nftwl*
 				sed "s,/usr/bin/nftwl login,$1," /usr/share/nftwl/dovecot/90-nftwl.conf >/etc/dovecot/conf.d/90-nftwl.conf
 				doveadm reload`, "sh", program)
 		}
+		names("/bin/nftwl login")
+		if out := m.fails("dpkg", "--remove", "nftwl"); !strings.Contains(out, "names /bin/nftwl: without it") {
+			t.Errorf("it does not say why: %s", out)
+		}
+		m.logsIn(1)
+		// A script names it for Dovecot, in one way or the other.
+		const wrap = "/usr/local/bin/wrap.sh"
 		for _, c := range []struct{ program, text string }{
 			{wrap, "#!/bin/sh\nexec /usr/bin/nftwl login \"$@\"\n"},
 			{"-d " + wrap, "#!/bin/sh\nNFTWL=/bin/nftwl; exec $NFTWL login \"$@\"\n"},
@@ -292,12 +269,6 @@ func newUninstalled(t *testing.T, b base) *machine {
 	}
 
 	m.mail()
-	conf, err := os.ReadFile(m.file("etc/dovecot/dovecot.conf"))
-	m.must(err)
-	m.write("etc/dovecot/dovecot.conf", strings.ReplaceAll(string(conf), "!include conf.d/90-nftwl-serve.conf", "!include_try conf.d/90-*.conf"))
-	for _, path := range m.dropIns() {
-		m.must(os.Remove(path))
-	}
 	m.run("systemctl", "enable", "--now", "dovecot")
 	return m
 }
@@ -359,12 +330,10 @@ func (m *machine) livesThrough(p manager) {
 	m.run("cp", "-r", "/usr/share/nftwl/nftables", "/etc/nftwl")
 	m.run("mv", "/etc/nftwl/nftables.conf", "/etc/nftables.conf")
 	m.run("systemctl", "enable", "--now", "nftables", "nftwl-persist")
-	m.run("systemctl", "enable", "--now", "nftwl")
 	m.settle()
 	const mine = "timeout: 2h\n"
 	m.write("etc/nftwl.yaml", mine)
-	m.run("systemctl", "reload", "nftwl")
-	m.run("cp", "/usr/share/nftwl/dovecot/90-nftwl-serve.conf", "/etc/dovecot/conf.d/")
+	m.run("cp", "/usr/share/nftwl/dovecot/90-nftwl.conf", "/etc/dovecot/conf.d/")
 	m.run("doveadm", "reload")
 	m.until("a login is trusted", func() error {
 		m.logsIn(2)
@@ -379,7 +348,7 @@ func (m *machine) livesThrough(p manager) {
 
 	// The upgrade: no login is denied, no unit of the firewall is touched.
 	const entered = "ActiveEnterTimestampMonotonic"
-	server, persist, firewall := m.server(), m.property("nftwl-persist.service", entered), m.property(nftables, entered)
+	persist, firewall := m.property("nftwl-persist.service", entered), m.property(nftables, entered)
 	n, denied := m.crowd(100, func(turn func(int)) {
 		turn(30)
 		if out := pkg(p.upgrade, "new"); strings.Contains(out, hint) {
@@ -390,11 +359,7 @@ func (m *machine) livesThrough(p manager) {
 		m.Error(err)
 	}
 	m.trusts(upTo(n)...)
-	m.trusts(2)
-	if pid := m.server(); pid == server {
-		m.Error("the old server runs on")
-	}
-	for _, unit := range []string{service, socket, "nftwl-persist.service", "nftwl-snapshot.service", "nftwl-save.timer"} {
+	for _, unit := range []string{"nftwl-persist.service", "nftwl-snapshot.service", "nftwl-save.timer"} {
 		m.state(unit, "active")
 		m.shows(unit, "NeedDaemonReload", "no")
 	}
@@ -408,19 +373,10 @@ func (m *machine) livesThrough(p manager) {
 	}
 
 	// The removal, which Dovecot's configuration forbids.
-	for _, name := range []string{"90-nftwl-serve.conf", "90-nftwl.conf"} {
-		for _, path := range m.dropIns() {
-			m.must(os.Remove(path))
-		}
-		m.run("cp", "/usr/share/nftwl/dovecot/"+name, "/etc/dovecot/conf.d/")
-		m.run("doveadm", "reload")
-		if out := m.fails(p.remove[0], p.remove[1:]...); !strings.Contains(out, "EVERY LOGIN") {
-			m.Errorf("it does not say why: %s", out)
-		}
-		m.state(service, "active")
-		m.state(socket, "active")
-		m.logsIn(300)
+	if out := m.fails(p.remove[0], p.remove[1:]...); !strings.Contains(out, "EVERY LOGIN") {
+		m.Errorf("it does not say why: %s", out)
 	}
+	m.logsIn(300)
 	// As the message says; and a file that Dovecot does not read is none.
 	for _, path := range m.dropIns() {
 		m.must(os.Rename(path, path+".off"))
