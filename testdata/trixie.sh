@@ -1,25 +1,37 @@
 #!/bin/sh
 # Makes the Debian 13 tree in which the tests run a newer nft, Dovecot 2.4,
-# systemd and fail2ban than Debian 12 has, and prints where it is.
+# Postfix, systemd and fail2ban than Debian 12 has, and prints where it is.
 #
 #   testdata/trixie.sh [DIR]
 #
 # DIR is ${XDG_CACHE_HOME:-$HOME/.cache}/nftwl/trixie unless given, which is
-# where the tests look. A tree that is there already is left alone: remove it
-# to have a new one. Needs root, debootstrap, and a Debian mirror
-# (DEBIAN_MIRROR chooses another than debootstrap's own).
+# where the tests look. A tree that is there already gets the packages that it
+# lacks, and is otherwise left alone: remove it to have a new one. Needs root,
+# debootstrap, and a Debian mirror (DEBIAN_MIRROR chooses another than
+# debootstrap's own).
 set -eu
 
 dir=${1:-${XDG_CACHE_HOME:-$HOME/.cache}/nftwl/trixie}
-packages='nftables netbase iproute2 systemd fail2ban
+packages='nftables netbase iproute2 systemd fail2ban postfix dovecot-sqlite
 	dovecot-core dovecot-imapd dovecot-pop3d dovecot-submissiond dovecot-managesieved'
 
+# lacking prints those of the packages that the tree does not have.
+lacking() {
+	for package in $packages; do
+		grep -A 1 -x "Package: $package" "$dir/var/lib/dpkg/status" |
+			grep -q -x 'Status: install ok installed' || echo "$package"
+	done
+}
+
 if [ -d "$dir" ]; then
-	echo "$dir"
-	exit 0
+	packages=$(lacking)
+	if [ -z "$packages" ]; then
+		echo "$dir"
+		exit 0
+	fi
 fi
 if [ "$(id -u)" != 0 ]; then
-	echo "trixie.sh: error: only root can make a Debian tree" >&2
+	echo "trixie.sh: error: only root can make a Debian tree, or add packages to it" >&2
 	exit 1
 fi
 if ! command -v debootstrap >/dev/null; then
@@ -34,6 +46,36 @@ if [ -z "${NFTWL_TRIXIE_INSIDE-}" ]; then
 	NFTWL_TRIXIE_INSIDE=1 exec unshare --mount --pid --fork --kill-child sh "$0" "$dir"
 fi
 
+# install adds the packages to a tree.
+install() {
+	mkdir -p "$1/proc" &&
+	{ mountpoint -q "$1/proc" || mount -t proc proc "$1/proc"; } &&
+	# No package may start its daemon here.
+	printf '#!/bin/sh\nexit 101\n' >"$1/usr/sbin/policy-rc.d" &&
+	chmod 755 "$1/usr/sbin/policy-rc.d" &&
+	for command in update "install --yes --no-install-recommends $packages" clean; do
+		# shellcheck disable=SC2086 # the command is meant to be split
+		env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8 \
+			${http_proxy:+http_proxy="$http_proxy"} \
+			chroot "$1" apt-get --quiet $command || return
+	done &&
+	rm -rf "$1"/var/lib/apt/lists/* &&
+	umount "$1/proc"
+}
+
+failed() {
+	tail -n 20 "$1" >&2
+	echo "trixie.sh: error: $2; the whole output is in $1" >&2
+	exit 1
+}
+
+if [ -d "$dir" ]; then
+	install "$dir" >"$dir.log" 2>&1 || failed "$dir.log" "the tree lacks $(echo $packages)"
+	rm -f "$dir.log"
+	echo "$dir"
+	exit 0
+fi
+
 # Built beside its final place and renamed: an interrupted build is never
 # taken for a tree.
 mkdir -p "$(dirname "$dir")"
@@ -43,25 +85,8 @@ trap 'exit 1' HUP INT TERM
 chmod 755 "$new"
 log=$new.log
 
-if ! {
-	debootstrap --variant=minbase trixie "$new" ${DEBIAN_MIRROR:+"$DEBIAN_MIRROR"} &&
-	mkdir -p "$new/proc" &&
-	{ mountpoint -q "$new/proc" || mount -t proc proc "$new/proc"; } &&
-	# No package may start its daemon here.
-	printf '#!/bin/sh\nexit 101\n' >"$new/usr/sbin/policy-rc.d" &&
-	chmod 755 "$new/usr/sbin/policy-rc.d" &&
-	# shellcheck disable=SC2086 # the list is meant to be split
-	env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8 \
-		${http_proxy:+http_proxy="$http_proxy"} \
-		chroot "$new" apt-get install --yes --quiet --no-install-recommends $packages &&
-	chroot "$new" apt-get clean &&
-	rm -rf "$new"/var/lib/apt/lists/* &&
-	umount "$new/proc"
-} >"$log" 2>&1; then
-	tail -n 20 "$log" >&2
-	echo "trixie.sh: error: no tree made; the whole output is in $log" >&2
-	exit 1
-fi
+{ debootstrap --variant=minbase trixie "$new" ${DEBIAN_MIRROR:+"$DEBIAN_MIRROR"} && install "$new"; } >"$log" 2>&1 ||
+	failed "$log" "no tree made"
 rm -f "$log"
 # Two builds at once: the first to finish is kept.
 mv -T "$new" "$dir" 2>/dev/null || [ -d "$dir" ]
