@@ -4,6 +4,7 @@ package config
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -57,7 +58,30 @@ type Config struct {
 	Comment    bool           // note the user's name on the element
 	Deadline   time.Duration  // the longest wait for the kernel; more than 0
 	Snapshot   string         // path of the snapshot file
+	Policy     *Policy        // nil where nftwld takes no reports
+	Failures   *Failures      // nil where failed logins ban nobody
 }
+
+// Policy is where nftwld takes Dovecot's reports.
+type Policy struct {
+	Listen  netip.AddrPort // with a port
+	KeyFile string         // path of the file with the key of the reports
+}
+
+// Failures is what it takes to be banned for failed logins, and for how long.
+type Failures struct {
+	Limit        int           // different failures that ban an address; 1 or more
+	Within       time.Duration // in which they must come; more than 0
+	Ban          time.Duration // the first ban; each further one is twice as long; more than 0
+	Longest      time.Duration // the longest ban; not less than Ban
+	TrustedLimit int           // a trusted address is banned for more failures than this; not less than Limit
+}
+
+// defaultPolicy and defaultFailures stand for an empty mapping.
+var (
+	defaultPolicy   = Policy{netip.MustParseAddrPort("127.0.0.1:8085"), "/etc/nftwl/policy.key"}
+	defaultFailures = Failures{Limit: 10, Within: 10 * time.Minute, Ban: time.Hour, Longest: 7 * 24 * time.Hour, TrustedLimit: 100}
+)
 
 // Default returns the configuration that applies without a file.
 func Default() *Config {
@@ -296,8 +320,16 @@ func (c *Config) set(key string, v ast.Node) (err error) {
 		}
 	case "snapshot":
 		c.Snapshot, err = path(v)
+	case "policy":
+		p := defaultPolicy
+		c.Policy = &p
+		return p.set(key, v)
+	case "failures":
+		f := defaultFailures
+		c.Failures = &f
+		return f.set(key, v)
 	default:
-		return at(v, fmt.Errorf("unknown key %q; the keys are table, trusted, banned, ports, timeout, ban_timeout, ipv6_prefix, ignore, comment, deadline and snapshot", key))
+		return at(v, fmt.Errorf("unknown key %q; the keys are table, trusted, banned, ports, timeout, ban_timeout, ipv6_prefix, ignore, comment, deadline, snapshot, policy and failures", key))
 	}
 	return in(v, key, err)
 }
@@ -319,6 +351,79 @@ func (n *Names) set(outer string, v ast.Node) error {
 		}
 		return in(v, outer+"."+key, err)
 	}))
+}
+
+func (p *Policy) set(outer string, v ast.Node) error {
+	return in(v, outer, mapping(v, func(key string, v ast.Node) (err error) {
+		var s string
+		switch key {
+		case "listen":
+			if s, err = scalar(v); err == nil {
+				p.Listen, err = netip.ParseAddrPort(s)
+				if err != nil || p.Listen.Port() == 0 {
+					err = fmt.Errorf("%q is not an address with a port, such as 127.0.0.1:8085 or [::1]:8085", s)
+				}
+			}
+		case "key_file":
+			p.KeyFile, err = path(v)
+		default:
+			return at(v, fmt.Errorf("%s: unknown key %q; the keys are listen and key_file", outer, key))
+		}
+		return in(v, outer+"."+key, err)
+	}))
+}
+
+func (f *Failures) set(outer string, v ast.Node) error {
+	return in(v, outer, cmp.Or(mapping(v, func(key string, v ast.Node) (err error) {
+		switch key {
+		case "limit":
+			f.Limit, err = failures(v)
+		case "within":
+			f.Within, err = timeout(v)
+			if err == nil && f.Within > maxWithin {
+				err = fmt.Errorf("it must be at most %s", nftset.FormatTimeout(maxWithin))
+			}
+		case "ban":
+			f.Ban, err = timeout(v)
+		case "longest":
+			f.Longest, err = timeout(v)
+		case "trusted_limit":
+			f.TrustedLimit, err = failures(v)
+		default:
+			return at(v, fmt.Errorf("%s: unknown key %q; the keys are limit, within, ban, longest and trusted_limit", outer, key))
+		}
+		return in(v, outer+"."+key, err)
+	}), f.check()))
+}
+
+// check reports values that do not fit each other.
+func (f *Failures) check() error {
+	switch {
+	case f.Longest < f.Ban:
+		return fmt.Errorf("longest (%s) is shorter than ban (%s)", nftset.FormatTimeout(f.Longest), nftset.FormatTimeout(f.Ban))
+	case f.TrustedLimit < f.Limit:
+		return fmt.Errorf("trusted_limit (%d) is less than limit (%d)", f.TrustedLimit, f.Limit)
+	}
+	return nil
+}
+
+const (
+	// maxFailures bounds what nftwld must remember of one address.
+	maxFailures = 1000
+	// maxWithin is a week: whoever guesses more slowly than that does not guess.
+	maxWithin = 7 * 24 * time.Hour
+)
+
+func failures(v ast.Node) (int, error) {
+	s, err := scalar(v)
+	if err != nil {
+		return 0, err
+	}
+	n, err := strconv.Atoi(s)
+	if err != nil || n < 1 || n > maxFailures {
+		return 0, fmt.Errorf("%q is not a number from 1 to %d", s, maxFailures)
+	}
+	return n, nil
 }
 
 // lineError is an error whose line is known.

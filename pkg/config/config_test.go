@@ -56,6 +56,8 @@ ignore: ["10.0.0.0/8", 192.0.2.1]
 comment: false
 deadline: 1s
 snapshot: "/x y"
+policy: {listen: "[::1]:80"}
+failures: {limit: 3, longest: 30d}
 `))
 	if err != nil {
 		t.Fatal(err)
@@ -71,9 +73,28 @@ snapshot: "/x y"
 		Ignore:     []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("192.0.2.1/32")},
 		Deadline:   time.Second,
 		Snapshot:   "/x y",
+		Policy:     &Policy{netip.MustParseAddrPort("[::1]:80"), "/etc/nftwl/policy.key"},
+		Failures:   &Failures{3, 10 * time.Minute, time.Hour, 30 * 24 * time.Hour, 100},
 	}
 	if !reflect.DeepEqual(c, want) {
 		t.Errorf("got  %+v\nwant %+v", c, want)
+	}
+}
+
+// A part of nftwld is off unless it is there.
+func TestParts(t *testing.T) {
+	c, err := Parse([]byte("policy: {listen: 127.0.0.1:8085, key_file: /etc/nftwl/policy.key}\n" +
+		"failures: {limit: 10, within: 10m, ban: 1h, longest: 7d, trusted_limit: 100}\n"))
+	if err != nil || !reflect.DeepEqual(c.Policy, &defaultPolicy) || !reflect.DeepEqual(c.Failures, &defaultFailures) {
+		t.Errorf("the documented values: %+v %+v, %v", c.Policy, c.Failures, err)
+	}
+	c, err = Parse([]byte("policy: {}\nfailures: {}\n"))
+	if err != nil || !reflect.DeepEqual(c.Policy, &defaultPolicy) || !reflect.DeepEqual(c.Failures, &defaultFailures) {
+		t.Errorf("without values: %+v %+v, %v", c.Policy, c.Failures, err)
+	}
+	c, err = Parse([]byte("policy: {listen: 192.0.2.1:1}\n"))
+	if err != nil || c.Failures != nil || defaultPolicy.Listen.Port() == 1 {
+		t.Errorf("one part: %+v, %v; the default is %+v now", c.Failures, err, defaultPolicy)
 	}
 }
 
@@ -142,6 +163,20 @@ func TestErrors(t *testing.T) {
 		{"ignore:", "1", "ignore: a list"},
 		{"comment: maybe", "1", `comment: "maybe" is not true or false`},
 		{"snapshot: sets.nft", "1", "snapshot: "},
+		{"policy:", "1", "policy: keys with values"},
+		{"policy: {port: 1}", "1", `policy: unknown key "port"`},
+		{"policy: {listen: localhost:8085}", "1", `policy.listen: "localhost:8085" is not an address`},
+		{"policy: {listen: 8085}", "1", "policy.listen: "},
+		{"policy: {listen: 127.0.0.1:0}", "1", "policy.listen: "},
+		{"policy:\n  key_file: k", "2", "policy.key_file: "},
+		{"failures: {tries: 1}", "1", `failures: unknown key "tries"`},
+		{"failures: {limit: 0}", "1", "failures.limit: "},
+		{"failures: {limit: 1001}", "1", "failures.limit: "},
+		{"failures: {limit: many}", "1", "failures.limit: "},
+		{"failures: {within: 8d}", "1", "failures.within: it must be at most 7d"},
+		{"failures: {ban: 0s}", "1", "failures.ban: "},
+		{"failures: {ban: 8d}", "1", "failures: longest (7d) is shorter than ban (8d)"},
+		{"failures: {limit: 101}", "1", "failures: trusted_limit (100) is less than limit (101)"},
 		{"- a\n- b", "1", "keys with values"},
 		{"just words", "1", "keys with values"},
 		{"timeout: 1d\n---\ntimeout: 1d", "3", "a second YAML document"},
