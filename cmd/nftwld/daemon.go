@@ -1,0 +1,283 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/activation"
+	systemd "github.com/coreos/go-systemd/v22/daemon"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/net/netutil"
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/config"
+	"nftwl/pkg/nftset"
+	"nftwl/pkg/policy"
+	"nftwl/pkg/trust"
+)
+
+const (
+	// maxConns is how many connections are open at once. Further ones wait in
+	// the socket: any local process can connect, and memory is bounded.
+	maxConns = 4096
+	// grace is how long requests in hand have to finish at the end.
+	grace = 3 * time.Second
+	// saveEvery is how much of the counts a power cut can lose.
+	saveEvery = time.Minute
+)
+
+// daemon is the command's options, and what it runs.
+type daemon struct {
+	configPath string
+	stateDir   string // empty to keep no state
+	verbose    bool
+
+	log    *slog.Logger
+	quiet  quiet
+	server *policy.Server
+}
+
+// run serves until SIGTERM.
+func (d *daemon) run() error {
+	signals := make(chan os.Signal, 8)
+	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
+	d.log = newLog(d.verbose)
+	d.quiet.log = d.log
+
+	c, key, err := load(d.configPath)
+	if err != nil {
+		return err
+	}
+	listeners, err := listen(c.Policy)
+	if err != nil {
+		return failure{err, ""}
+	}
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	d.server = policy.New(c, key, registry)
+	d.server.Problem = d.quiet.problem
+	d.server.Trusted = func(g *trust.Grant, o nftset.Outcome) {
+		if o != nftset.Kept {
+			d.log.Debug("trusted", "address", g.Addr, "for", nftset.FormatTimeout(g.Timeout), "user", g.Comment)
+		}
+	}
+	d.server.Banned = func(b policy.Ban) {
+		d.log.Info("banned", "address", b.Addr, "for", nftset.FormatTimeout(b.Timeout),
+			"failures", b.Failures, "user", nftset.CleanComment(b.Login), "trusted", b.Trusted)
+	}
+	d.loadState()
+
+	writing, stopWriting := context.WithCancel(context.Background())
+	var writer sync.WaitGroup
+	writer.Go(func() { d.server.Run(writing) })
+	mux := http.NewServeMux()
+	mux.Handle("/{$}", d.server)
+	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4}))
+	web := policy.HTTPServer(mux)
+	web.ErrorLog = slog.NewLogLogger(d.log.Handler(), slog.LevelWarn)
+	ended := make(chan error, len(listeners))
+	for _, l := range listeners {
+		d.log.Info("listening", "address", l.Addr())
+		go func() { ended <- web.Serve(netutil.LimitListener(l, maxConns)) }()
+	}
+	d.notify(systemd.SdNotifyReady)
+
+	err = d.wait(signals, ended, c)
+
+	d.notify(systemd.SdNotifyStopping)
+	ctx, cancel := context.WithTimeout(context.Background(), grace)
+	defer cancel()
+	if web.Shutdown(ctx) != nil {
+		web.Close()
+	}
+	// The writer may be in a system call that waits for another's transaction.
+	stopWriting()
+	written := make(chan struct{})
+	go func() {
+		writer.Wait()
+		close(written)
+	}()
+	select {
+	case <-written:
+	case <-time.After(grace):
+		d.log.Warn("ended before the kernel answered")
+	}
+	d.saveState()
+	d.quiet.flush(0)
+	return err
+}
+
+// wait obeys signals until SIGTERM or an error of a socket.
+func (d *daemon) wait(signals <-chan os.Signal, ended <-chan error, c *config.Config) error {
+	pulse, err := systemd.SdWatchdogEnabled(true)
+	if err != nil {
+		d.log.Warn("watchdog", "error", err)
+	}
+	if pulse <= 0 {
+		pulse = time.Hour
+	}
+	watchdog := time.NewTicker(pulse / 3)
+	defer watchdog.Stop()
+	save := time.NewTicker(saveEvery)
+	defer save.Stop()
+	for {
+		select {
+		case err := <-ended:
+			return failure{err, ""}
+		case <-watchdog.C:
+			d.notify(systemd.SdNotifyWatchdog)
+		case <-save.C:
+			d.saveState()
+			d.quiet.flush(quietFor)
+		case s := <-signals:
+			if s != unix.SIGHUP {
+				return nil
+			}
+			d.notify(systemd.SdNotifyReloading)
+			c = d.reload(c)
+			d.notify(systemd.SdNotifyReady)
+		}
+	}
+}
+
+// reload reads the configuration and the key again, and returns the one in use.
+func (d *daemon) reload(old *config.Config) *config.Config {
+	c, key, err := load(d.configPath)
+	if err != nil {
+		d.log.Error("the old configuration stays in use", "error", err)
+		d.notify("STATUS=The configuration is refused: " + err.Error())
+		return old
+	}
+	if c.Policy.Listen != old.Policy.Listen {
+		d.log.Warn("another policy.listen takes a restart", "address", c.Policy.Listen)
+	}
+	d.server.Set(c, key)
+	d.notify("STATUS=")
+	d.log.Info("the configuration was read again")
+	return c
+}
+
+// load returns the configuration, which has policy, and its key.
+func load(path string) (*config.Config, string, error) {
+	c, err := config.Load(path)
+	if err != nil {
+		return nil, "", failure{err, ""}
+	}
+	if c.Policy == nil {
+		return nil, "", failure{errors.New("the configuration has no policy, so there is nothing to do"),
+			"write policy: {} into " + config.Path}
+	}
+	key, err := readKey(c.Policy.KeyFile)
+	if err != nil {
+		return nil, "", failure{fmt.Errorf("key: %w", err), "the file has the key that auth_policy_server_api_header in Dovecot's configuration has"}
+	}
+	return c, key, nil
+}
+
+// readKey returns the key: systemd's credential, or the contents of a file.
+func readKey(path string) (string, error) {
+	if dir := os.Getenv("CREDENTIALS_DIRECTORY"); dir != "" {
+		credential := filepath.Join(dir, "policy.key")
+		if _, err := os.Stat(credential); !errors.Is(err, fs.ErrNotExist) {
+			path = credential
+		}
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return "", err
+	}
+	key := strings.TrimSpace(string(b))
+	const least = 16
+	if len(key) < least || strings.ContainsFunc(key, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		return "", fmt.Errorf("%s must hold one word of at least %d printable characters", path, least)
+	}
+	return key, nil
+}
+
+// listen returns systemd's sockets, or makes one.
+func listen(c *config.Policy) ([]net.Listener, error) {
+	inherited, err := activation.Listeners()
+	if err != nil {
+		return nil, fmt.Errorf("sockets from systemd: %w", err)
+	}
+	for _, l := range inherited {
+		if l == nil {
+			return nil, errors.New("a socket from systemd is not a stream socket")
+		}
+	}
+	if len(inherited) > 0 {
+		return inherited, nil
+	}
+	l, err := net.Listen("tcp", c.Listen.String())
+	if err != nil {
+		return nil, err
+	}
+	return []net.Listener{l}, nil
+}
+
+// notify tells systemd the service's state, where it asked to be told.
+func (d *daemon) notify(state string) {
+	if _, err := systemd.SdNotify(false, state); err != nil {
+		d.log.Warn("systemd is not told", "error", err)
+	}
+}
+
+func (d *daemon) stateFile() string { return filepath.Join(d.stateDir, "failures") }
+
+// loadState reads the counts of the last run. Without them it starts anew.
+func (d *daemon) loadState() {
+	if d.stateDir == "" {
+		return
+	}
+	f, err := os.Open(d.stateFile())
+	if err == nil {
+		defer f.Close()
+		err = d.server.Load(f)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		d.log.Warn("failures before the start do not count", "file", d.stateFile(), "error", err)
+	}
+}
+
+// saveState replaces the file of the counts.
+func (d *daemon) saveState() {
+	if d.stateDir == "" {
+		return
+	}
+	err := func() error {
+		var state bytes.Buffer
+		if err := d.server.Save(&state); err != nil || state.Len() == 0 {
+			return err
+		}
+		f, err := os.CreateTemp(d.stateDir, ".failures-*") // mode 0600
+		if err != nil {
+			return err
+		}
+		defer os.Remove(f.Name()) // fails once it is renamed
+		defer f.Close()
+		if _, err := f.Write(state.Bytes()); err != nil {
+			return err
+		}
+		if err := f.Sync(); err != nil {
+			return err
+		}
+		return os.Rename(f.Name(), d.stateFile())
+	}()
+	if err != nil {
+		d.quiet.problem("state", fmt.Errorf("failures are not saved: %w", err))
+	}
+}

@@ -1,0 +1,86 @@
+package main
+
+import (
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+)
+
+// newLog returns a log on standard error. The journal has the time already.
+func newLog(verbose bool) *slog.Logger {
+	options := &slog.HandlerOptions{}
+	if verbose {
+		options.Level = slog.LevelDebug
+	}
+	if os.Getenv("JOURNAL_STREAM") != "" {
+		options.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
+			if a.Key == slog.TimeKey && len(groups) == 0 {
+				return slog.Attr{}
+			}
+			return a
+		}
+	}
+	return slog.New(slog.NewTextHandler(os.Stderr, options))
+}
+
+// quietFor is how long a problem is not logged again.
+const quietFor = time.Minute
+
+// quiet logs problems: the first of a reason at once, and then one line a
+// minute for all that follow.
+type quiet struct {
+	log *slog.Logger
+
+	mu   sync.Mutex
+	seen map[string]*problem // by reason, of which there are few
+}
+
+type problem struct {
+	logged time.Time
+	more   int   // since then
+	last   error // of these
+}
+
+func (q *quiet) problem(reason string, err error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	p := q.seen[reason]
+	if p != nil && time.Since(p.logged) < quietFor {
+		p.more++
+		p.last = err
+		return
+	}
+	if p == nil {
+		if q.seen == nil {
+			q.seen = make(map[string]*problem)
+		}
+		p = new(problem)
+		q.seen[reason] = p
+	}
+	q.write(reason, p, err)
+}
+
+// flush logs the problems that were held back, and not logged for so long.
+func (q *quiet) flush(after time.Duration) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for reason, p := range q.seen {
+		if p.more > 0 && time.Since(p.logged) >= after {
+			p.more--
+			q.write(reason, p, p.last)
+		}
+	}
+}
+
+func (q *quiet) write(reason string, p *problem, err error) {
+	args := []any{"error", err}
+	if p.more > 0 {
+		args = append(args, "more", p.more)
+	}
+	if hint := hintFor(err); hint != "" {
+		args = append(args, "hint", hint)
+	}
+	q.log.Error(reason, args...)
+	p.logged, p.more, p.last = time.Now(), 0, nil
+}

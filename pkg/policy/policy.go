@@ -1,0 +1,437 @@
+// Package policy learns of logins and failures from Dovecot's auth policy
+// reports: a success trusts the client's address, many different failures ban
+// it. Dovecot sends its reports outside the login's path, so nothing here can
+// delay or deny a login; only command=allow can deny one, where Dovecot is told
+// to ask.
+package policy
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"nftwl/pkg/config"
+	"nftwl/pkg/nftset"
+	"nftwl/pkg/trust"
+)
+
+// maxBody is more than Dovecot sends: its login processes take at most 8 KiB
+// (AUTH_REQUEST_MAX_SIZE in src/auth/auth-client-connection.h) as a user's name
+// and password.
+const maxBody = 32 << 10
+
+// HTTPServer returns a server that bounds what a client can hold.
+func HTTPServer(h http.Handler) *http.Server {
+	return &http.Server{
+		Handler:           h,
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       10 * time.Second,
+		WriteTimeout:      10 * time.Second,
+		IdleTimeout:       time.Minute, // Dovecot closes after 10 s (http_client_max_idle_time)
+		MaxHeaderBytes:    8 << 10,
+	}
+}
+
+// Server answers Dovecot's requests, as an http.Handler. New makes one, whose
+// hooks are set before Run is called.
+type Server struct {
+	// Problem is told what goes wrong, and under which of a few words it is
+	// counted. It must not block for long.
+	Problem func(reason string, err error)
+	// Trusted is told what became of every grant, Banned of every ban.
+	Trusted func(*trust.Grant, nftset.Outcome)
+	Banned  func(Ban)
+
+	key     atomic.Pointer[[sha256.Size]byte]
+	config  atomic.Pointer[config.Config]
+	metrics *metrics
+	writer  *writer
+	checks  chan *nftset.Conn // holds the one connection of allow, or nil before it is dialled
+
+	mu      sync.Mutex
+	tracker *Tracker // nil while no configuration bans for failures
+}
+
+// Ban is an address that was banned for its failures.
+type Ban struct {
+	Addr     netip.Addr    // as it stands in the sets
+	Timeout  time.Duration // more than 0
+	Failures int           // different ones
+	Login    string        // of the last
+	Trusted  bool          // it was trusted until now
+}
+
+// New returns a server for one configuration and key, which counts in a
+// registry.
+func New(c *config.Config, key string, registry prometheus.Registerer) *Server {
+	s := &Server{
+		Problem: func(string, error) {},
+		Trusted: func(*trust.Grant, nftset.Outcome) {},
+		Banned:  func(Ban) {},
+		checks:  make(chan *nftset.Conn, 1),
+	}
+	s.checks <- nil
+	s.metrics = newMetrics(registry, s)
+	s.writer = newWriter(s)
+	s.Set(c, key)
+	return s
+}
+
+// Set has the next requests follow another configuration and key.
+func (s *Server) Set(c *config.Config, key string) {
+	sum := sha256.Sum256([]byte(key))
+	s.key.Store(&sum)
+	s.config.Store(c)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case c.Failures == nil:
+		s.tracker = nil
+	case s.tracker == nil:
+		s.tracker = NewTracker(*c.Failures)
+	default:
+		s.tracker.SetLimits(*c.Failures)
+	}
+}
+
+// track calls f with the tracker, unless no configuration bans for failures.
+func (s *Server) track(f func(*Tracker)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.tracker != nil {
+		f(s.tracker)
+	}
+}
+
+// Save writes what is known of failures. Without failures in the configuration
+// it writes nothing.
+func (s *Server) Save(w io.Writer) (err error) {
+	s.track(func(t *Tracker) {
+		t.Sweep(now())
+		err = t.Save(w)
+	})
+	return err
+}
+
+// Load reads what Save wrote. After an error, what is known stays.
+func (s *Server) Load(r io.Reader) (err error) {
+	s.track(func(t *Tracker) {
+		var loaded *Tracker
+		if loaded, err = LoadTracker(r, now(), t.limits); err == nil {
+			s.tracker = loaded
+		}
+	})
+	return err
+}
+
+var began = time.Now()
+
+// now is the time of a clock that nobody sets: a jump must not end bans nor
+// windows.
+func now() time.Time { return began.Round(0).Add(time.Since(began)) }
+
+// Run writes to the kernel until the context is done and what has been reported
+// until then is written.
+func (s *Server) Run(ctx context.Context) { s.writer.run(ctx) }
+
+// report is what Dovecot says of an authentication: its own attributes, and
+// those of contrib/dovecot/91-nftwl-policy-*.conf.
+type report struct {
+	Login    string `json:"login"`
+	Hash     string `json:"pwhash"`
+	Remote   string `json:"remote"`
+	Local    string `json:"local"`
+	Protocol string `json:"protocol"`
+	Mech     string `json:"mech"`
+	Trust    string `json:"nftwl_trust"`
+	Timeout  string `json:"nftwl_timeout"`
+	FailType string `json:"fail_type"` // since 2.4
+
+	Success  bool `json:"success"`
+	Rejected bool `json:"policy_reject"` // by an answer to allow
+}
+
+// attempt returns what was tried.
+func (r *report) attempt() Attempt {
+	switch r.Mech {
+	case "", "PLAIN", "LOGIN", "XOAUTH2", "OAUTHBEARER":
+		return Attempt{r.Login, r.Hash}
+	}
+	// The others hash nothing: the same hash stands for every password
+	// (auth_policy_create_json() in src/auth/auth-policy.c).
+	return Attempt{Login: r.Login}
+}
+
+// ServeHTTP answers a request of Dovecot's.
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	refuse := func(status int, reason string, err error) {
+		s.metrics.refused.WithLabelValues(reason).Inc()
+		s.Problem(reason, fmt.Errorf("a request from %s is refused: %w", r.RemoteAddr, err))
+		w.Header().Set("Connection", "close")
+		http.Error(w, err.Error(), status)
+	}
+	key := r.Header.Get("X-API-Key")
+	sum := sha256.Sum256([]byte(key))
+	if subtle.ConstantTimeCompare(sum[:], s.key.Load()[:]) != 1 || key == "" {
+		refuse(http.StatusUnauthorized, "key", errors.New("the key in X-API-Key is not the right one"))
+		return
+	}
+	if r.Method != http.MethodPost {
+		w.Header().Set("Allow", http.MethodPost)
+		refuse(http.StatusMethodNotAllowed, "request", errors.New("the method must be POST"))
+		return
+	}
+	var body report
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&body); err != nil {
+		status := http.StatusBadRequest
+		if errors.As(err, new(*http.MaxBytesError)) {
+			status = http.StatusRequestEntityTooLarge
+		}
+		refuse(status, "request", err)
+		return
+	}
+	answer := struct {
+		Status int    `json:"status"`
+		Msg    string `json:"msg"`
+	}{}
+	switch command := r.URL.Query().Get("command"); command {
+	case "report":
+		s.report(&body)
+	case "allow":
+		if !s.allow(r.Context(), &body) {
+			// A status below 0 refuses; more than 0 is a delay in seconds
+			// (auth_policy_parse_response() in src/auth/auth-policy.c).
+			answer.Status, answer.Msg = -1, "too many failed logins"
+		}
+	default:
+		refuse(http.StatusBadRequest, "request", fmt.Errorf("command %.20q is neither report nor allow", command))
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode(answer) // to a client that may be gone
+}
+
+// report takes note of an authentication. It does not wait for the kernel.
+func (s *Server) report(r *report) {
+	s.metrics.report(r)
+	c := s.config.Load()
+	if r.Success {
+		s.success(c, r)
+		return
+	}
+	if c.Failures != nil {
+		s.metrics.failures.WithLabelValues(string(s.failure(c, r))).Inc()
+	}
+}
+
+func (s *Server) success(c *config.Config, r *report) {
+	grant, err := trust.Decide(c, trust.Login{IP: r.Remote, LocalIP: r.Local, User: r.Login, Trust: r.Trust, Timeout: r.Timeout})
+	if err != nil {
+		s.problem("login", fmt.Errorf("login of %.60q from %.60q: %w", r.Login, r.Remote, err))
+	}
+	stolen := false
+	if addr, err := trust.ParseAddr(r.Remote); err == nil {
+		s.track(func(t *Tracker) {
+			t.Success(now(), addr, r.attempt())
+			stolen = t.Stolen(now(), addr)
+		})
+	}
+	switch {
+	case grant == nil:
+		s.metrics.ignored.WithLabelValues("exempt").Inc()
+	case stolen:
+		s.metrics.ignored.WithLabelValues("stolen").Inc()
+	default:
+		s.writer.trust(c, grant)
+	}
+}
+
+// What becomes of a failure besides a Tracker's outcomes.
+const (
+	internal Outcome = "internal" // the password database failed, not the user
+	rejected Outcome = "rejected" // by our own answer
+	exempt   Outcome = "exempt"   // an address that is never banned
+)
+
+// failure counts a failed login.
+func (s *Server) failure(c *config.Config, r *report) Outcome {
+	switch {
+	case r.Rejected, r.FailType == "policy":
+		return rejected
+	case r.FailType == "internal":
+		return internal
+	}
+	addr, err := trust.ParseAddr(r.Remote)
+	if err != nil || trust.Refuse(c, addr) != nil {
+		return exempt // no address: a client on a Unix socket
+	}
+	if local, err := trust.ParseAddr(r.Local); err == nil && local == addr {
+		return exempt
+	}
+	outcome := exempt // the configuration has just changed
+	s.track(func(t *Tracker) {
+		outcome = t.Failure(now(), addr, r.attempt())
+		if outcome != Right && t.Judge(now(), addr).Ban > 0 {
+			s.writer.judge(c, addr, r.Login)
+		}
+	})
+	return outcome
+}
+
+// judge bans an address, if it is still to be banned. It is the writer's.
+func (s *Server) judge(conn *nftset.Conn, c *config.Config, addr netip.Addr, login string) error {
+	var v Verdict
+	s.track(func(t *Tracker) { v = t.Judge(now(), addr) })
+	if v.Ban == 0 {
+		return nil
+	}
+	trusted, err := conn.Set(c.Table, c.Trusted.For(addr))
+	if err != nil {
+		return err
+	}
+	network := trust.Network(c, addr)
+	keys := trust.Keys(trusted, network, c.Ports)
+	there, err := conn.Lookup(trusted, keys...)
+	if err != nil {
+		return err
+	}
+	if len(there) > 0 && !v.Stolen {
+		s.metrics.spared.Inc()
+		return nil
+	}
+	banned, err := conn.Set(c.Table, c.Banned.For(addr))
+	if err != nil {
+		return err
+	}
+	ban := nftset.Element{Timeout: v.Ban}
+	if c.Comment {
+		ban.Comment = "nftwld"
+	}
+	if _, err := conn.Extend(banned, trust.Elements(banned, network, c.Ports, ban), 0, nil); err != nil {
+		return err
+	}
+	if len(there) > 0 {
+		if _, err := conn.Remove(trusted, keys, nil); err != nil {
+			return err
+		}
+	}
+	s.track(func(t *Tracker) { t.Ban(now(), addr, v) })
+	kind := "stranger"
+	if len(there) > 0 {
+		kind = "trusted"
+	}
+	s.metrics.banned.WithLabelValues(kind).Inc()
+	s.Banned(Ban{network, v.Ban, v.Failures, login, len(there) > 0})
+	return nil
+}
+
+// allow tells whether an address may try a password: unless it is banned, and
+// not trusted. Whatever goes wrong, it may.
+func (s *Server) allow(ctx context.Context, r *report) bool {
+	c := s.config.Load()
+	refused, err := s.refuses(ctx, c, r)
+	if err != nil {
+		s.problem(reason(err), fmt.Errorf("allow from %.60q: %w", r.Remote, err))
+	}
+	answer := "accepted"
+	if refused {
+		answer = "refused"
+	}
+	s.metrics.allowed.WithLabelValues(answer).Inc()
+	return !refused
+}
+
+func (s *Server) refuses(ctx context.Context, c *config.Config, r *report) (refused bool, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			refused, err = false, internalError{p}
+		}
+	}()
+	addr, err := trust.ParseAddr(r.Remote)
+	if err != nil || trust.Refuse(c, addr) != nil {
+		return false, nil
+	}
+	deadline := time.Now().Add(c.Deadline)
+	ctx, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
+	var conn *nftset.Conn
+	select {
+	case conn = <-s.checks:
+	case <-ctx.Done():
+		return false, errors.New("the kernel has not answered others yet")
+	}
+	defer func() {
+		if err != nil && conn != nil {
+			conn.Close()
+			conn = nil
+		}
+		s.checks <- conn
+	}()
+	if conn == nil {
+		if conn, err = nftset.Dial(); err != nil {
+			return false, err
+		}
+	}
+	conn.SetDeadline(deadline)
+	in := func(names config.Names) (bool, error) {
+		set, err := conn.Set(c.Table, names.For(addr))
+		if err != nil {
+			return false, err
+		}
+		there, err := conn.Lookup(set, trust.Keys(set, trust.Network(c, addr), c.Ports)...)
+		return len(there) > 0, err
+	}
+	if banned, err := in(c.Banned); err != nil || !banned {
+		return false, err
+	}
+	trusted, err := in(c.Trusted)
+	return !trusted && err == nil, err
+}
+
+// problem counts an error and tells it.
+func (s *Server) problem(reason string, err error) {
+	s.metrics.errors.WithLabelValues(reason).Inc()
+	s.Problem(reason, err)
+}
+
+// internalError is a panic.
+type internalError struct{ value any }
+
+func (e internalError) Error() string { return fmt.Sprintf("internal error: %v", e.value) }
+
+// reason is the word under which an error is counted.
+func reason(err error) string {
+	var e *nftset.Error
+	switch {
+	case errors.As(err, new(internalError)):
+		return "internal"
+	case errors.Is(err, errWaiting):
+		return "busy"
+	case !errors.As(err, &e):
+		return "kernel"
+	}
+	switch e.Err {
+	case nftset.ErrNoTable, nftset.ErrNoSet:
+		return "missing"
+	case nftset.ErrKeyType, nftset.ErrInterval, nftset.ErrMap, nftset.ErrNoTimeout, nftset.ErrConstant:
+		return "type"
+	case nftset.ErrFull:
+		return "full"
+	case nftset.ErrPermission:
+		return "permission"
+	case nftset.ErrDeadline:
+		return "deadline"
+	}
+	return "kernel"
+}
