@@ -1,0 +1,23 @@
+// Package e2e runs nftwld with real Dovecots and Postfixes. Nothing in it is
+// faked but the people: the servers, the kernel and every file in contrib/ are
+// the real ones, inside namespaces.
+package e2e
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"testing"
+
+	"nftwl/pkg/nstest"
+)
+
+func TestMain(m *testing.M) {
+	// A Dovecot 2.3 sleeps for a second when it is stopped: more of them than
+	// there are processors can take turns. The command line can say otherwise.
+	if err := flag.Set("test.parallel", "4"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	nstest.Main(m)
+}

@@ -1,0 +1,96 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"testing"
+)
+
+func TestSuccessTrusts(t *testing.T) {
+	t.Parallel()
+	eachSystem(t, func(t *testing.T, d system) {
+		s := d.start(t, with{})
+		for _, c := range []struct{ from, user, set, element string }{
+			{"192.0.2.7", "alice", "trusted_ipv4", `192.0.2.7 \. 587 expires 23h59m.*comment "alice"`},
+			{"2001:db8::7", "alice", "trusted_ipv6", `2001:db8::7 \. 993 expires 23h59m.*comment "alice"`},
+			{"192.0.2.8", "bob", "trusted_ipv4", `192.0.2.8 \. 143 timeout 7d expires 6d23h59m.*comment "bob"`},
+		} {
+			if err := login(c.from, c.user, password); err != nil {
+				t.Errorf("%s: %v", c.user, err)
+			}
+			s.poll(c.element+" in "+c.set, func() bool { return s.in(c.set, c.element) })
+		}
+		for _, c := range []struct{ from, user string }{
+			{"192.0.2.9", "carol"},   // nftwl_trust=no
+			{"192.0.2.10", "dave"},   // the same as a field of the user database
+			{server4, "alice"},       // the server's own address
+			{"127.0.0.1", "alice"},   // ignored
+			{"2001:db8::9", "carol"}, // nftwl_trust=no
+		} {
+			if err := login(c.from, c.user, password); err != nil {
+				t.Errorf("%s: %v", c.user, err)
+			}
+		}
+		s.reported(`protocol="imap",result="success"`, "8")
+		s.poll("them to be ignored", func() bool { return s.metric(`nftwl_ignored_total{reason="exempt"}`) == "5" })
+		for _, other := range []string{`192.0.2.9 `, `192.0.2.10 `, `198.51.100.1 `, `127.0.0.1 `} {
+			if s.in("trusted_ipv4", other) {
+				t.Errorf("%sis trusted", other)
+			}
+		}
+	})
+}
+
+// different and same are so many wrong passwords.
+func different(n int) (all []string) {
+	for i := range n {
+		all = append(all, fmt.Sprintf("wrong%d", i))
+	}
+	return all
+}
+
+func tryAll(t *testing.T, from string, passwords []string) {
+	t.Helper()
+	for _, p := range passwords {
+		if err := login(from, "alice", p); !errors.Is(err, errDenied) {
+			t.Fatalf("%s with %s: %v, want %v", from, p, err, errDenied)
+		}
+	}
+}
+
+func TestFailuresBan(t *testing.T) {
+	t.Parallel()
+	eachSystem(t, func(t *testing.T, d system) {
+		s := d.start(t, with{config: "failures: {limit: 5}\n"})
+		phone, guesser, home := "192.0.2.7", "192.0.2.8", "192.0.2.9"
+		var same []string
+		for range 100 {
+			same = append(same, "old")
+		}
+		tryAll(t, phone, same)
+		tryAll(t, guesser, different(4))
+		s.reported(`protocol="imap",result="failure"`, "104")
+		if s.in("banned_ipv4", "elements") {
+			t.Error("banned before the limit")
+		}
+		tryAll(t, guesser, []string{"wrong4"})
+		s.poll("the ban", func() bool { return s.in("banned_ipv4", `192.0.2.8 \. 143 timeout 1h expires 59m.*comment "nftwld"`) })
+		if s.in("banned_ipv4", "192.0.2.7") {
+			t.Error("the same wrong password a hundred times is banned")
+		}
+		// A trusted address may fail more.
+		if err := login(home, "alice", password); err != nil {
+			t.Fatal(err)
+		}
+		tryAll(t, home, different(20))
+		s.poll("it to be spared", func() bool { return s.metric("nftwl_spared_total") != "0" })
+		if s.in("banned_ipv4", "192.0.2.9") {
+			t.Error("a trusted address is banned")
+		}
+		// A /64 counts as one.
+		for i := range 5 {
+			tryAll(t, fmt.Sprintf("2001:db8::%d", i+1), []string{fmt.Sprint("wrong", i)})
+		}
+		s.poll("the ban", func() bool { return s.in("banned_ipv6", `2001:db8::5 \. 143 `) })
+	})
+}

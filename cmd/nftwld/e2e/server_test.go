@@ -1,0 +1,375 @@
+package e2e
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/nstest"
+)
+
+// patience bounds each wait for something that must happen. It is no guess of
+// how long that takes: every wait ends as soon as it has happened.
+const patience = 30 * time.Second
+
+// The server's addresses, on the private namespace's loopback. Clients are in
+// 192.0.2.0/24 and 2001:db8::/32.
+const server4, server6 = "198.51.100.1", "2001:db8:ffff::1"
+
+// dir is where all of a server's files are, as Dovecot sees it: on a tmpfs over
+// /run of the test's own mount namespace. Nothing of it reaches the host.
+const dir = "/run/e2e"
+
+const (
+	key      = "0123456789abcdef0123456789abcdef"
+	password = "secret"
+)
+
+// users is a passwd-file. No user 1000 need exist.
+const users = `alice:{PLAIN}secret:1000:1000::` + dir + `/mail/alice::
+bob:{PLAIN}secret:1000:1000::` + dir + `/mail/bob::nftwl_timeout=7d
+carol:{PLAIN}secret:1000:1000::` + dir + `/mail/carol::nftwl_trust=no
+dave:{PLAIN}secret:1000:1000::` + dir + `/mail/dave::userdb_nftwl_trust=no
+`
+
+// passwd23 and passwd24 are the databases that read it.
+const (
+	passwd23 = `
+passdb {
+  driver = passwd-file
+  args = ` + dir + `/users
+}
+userdb {
+  driver = passwd-file
+  args = ` + dir + `/users
+}
+`
+	passwd24 = `
+passdb passwd-file {
+  passwd_file_path = ` + dir + `/users
+}
+userdb passwd-file {
+  passwd_file_path = ` + dir + `/users
+}
+`
+)
+
+const config23 = `
+ssl = no
+disable_plaintext_auth = no
+mail_location = maildir:~/Maildir
+# Or each wrong password makes the next answer to its address slower.
+service anvil {
+  unix_listener anvil-auth-penalty {
+    mode = 0
+  }
+}
+`
+
+const config24 = `
+dovecot_config_version = 2.4.0
+dovecot_storage_version = 2.4.0
+ssl = no
+auth_allow_cleartext = yes
+mail_driver = maildir
+mail_path = ~/Maildir
+`
+
+const configBoth = `
+state_dir = ` + dir + `/state
+log_path = ` + dir + `/log
+first_valid_uid = 1000
+auth_failure_delay = 0
+auth_mechanisms = plain login cram-md5 scram-sha-1 scram-sha-256
+mail_max_userip_connections = 1000
+protocols = imap pop3
+service imap-login {
+  process_limit = 400
+}
+service auth {
+  unix_listener ` + dir + `/auth {
+    mode = 0666
+  }
+}
+!include ` + dir + `/91-nftwl-policy.conf
+`
+
+// A system is a Debian: the host's, or the Debian 13 tree.
+type system struct {
+	root string // "/" or the tree
+	is23 bool   // its Dovecot wants 2.3's settings, not 2.4's
+}
+
+// eachSystem runs a test on every system there is.
+func eachSystem(t *testing.T, test func(*testing.T, system)) {
+	t.Run("host", func(t *testing.T) {
+		t.Parallel()
+		nstest.Need(t, "dovecot", "dovecot-core")
+		test(t, find(t, "/"))
+	})
+	t.Run("trixie", func(t *testing.T) {
+		t.Parallel()
+		test(t, find(t, nstest.Trixie(t)))
+	})
+}
+
+func find(t testing.TB, root string) system {
+	t.Helper()
+	nstest.NeedUsers(t)
+	cmd := exec.Command("/usr/sbin/dovecot", "--version")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root}
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("dovecot --version: %v\n%s", err, out)
+	}
+	return system{root, bytes.HasPrefix(out, []byte("2.3."))}
+}
+
+// with is what a test changes of a server that is otherwise as shipped.
+type with struct {
+	config  string // more of nftwl.yaml
+	passdb  string // in place of the passwd-file
+	dovecot string // Dovecot settings after the drop-in
+	bare    bool   // no nftwld, and no rules
+	wrap    []string
+}
+
+type server struct {
+	t    testing.TB
+	d    system
+	with with
+	done chan struct{} // closed once Dovecot has exited
+
+	nftwld *exec.Cmd
+}
+
+// start runs Dovecot and nftwld in new network and mount namespaces, with the
+// shipped sets. The calling goroutine stays in them: see nstest.New.
+func (d system) start(t testing.TB, w with) *server {
+	t.Helper()
+	nstest.Build(t, "cmd/nftwld")
+	nstest.New(t)
+	for _, a := range []string{server4 + "/32", "192.0.2.1/24", server6 + "/128"} {
+		run(t, nstest.Need(t, "ip", "iproute2"), "address", "add", a, "dev", "lo", "nodad")
+	}
+	run(t, "ip", "route", "add", "local", "2001:db8::/32", "dev", "lo")
+
+	must(t, unix.Unshare(unix.CLONE_NEWNS))
+	must(t, unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
+	must(t, unix.Mount("none", filepath.Join(d.root, "run"), "tmpfs", 0, "mode=755"))
+	s := &server{t: t, d: d, with: w, done: make(chan struct{})}
+	if d.root != "/" {
+		for _, name := range []string{"dev", "proc"} {
+			must(t, unix.Mount("/"+name, filepath.Join(d.root, name), "", unix.MS_BIND|unix.MS_REC, ""))
+		}
+		must(t, unix.Mount("none", filepath.Join(d.root, "tmp"), "tmpfs", 0, "mode=1777"))
+		// So that a file in it has the same path outside as inside.
+		must(t, unix.Mount(filepath.Join(d.root, "run"), "/run", "", unix.MS_BIND, ""))
+	}
+	for _, name := range []string{"state", "mail", "nftwld"} {
+		must(t, os.MkdirAll(filepath.Join(dir, name), 0o755))
+	}
+
+	s.write("users", users, 0o644)
+	for _, user := range []string{"alice", "bob", "carol", "dave"} {
+		s.write("mail/"+user+"/Maildir/new/1.e2e", "Subject: test\n\nYou have mail.\n", 0o644)
+	}
+	run(t, "chown", "-R", "1000:1000", dir+"/mail")
+	header, dropIn, passdb := config24, "2.4", passwd24
+	if d.is23 {
+		header, dropIn, passdb = config23, "2.3", passwd23
+	}
+	b, err := os.ReadFile(filepath.Join(nstest.Root(t), "contrib/dovecot/91-nftwl-policy-"+dropIn+".conf"))
+	must(t, err)
+	s.write("91-nftwl-policy.conf", strings.NewReplacer(": KEY", ": "+key, "= SALT", "= salt").Replace(string(b)), 0o600)
+	if w.passdb != "" {
+		passdb = w.passdb
+	}
+	s.write("dovecot.conf", header+passdb+configBoth+w.dovecot, 0o644)
+
+	if !w.bare {
+		sets, err := os.ReadFile(filepath.Join(nstest.Root(t), "contrib/nftables/sets.nft"))
+		must(t, err)
+		nstest.Nft(t, string(sets))
+		s.write("policy.key", key+"\n", 0o600)
+		s.write("nftwl.yaml", "policy: {key_file: "+dir+"/policy.key}\n"+w.config, 0o644)
+		t.Cleanup(func() {
+			if t.Failed() {
+				t.Logf("nftwld:\n%s", s.read("nftwld.log"))
+			}
+		})
+		s.startNftwld()
+	}
+	s.startDovecot()
+	return s
+}
+
+// startDovecot waits until it listens.
+func (s *server) startDovecot() {
+	t := s.t
+	t.Helper()
+	out, err := os.Create(filepath.Join(dir, "out"))
+	must(t, err)
+	cmd := exec.Command("/usr/sbin/dovecot", "-F", "-c", dir+"/dovecot.conf")
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: s.d.root, Pdeathsig: syscall.SIGTERM}
+	// Not the file itself but a pipe into it, so that Wait waits for every
+	// process of Dovecot's.
+	cmd.Stdout = struct{ io.Writer }{out}
+	cmd.Stderr = cmd.Stdout
+	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
+	must(t, cmd.Start())
+	go func() {
+		_ = cmd.Wait() // the log says why it ended
+		out.Close()
+		close(s.done)
+	}()
+	t.Cleanup(func() {
+		_ = cmd.Process.Signal(syscall.SIGTERM) // fails where it has exited
+		select {
+		case <-s.done:
+		case <-time.After(patience):
+			t.Error("Dovecot did not stop on SIGTERM")
+			_ = cmd.Process.Kill()
+			<-s.done
+		}
+		if t.Failed() {
+			t.Logf("Dovecot:\n%s%s", s.read("out"), s.read("log"))
+		}
+	})
+	s.poll("Dovecot to listen", func() bool {
+		select {
+		case <-s.done:
+			t.Fatal("Dovecot did not start")
+		default:
+		}
+		return listens(server4 + ":143")
+	})
+}
+
+func listens(address string) bool {
+	c, err := net.Dial("tcp", address)
+	if err != nil {
+		return false
+	}
+	c.Close()
+	return true
+}
+
+const policyAddress = "127.0.0.1:8085"
+
+// startNftwld waits until it listens.
+func (s *server) startNftwld() {
+	t := s.t
+	t.Helper()
+	log, err := os.OpenFile(filepath.Join(dir, "nftwld.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	must(t, err)
+	defer log.Close()
+	argv := append(s.with.wrap, nstest.Build(t, "cmd/nftwld"), "--config", dir+"/nftwl.yaml", "--state", dir+"/nftwld", "--verbose")
+	cmd := exec.Command(argv[0], argv[1:]...)
+	cmd.Dir = "/"
+	cmd.Env = []string{}
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	must(t, cmd.Start())
+	s.nftwld = cmd
+	t.Cleanup(func() {
+		if cmd.ProcessState == nil {
+			s.stopNftwld(syscall.SIGTERM)
+		}
+	})
+	s.poll("nftwld to listen", func() bool { return listens(policyAddress) })
+}
+
+// stopNftwld sends it a signal and waits for its end.
+func (s *server) stopNftwld(signal syscall.Signal) {
+	s.t.Helper()
+	cmd := s.nftwld
+	must(s.t, cmd.Process.Signal(signal))
+	late := time.AfterFunc(patience, func() {
+		s.t.Errorf("nftwld did not end on %v", signal)
+		_ = cmd.Process.Kill() // fails where it has just exited
+	})
+	defer late.Stop()
+	if err := cmd.Wait(); err != nil && signal == syscall.SIGTERM {
+		s.t.Errorf("nftwld: %v", err)
+	}
+}
+
+func (s *server) write(name, text string, mode os.FileMode) {
+	s.t.Helper()
+	path := filepath.Join(dir, name)
+	must(s.t, os.MkdirAll(filepath.Dir(path), 0o755))
+	must(s.t, os.WriteFile(path, []byte(text), mode))
+	must(s.t, os.Chmod(path, mode)) // whatever the umask
+}
+
+// read returns a file in dir; one that is missing is empty.
+func (s *server) read(name string) string {
+	s.t.Helper()
+	b, err := os.ReadFile(filepath.Join(dir, name))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		s.t.Fatal(err)
+	}
+	return string(b)
+}
+
+// metric returns a line of nftwld's metrics, such as
+// nftwl_trusted_total{outcome="added"}; 0 where there is none.
+func (s *server) metric(name string) string {
+	s.t.Helper()
+	m := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(name) + ` (.*)$`).FindStringSubmatch(s.get("/metrics"))
+	if m == nil {
+		return "0"
+	}
+	return m[1]
+}
+
+// reported waits until nftwld has so many reports of a kind:
+// protocol="imap",result="success".
+func (s *server) reported(labels, count string) {
+	s.t.Helper()
+	s.poll(count+" reports with "+labels, func() bool { return s.metric("nftwl_reports_total{"+labels+"}") == count })
+}
+
+// in tells whether a set has an element whose text matches.
+func (s *server) in(set, element string) bool {
+	s.t.Helper()
+	return regexp.MustCompile(element).MatchString(run(s.t, nstest.Need(s.t, "nft", "nftables"), "list", "set", "inet", "filter", set))
+}
+
+func (s *server) poll(what string, done func() bool) {
+	s.t.Helper()
+	for end := time.Now().Add(patience); !done(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			s.t.Fatalf("waited %v for %s", patience, what)
+		}
+	}
+}
+
+func run(t testing.TB, name string, args ...string) string {
+	t.Helper()
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s %q: %v\n%s", name, args, err, out)
+	}
+	return string(out)
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
