@@ -165,7 +165,7 @@ type report struct {
 // attempt returns what was tried.
 func (r *report) attempt() Attempt {
 	switch r.Mech {
-	case "", "PLAIN", "LOGIN", "XOAUTH2", "OAUTHBEARER":
+	case "", "PLAIN", "LOGIN":
 		return Attempt{r.Login, r.Hash}
 	}
 	// The others hash nothing: the same hash stands for every password
@@ -248,7 +248,7 @@ func (s *Server) success(c *config.Config, r *report) {
 		})
 	}
 	switch {
-	case grant == nil:
+	case grant == nil, r.Mech == "ANONYMOUS": // that is anybody
 		s.metrics.ignored.WithLabelValues("exempt").Inc()
 	case stolen:
 		s.metrics.ignored.WithLabelValues("stolen").Inc()

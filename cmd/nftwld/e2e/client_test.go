@@ -63,8 +63,14 @@ func authenticate(from, mech, user, password string) error {
 	if err != nil {
 		return err
 	}
+	return imap(c, mech, user, password)
+}
+
+// imap logs in over a new connection, and out.
+func imap(c *textproto.Conn, mech, user, password string) error {
 	defer c.Close()
-	if _, err := c.ReadLine(); err != nil {
+	_, err := c.ReadLine()
+	if err != nil {
 		return err
 	}
 	if mech == "" {
@@ -112,6 +118,17 @@ func sasl(mech, user, password string) func(challenge string) string {
 			return "\x00" + user + "\x00" + password
 		case "LOGIN":
 			return []string{user, password}[min(step, 2)-1]
+		case "XOAUTH2":
+			if step == 1 {
+				return "user=" + user + "\x01auth=Bearer " + password + "\x01\x01"
+			}
+		case "OAUTHBEARER": // RFC 7628
+			if step == 1 {
+				return "n,a=" + user + ",\x01auth=Bearer " + password + "\x01\x01"
+			}
+			return "\x01"
+		case "EXTERNAL", "ANONYMOUS":
+			return user
 		case "CRAM-MD5": // RFC 2195
 			mac := hmac.New(md5.New, []byte(password))
 			io.WriteString(mac, challenge)

@@ -149,9 +149,10 @@ type server struct {
 	t    testing.TB
 	d    system
 	with with
-	done chan struct{} // closed once Dovecot has exited
 
-	nftwld *exec.Cmd
+	dovecot *exec.Cmd
+	done    chan struct{} // closed once Dovecot has exited
+	nftwld  *exec.Cmd
 }
 
 // start runs Dovecot and nftwld in new network and mount namespaces, with the
@@ -168,7 +169,7 @@ func (d system) start(t testing.TB, w with) *server {
 	must(t, unix.Unshare(unix.CLONE_NEWNS))
 	must(t, unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
 	must(t, unix.Mount("none", filepath.Join(d.root, "run"), "tmpfs", 0, "mode=755"))
-	s := &server{t: t, d: d, with: w, done: make(chan struct{})}
+	s := &server{t: t, d: d, with: w}
 	if d.root != "/" {
 		for _, name := range []string{"dev", "proc"} {
 			must(t, unix.Mount("/"+name, filepath.Join(d.root, name), "", unix.MS_BIND|unix.MS_REC, ""))
@@ -211,6 +212,12 @@ func (d system) start(t testing.TB, w with) *server {
 		})
 		s.startNftwld()
 	}
+	t.Cleanup(func() {
+		s.stopDovecot()
+		if t.Failed() {
+			t.Logf("Dovecot:\n%s%s", s.read("out"), s.read("log"))
+		}
+	})
 	s.startDovecot()
 	return s
 }
@@ -230,24 +237,13 @@ func (s *server) startDovecot() {
 	cmd.Stderr = cmd.Stdout
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
 	must(t, cmd.Start())
+	done := make(chan struct{})
+	s.dovecot, s.done = cmd, done
 	go func() {
 		_ = cmd.Wait() // the log says why it ended
 		out.Close()
-		close(s.done)
+		close(done)
 	}()
-	t.Cleanup(func() {
-		_ = cmd.Process.Signal(syscall.SIGTERM) // fails where it has exited
-		select {
-		case <-s.done:
-		case <-time.After(patience):
-			t.Error("Dovecot did not stop on SIGTERM")
-			_ = cmd.Process.Kill()
-			<-s.done
-		}
-		if t.Failed() {
-			t.Logf("Dovecot:\n%s%s", s.read("out"), s.read("log"))
-		}
-	})
 	s.poll("Dovecot to listen", func() bool {
 		select {
 		case <-s.done:
@@ -256,6 +252,22 @@ func (s *server) startDovecot() {
 		}
 		return listens(server4 + ":143")
 	})
+}
+
+// stopDovecot ends Dovecot, if it has been started, and waits until it is gone.
+func (s *server) stopDovecot() {
+	s.t.Helper()
+	if s.dovecot == nil {
+		return
+	}
+	_ = s.dovecot.Process.Signal(syscall.SIGTERM) // fails where it has exited
+	select {
+	case <-s.done:
+	case <-time.After(patience):
+		s.t.Error("Dovecot did not stop on SIGTERM")
+		_ = s.dovecot.Process.Kill()
+		<-s.done
+	}
 }
 
 func listens(address string) bool {
