@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/activation"
@@ -34,6 +35,10 @@ const (
 	// maxConns is how many connections are open at once. Further ones wait in
 	// the socket: any local process can connect, and memory is bounded.
 	maxConns = 4096
+	// drain is how long connections stay open at the end, each for one more
+	// request. A request that comes just when its connection closes is lost, as
+	// Dovecot does not repeat it.
+	drain = time.Second
 	// grace is how long requests in hand have to finish at the end.
 	grace = 3 * time.Second
 	// saveEvery is how much of the counts a power cut can lose.
@@ -87,7 +92,13 @@ func (d *daemon) run() error {
 	mux := http.NewServeMux()
 	mux.Handle("/{$}", d.server)
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4}))
-	web := policy.HTTPServer(mux)
+	var draining atomic.Bool
+	web := policy.HTTPServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if draining.Load() {
+			w.Header().Set("Connection", "close")
+		}
+		mux.ServeHTTP(w, r)
+	}))
 	web.ErrorLog = slog.NewLogLogger(d.log.Handler(), slog.LevelWarn)
 	ended := make(chan error, len(listeners))
 	for _, l := range listeners {
@@ -99,6 +110,11 @@ func (d *daemon) run() error {
 	err = d.wait(signals, ended, c)
 
 	d.notify(systemd.SdNotifyStopping)
+	draining.Store(true)
+	for _, l := range listeners {
+		l.Close()
+	}
+	time.Sleep(drain)
 	ctx, cancel := context.WithTimeout(context.Background(), grace)
 	defer cancel()
 	if web.Shutdown(ctx) != nil {

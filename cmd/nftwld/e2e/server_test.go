@@ -142,6 +142,7 @@ type with struct {
 	passdb  string // in place of the passwd-file
 	dovecot string // Dovecot settings after the drop-in
 	bare    bool   // no nftwld, and no rules
+	socket  bool   // nftwld inherits its socket, as from systemd
 	wrap    []string
 }
 
@@ -153,6 +154,8 @@ type server struct {
 	dovecot *exec.Cmd
 	done    chan struct{} // closed once Dovecot has exited
 	nftwld  *exec.Cmd
+	starts  int      // of nftwld
+	socket  *os.File // that nftwld inherits
 }
 
 // start runs Dovecot and nftwld in new network and mount namespaces, with the
@@ -289,9 +292,18 @@ func (s *server) startNftwld() {
 	must(t, err)
 	defer log.Close()
 	argv := append(s.with.wrap, nstest.Build(t, "cmd/nftwld"), "--config", dir+"/nftwl.yaml", "--state", dir+"/nftwld", "--verbose")
+	if s.with.socket && s.socket == nil {
+		s.socket = s.keepSocket()
+	}
+	if s.socket != nil {
+		argv = append([]string{"/bin/sh", "-c", `LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"`, "sh"}, argv...)
+	}
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Dir = "/"
 	cmd.Env = []string{}
+	if s.socket != nil {
+		cmd.ExtraFiles = []*os.File{s.socket}
+	}
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	must(t, cmd.Start())
@@ -301,7 +313,8 @@ func (s *server) startNftwld() {
 			s.stopNftwld(syscall.SIGTERM)
 		}
 	})
-	s.poll("nftwld to listen", func() bool { return listens(policyAddress) })
+	s.starts++
+	s.poll("nftwld to listen", func() bool { return strings.Count(s.read("nftwld.log"), "msg=listening") == s.starts })
 }
 
 // stopNftwld sends it a signal and waits for its end.

@@ -1,0 +1,195 @@
+package e2e
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// crowd has so many clients log in, some at once and each from another address,
+// and calls turn, if it is not nil, before each of them. It returns how long
+// the slowest took. Every login must succeed.
+func (s *server) crowd(prefix string, count int, turn func(i int)) time.Duration {
+	s.t.Helper()
+	var all sync.WaitGroup
+	var mu sync.Mutex
+	var slowest time.Duration
+	places := make(chan struct{}, 25)
+	for i := range count {
+		if turn != nil {
+			turn(i)
+		}
+		places <- struct{}{}
+		c, err := dial(fmt.Sprintf("%s:%x", prefix, i+1), "143") // here: another thread is in another namespace
+		must(s.t, err)
+		start := time.Now()
+		all.Go(func() {
+			if err := imap(c, "", "alice", password); err != nil {
+				s.t.Errorf("login: %v", err)
+			}
+			mu.Lock()
+			slowest = max(slowest, time.Since(start))
+			mu.Unlock()
+			<-places
+		})
+	}
+	all.Wait()
+	return slowest
+}
+
+// No login waits for nftwld or fails with it, whatever becomes of it.
+func TestFaultsDenyNoLogin(t *testing.T) {
+	t.Parallel()
+	eachSystem(t, func(t *testing.T, d system) {
+		s := d.start(t, with{socket: true})
+		t.Logf("all is well: %v", s.crowd("2001:db8:1:", 300, nil))
+
+		must(t, s.nftwld.Process.Signal(syscall.SIGSTOP))
+		t.Logf("it hangs: %v", s.crowd("2001:db8:2:", 300, nil))
+		must(t, s.nftwld.Process.Signal(syscall.SIGCONT))
+
+		t.Logf("it is killed: %v", s.crowd("2001:db8:3:", 300, func(i int) {
+			if i == 150 {
+				s.stopNftwld(syscall.SIGKILL)
+			}
+		}))
+		t.Logf("it is gone: %v", s.crowd("2001:db8:4:", 50, nil))
+
+		s.startNftwld()
+		s.crowd("2001:db8:5:", 50, nil)
+		s.poll("it to trust again", func() bool { return s.in("trusted_ipv6", `2001:db8:5::1 \. `) })
+
+		// With another key Dovecot's log says what is wrong.
+		s.write("policy.key", strings.ToUpper(key), 0o600)
+		must(t, s.nftwld.Process.Signal(syscall.SIGHUP))
+		s.poll("it to read the key", func() bool { return strings.Contains(s.read("nftwld.log"), "the configuration was read again") })
+		s.crowd("2001:db8:6:", 50, nil)
+		s.poll("it to refuse", func() bool { return s.metric(`nftwl_refused_total{reason="key"}`) == "50" })
+		if s.in("trusted_ipv6", "2001:db8:6::1 ") {
+			t.Error("trusted with a wrong key")
+		}
+		s.poll("Dovecot to say so", func() bool { return strings.Contains(s.read("log"), "Policy server HTTP error: 401 Unauthorized") })
+	})
+}
+
+// Without systemd's socket nobody listens while nftwld is gone. Dovecot then
+// tries to connect at ever longer intervals (http-client-peer.c), of a minute at
+// most, and what it reports meanwhile is lost.
+func TestGoneWithoutSocket(t *testing.T) {
+	t.Parallel()
+	eachSystem(t, func(t *testing.T, d system) {
+		s := d.start(t, with{})
+		s.stopNftwld(syscall.SIGKILL)
+		t.Logf("it is gone: %v", s.crowd("2001:db8:1:", 100, nil))
+		s.startNftwld()
+		start := time.Now()
+		for !s.in("trusted_ipv4", `192.0.2.7 \. `) {
+			if err := login("192.0.2.7", "alice", password); err != nil {
+				t.Fatal(err)
+			}
+			if time.Since(start) > 90*time.Second {
+				t.Fatal("it is not told of logins")
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		t.Logf("it is told of logins after %v", time.Since(start))
+	})
+}
+
+// Who restarts nftwld while users log in loses no report where systemd keeps
+// the socket.
+func TestRestartLosesNoReport(t *testing.T) {
+	t.Parallel()
+	eachSystem(t, func(t *testing.T, d system) {
+		s := d.start(t, with{socket: true})
+		s.crowd("2001:db8:1:", 300, func(i int) {
+			if i%50 == 20 {
+				s.stopNftwld(syscall.SIGTERM)
+				s.startNftwld()
+			}
+		})
+		all := regexp.MustCompile(`2001:db8:1::[0-9a-f]+ \. 993 `)
+		s.poll("all to be trusted", func() bool {
+			return len(all.FindAllString(run(t, "nft", "list", "set", "inet", "filter", "trusted_ipv6"), -1)) == 300
+		})
+	})
+}
+
+// Counts survive a restart, and a kill but for the last minute.
+func TestCountsSurvive(t *testing.T) {
+	t.Parallel()
+	eachSystem(t, func(t *testing.T, d system) {
+		s := d.start(t, with{config: "failures: {limit: 5}\n"})
+		tryAll(t, "192.0.2.7", different(4))
+		s.reported(`protocol="imap",result="failure"`, "4")
+		s.stopNftwld(syscall.SIGTERM)
+		s.startNftwld()
+		s.stopNftwld(syscall.SIGKILL)
+		s.startNftwld()
+		tryAll(t, "192.0.2.7", []string{"wrong4"})
+		s.poll("the ban", func() bool { return s.in("banned_ipv4", "192.0.2.7 ") })
+		s.stopNftwld(syscall.SIGTERM)
+		must(t, os.WriteFile(filepath.Join(dir, "nftwld/failures"), []byte("junk"), 0o600))
+		s.startNftwld()
+		s.poll("it to say that the file is damaged", func() bool { return strings.Contains(s.read("nftwld.log"), "failures before the start do not count") })
+	})
+}
+
+// Without the privilege to write to nftables it answers, and says why it does
+// nothing.
+func TestNoPrivilege(t *testing.T) {
+	t.Parallel()
+	eachSystem(t, func(t *testing.T, d system) {
+		s := d.start(t, with{config: "failures: {limit: 2}\n", wrap: []string{"/usr/bin/setpriv", "--bounding-set=-net_admin"}})
+		if err := login("192.0.2.7", "alice", password); err != nil {
+			t.Error(err)
+		}
+		tryAll(t, "192.0.2.8", different(2))
+		s.poll("both to fail", func() bool { return s.metric(`nftwl_errors_total{reason="permission"}`) == "2" })
+		if log := s.read("nftwld.log"); !strings.Contains(log, "CAP_NET_ADMIN") {
+			t.Errorf("the log: %s", log)
+		}
+	})
+}
+
+// With the checks turned on, Dovecot refuses whom the firewall would, and lets
+// everybody in when nftwld does not answer.
+func TestAllow(t *testing.T) {
+	t.Parallel()
+	eachSystem(t, func(t *testing.T, d system) {
+		s := d.start(t, with{config: "failures: {limit: 3}\n", dovecot: "auth_policy_check_before_auth = yes\n"})
+		tryAll(t, "192.0.2.7", different(3))
+		s.poll("the ban", func() bool { return s.in("banned_ipv4", "192.0.2.7 ") })
+		if err := login("192.0.2.7", "alice", password); err == nil {
+			t.Error("a banned address logs in")
+		}
+		if err := login("192.0.2.8", "alice", password); err != nil {
+			t.Errorf("another address: %v", err)
+		}
+		s.poll("the refusal to be no failure", func() bool { return s.metric(`nftwl_failures_total{outcome="rejected"}`) != "0" })
+		must(t, s.nftwld.Process.Signal(syscall.SIGSTOP))
+		if err := login("192.0.2.7", "alice", password); err != nil {
+			t.Errorf("while it hangs: %v", err)
+		}
+		must(t, s.nftwld.Process.Signal(syscall.SIGCONT))
+	})
+}
+
+// keepSocket makes the socket that systemd would.
+func (s *server) keepSocket() *os.File {
+	s.t.Helper()
+	l, err := net.Listen("tcp", policyAddress)
+	must(s.t, err)
+	f, err := l.(*net.TCPListener).File()
+	must(s.t, err)
+	must(s.t, l.Close())
+	s.t.Cleanup(func() { f.Close() })
+	return f
+}
