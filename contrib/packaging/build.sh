@@ -58,7 +58,7 @@ common() {
 }
 
 units() {
-	for file in contrib/systemd/nftwl* contrib/systemd/nftwl-.service.d/*; do
+	for file in contrib/systemd/nftwl[.-]* contrib/systemd/nftwl-.service.d/*; do
 		[ ! -f "$file" ] || put 644 "$file" "usr/lib/systemd/system/${file#contrib/systemd/}"
 	done
 	# What an administrator may put in the place of a unit, or beside one.

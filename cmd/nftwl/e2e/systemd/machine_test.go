@@ -259,6 +259,11 @@ func boot(args []string) error {
 	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
 		return err
 	}
+	// As systemd has it where it is not in a container: credentials are mounted
+	// by a process of their own, from which they spread.
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""); err != nil {
+		return fmt.Errorf("share the mounts: %w", err)
+	}
 	return unix.Exec("/lib/systemd/systemd", []string{"/lib/systemd/systemd", "--system", "--unit=multi-user.target"},
 		[]string{"container=nftwl-test", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"})
 }

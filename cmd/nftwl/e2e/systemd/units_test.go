@@ -13,6 +13,7 @@ import (
 func TestAnalyze(t *testing.T) {
 	onEach(t, func(t *testing.T, b base) {
 		m := newMachine(t, b)
+		m.installNftwld()
 		units, err := filepath.Glob(m.file("etc/systemd/system/nftwl*.*"))
 		m.must(err)
 		n := 0
@@ -29,7 +30,7 @@ func TestAnalyze(t *testing.T) {
 				m.run("systemd-analyze", "security", "--offline=yes", "--threshold=12", unit)
 			}
 		}
-		if n != 4 {
+		if n != 6 {
 			t.Errorf("%d units: %q", n, units)
 		}
 	})
