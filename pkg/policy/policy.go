@@ -38,7 +38,7 @@ func HTTPServer(h http.Handler) *http.Server {
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       10 * time.Second,
 		WriteTimeout:      10 * time.Second,
-		IdleTimeout:       time.Minute, // Dovecot closes after 10 s (http_client_max_idle_time)
+		IdleTimeout:       15 * time.Second, // Dovecot closes after 10 s (http_client_max_idle_time)
 		MaxHeaderBytes:    8 << 10,
 	}
 }
@@ -61,6 +61,7 @@ type Server struct {
 
 	mu      sync.Mutex
 	tracker *Tracker // nil while no configuration bans for failures
+	changed bool     // since the last Save
 }
 
 // Ban is an address that was banned for its failures.
@@ -114,12 +115,15 @@ func (s *Server) track(f func(*Tracker)) {
 	}
 }
 
-// Save writes what is known of failures. Without failures in the configuration
-// it writes nothing.
+// Save writes what is known of failures. It writes nothing where nothing has
+// been reported since the last call, and without failures in the configuration.
 func (s *Server) Save(w io.Writer) (err error) {
 	s.track(func(t *Tracker) {
 		t.Sweep(now())
-		err = t.Save(w)
+		if s.changed {
+			err = t.Save(w)
+			s.changed = false
+		}
 	})
 	return err
 }
@@ -244,6 +248,7 @@ func (s *Server) success(c *config.Config, r *report) {
 	if addr, err := trust.ParseAddr(r.Remote); err == nil {
 		s.track(func(t *Tracker) {
 			t.Success(now(), addr, r.attempt())
+			s.changed = true
 			stolen = t.Stolen(now(), addr)
 		})
 	}
@@ -282,6 +287,7 @@ func (s *Server) failure(c *config.Config, r *report) Outcome {
 	outcome := exempt // the configuration has just changed
 	s.track(func(t *Tracker) {
 		outcome = t.Failure(now(), addr, r.attempt())
+		s.changed = true
 		if outcome != Right && t.Judge(now(), addr).Ban > 0 {
 			s.writer.judge(c, addr, r.Login)
 		}
@@ -326,7 +332,10 @@ func (s *Server) judge(conn *nftset.Conn, c *config.Config, addr netip.Addr, log
 			return err
 		}
 	}
-	s.track(func(t *Tracker) { t.Ban(now(), addr, v) })
+	s.track(func(t *Tracker) {
+		t.Ban(now(), addr, v)
+		s.changed = true
+	})
 	kind := "stranger"
 	if len(there) > 0 {
 		kind = "trusted"

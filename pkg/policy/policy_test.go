@@ -394,6 +394,10 @@ func TestState(t *testing.T) {
 	if err := s.Save(&file); err != nil {
 		t.Fatal(err)
 	}
+	size := file.Len()
+	if err := s.Save(&file); err != nil || file.Len() != size {
+		t.Errorf("without a change: %v, %d bytes", err, file.Len()-size)
+	}
 	s.stop()
 	s = serve(t, "failures: {limit: 3}\n", "")
 	if err := s.Load(bytes.NewReader(file.Bytes()[1:])); err == nil {
