@@ -47,7 +47,7 @@ func newMetrics(registry prometheus.Registerer, s *Server) *metrics {
 			Name: "nftwl_last_report_timestamp_seconds", Help: "When Dovecot reported last, in seconds since 1970; 0 before the first report.",
 		}),
 		trusted:  vector("nftwl_trusted_total", "Clients of successful logins, by what became of their trust.", "outcome", "added", "renewed", "unchanged"),
-		ignored:  vector("nftwl_ignored_total", "Successful logins that trust nobody: exempt, or from a stolen account.", "reason", "exempt", "stolen"),
+		ignored:  vector("nftwl_ignored_total", "Successful logins that trust nobody: exempt, from a stolen account, or without a password that was verified here.", "reason", "exempt", "stolen", "unverified"),
 		failures: vector("nftwl_failures_total", "Failed logins, by whether they count towards a ban.", "outcome", string(Counted), string(Repeated), string(Right), string(internal), string(rejected), string(exempt)),
 		banned:   vector("nftwl_banned_total", "Addresses banned for failed logins.", "client", "stranger", "trusted"),
 		spared:   counter("nftwl_spared_total", "Failures over the limit that banned nobody, because the address is trusted."),

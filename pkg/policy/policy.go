@@ -161,9 +161,21 @@ type report struct {
 	Trust    string `json:"nftwl_trust"`
 	Timeout  string `json:"nftwl_timeout"`
 	FailType string `json:"fail_type"` // since 2.4
+	Proxy    string `json:"proxy"`     // "no" unless this Dovecot hands the login on to another
 
 	Success  bool `json:"success"`
 	Rejected bool `json:"policy_reject"` // by an answer to allow
+}
+
+// verified tells whether a success means that somebody knew a password. That of
+// a proxy may not: it commonly takes any password (nopassword) and has the next
+// server look, and nothing in the report says which. There the administrator
+// says so, with nftwl_trust=yes.
+func (r *report) verified() bool {
+	if r.Mech == "ANONYMOUS" {
+		return false
+	}
+	return r.Proxy == "no" || r.Trust == "yes"
 }
 
 // attempt returns what was tried.
@@ -196,7 +208,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		refuse(http.StatusMethodNotAllowed, "request", errors.New("the method must be POST"))
 		return
 	}
-	var body report
+	body := report{Proxy: "no"} // where it does not say
 	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&body); err != nil {
 		status := http.StatusBadRequest
 		if errors.As(err, new(*http.MaxBytesError)) {
@@ -245,7 +257,7 @@ func (s *Server) success(c *config.Config, r *report) {
 		s.problem("login", fmt.Errorf("login of %.60q from %.60q: %w", r.Login, r.Remote, err))
 	}
 	stolen := false
-	if addr, err := trust.ParseAddr(r.Remote); err == nil {
+	if addr, err := trust.ParseAddr(r.Remote); err == nil && r.verified() {
 		s.track(func(t *Tracker) {
 			t.Success(now(), addr, r.attempt())
 			s.changed = true
@@ -253,7 +265,9 @@ func (s *Server) success(c *config.Config, r *report) {
 		})
 	}
 	switch {
-	case grant == nil, r.Mech == "ANONYMOUS": // that is anybody
+	case !r.verified():
+		s.metrics.ignored.WithLabelValues("unverified").Inc()
+	case grant == nil:
 		s.metrics.ignored.WithLabelValues("exempt").Inc()
 	case stolen:
 		s.metrics.ignored.WithLabelValues("stolen").Inc()

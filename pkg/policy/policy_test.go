@@ -99,6 +99,9 @@ func serve(t *testing.T, configuration, ruleset string) *policyServer {
 // send makes a request as Dovecot does, and returns the answer.
 func (s *policyServer) send(command string, r report) *httptest.ResponseRecorder {
 	s.t.Helper()
+	if r.Proxy == "" {
+		r.Proxy = "no"
+	}
 	body, err := json.Marshal(r)
 	if err != nil {
 		s.t.Fatal(err)
@@ -157,19 +160,22 @@ func TestSuccess(t *testing.T) {
 	never.Trust = "no"
 	own.Local = own.Remote
 	anonymous.Mech = "ANONYMOUS"
+	proxied, confirmed := success("192.0.2.7"), success("192.0.2.8")
+	proxied.Proxy, confirmed.Proxy = "y", "y"
+	confirmed.Trust = "yes"
 	odd.Trust = "maybe"
-	s.reports(success("192.0.2.1"), success("::ffff:192.0.2.1"), week, never, own, anonymous, odd, success(""), success("127.0.0.1"), success("junk"))
+	s.reports(success("192.0.2.1"), success("::ffff:192.0.2.1"), week, never, own, anonymous, odd, proxied, confirmed, success(""), success("127.0.0.1"), success("junk"))
 	got := s.list("trusted_ipv4")
 	for _, want := range []string{`192\.0\.2\.1 \. 993 expires .*comment "alice"`, `192\.0\.2\.2 \. 587 timeout 7d`} {
 		if !regexp.MustCompile(want).MatchString(got) {
 			t.Errorf("%s is not in %s", want, got)
 		}
 	}
-	if n := strings.Count(got, `"alice"`); n != 10 {
-		t.Errorf("%d elements, want 10: %s", n, got)
+	if n := strings.Count(got, `"alice"`); n != 15 {
+		t.Errorf("%d elements, want 15: %s", n, got)
 	}
-	if n := s.count("nftwl_ignored_total", "exempt"); n != 7 {
-		t.Errorf("%v ignored", n)
+	if exempt, unverified := s.count("nftwl_ignored_total", "exempt"), s.count("nftwl_ignored_total", "unverified"); exempt != 6 || unverified != 2 {
+		t.Errorf("%v exempt, %v unverified", exempt, unverified)
 	}
 }
 
