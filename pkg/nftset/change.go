@@ -301,11 +301,15 @@ func (c *Conn) dump(s *Set, buffer int) (elems []Element, err error) {
 	if err != nil && !errors.Is(err, ErrInterrupted) {
 		return nil, err
 	}
-	slices.SortStableFunc(elems, func(a, b Element) int { return a.Key.Compare(b.Key) })
+	slices.SortFunc(elems, func(a, b Element) int { return a.Key.Compare(b.Key) })
 	kept := elems[:0]
-	for i, e := range elems {
-		if i+1 < len(elems) && elems[i+1].Key == e.Key {
-			continue // the later one counts
+	for _, e := range elems {
+		if last := len(kept) - 1; last >= 0 && kept[last].Key == e.Key {
+			// The one that was read later counts, which has no less time left.
+			if e.Expires > kept[last].Expires {
+				kept[last] = e
+			}
+			continue
 		}
 		kept = append(kept, e)
 	}

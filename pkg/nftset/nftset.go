@@ -161,7 +161,10 @@ func (k Key) String() string {
 
 // Compare orders keys by address and port: a catch-all first, then IPv4.
 func (k Key) Compare(other Key) int {
-	return cmp.Or(k.Addr.Compare(other.Addr), cmp.Compare(k.Port, other.Port))
+	if c := k.Addr.Compare(other.Addr); c != 0 {
+		return c
+	}
+	return cmp.Compare(k.Port, other.Port)
 }
 
 // Element is an element of a set.
