@@ -252,7 +252,7 @@ func (c *Conn) Remove(s *Set, keys []Key, match func(Element) bool) ([]Element, 
 // is missing from each of them.
 func (c *Conn) Elements(s *Set) ([]Element, error) {
 	start := time.Now()
-	all, err := c.dump(s, dumpBuffer-2<<10)
+	all, err := c.dump(s, dumpBuffer)
 	if !errors.Is(err, ErrInterrupted) {
 		return all, err
 	}
@@ -264,8 +264,16 @@ func (c *Conn) Elements(s *Set) ([]Element, error) {
 	for attempt := 2; ; attempt++ {
 		at := time.Now()
 		// Elements go missing where the kernel ends one buffer and begins the
-		// next. Another size has it do so at others.
-		one, err := c.dump(s, dumpBuffer-max(0, 3-attempt)<<10)
+		// next. Another size has it do so at others. The kernel takes the largest
+		// that a socket has had, so that each size needs a socket of its own.
+		other, err := Dial()
+		if err != nil {
+			return nil, err
+		}
+		other.deadline, other.timeout = c.deadline, c.timeout
+		one, err := other.dump(s, dumpBuffer-(attempt-1)<<10)
+		c.deadline = other.deadline
+		other.Close()
 		if err == nil {
 			return one, nil
 		}

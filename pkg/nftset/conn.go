@@ -380,8 +380,8 @@ func (c *Conn) lookup(s *Set, keys []Key) (found map[Key]Element, generation uin
 // collected.
 func (c *Conn) Dump(s *Set, f func(Element) error) error { return c.dumpInto(dumpBuffer, s, f) }
 
-// dumpInto is Dump with buffers of a size, which the kernel takes from the
-// largest that the connection has had.
+// dumpInto is Dump with buffers of a size, unless the connection has had a
+// larger one.
 func (c *Conn) dumpInto(buffer int, s *Set, f func(Element) error) error {
 	before, err := c.Set(s.Table, s.Name)
 	if err != nil {

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"os/exec"
 	"slices"
@@ -950,6 +951,79 @@ func TestInterruptedDump(t *testing.T) {
 	}
 	if stable != n {
 		t.Errorf("%d of %d stable elements", stable, n)
+	}
+}
+
+// Each dump of a set ends its buffers elsewhere, also on a connection that has
+// dumped others: what is missing from one is not missing from the next.
+func TestElementsWhileOthersAreDeleted(t *testing.T) {
+	const n = 5000
+	c := dial(t, `table inet filter { set v4port { type ipv4_addr . inet_service; flags timeout; }; }`)
+	s := describe(t, c, "v4port")
+	batch := c.Batch()
+	addr := netip.MustParseAddr("192.0.2.0")
+	for range n {
+		addr = addr.Next()
+		batch.Add(s, Element{Key: Key{addr, 993}, Timeout: time.Hour})
+	}
+	if err := batch.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Dump(s, func(Element) error { return nil }); err != nil && !errors.Is(err, ErrInterrupted) {
+		t.Fatal(err)
+	}
+	other, err := Dial()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	done, stopped := make(chan struct{}), make(chan error)
+	go func() {
+		for port := uint16(1); ; port++ {
+			select {
+			case <-done:
+				stopped <- nil
+				return
+			default:
+			}
+			for _, change := range []func(*Batch, Key){
+				func(b *Batch, k Key) { b.Add(s, Element{Key: k, Timeout: time.Hour}) },
+				func(b *Batch, k Key) { b.Delete(s, k) },
+			} {
+				b := other.Batch()
+				for i := range 5 {
+					change(b, Key{netip.AddrFrom4([4]byte{203, 0, 113, byte(i)}), port})
+				}
+				if err := b.Commit(); err != nil {
+					stopped <- err
+					return
+				}
+				time.Sleep(time.Duration(rand.IntN(3000)) * time.Microsecond)
+			}
+		}
+	}()
+	rounds, lost := 0, 0
+	for end := time.Now().Add(3 * time.Second); time.Now().Before(end); rounds++ {
+		elems, err := c.Elements(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		stable := 0
+		for _, e := range elems {
+			if e.Port == 993 && e.Addr.As4()[0] == 192 {
+				stable++
+			}
+		}
+		if stable != n {
+			lost++
+		}
+	}
+	close(done)
+	if err := <-stopped; err != nil {
+		t.Fatal(err)
+	}
+	if lost > 0 {
+		t.Errorf("elements were missing from %d of %d lists", lost, rounds)
 	}
 }
 
