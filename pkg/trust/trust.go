@@ -130,7 +130,7 @@ func AddName(comment, user string) string {
 // HasName tells whether a comment is the text, or names it as one of several
 // users.
 func HasName(comment, text string) bool {
-	return comment == text || slices.Contains(strings.Split(comment, names), text)
+	return strings.Contains(names+comment+names, names+text+names)
 }
 
 // Elements returns e for an address and every port, or once where the set's

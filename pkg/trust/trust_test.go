@@ -137,6 +137,7 @@ func TestAddName(t *testing.T) {
 		{"bob, alice", "carol", "carol, bob, alice"},
 		{"alice", "", "alice"}, // with comment: false
 		{"alice2", "alice", "alice, alice2"},
+		{"alice", "bob, the builder", "bob, the builder, alice"}, // what separates names can be in one
 		{"the office", "alice", "alice, the office"},
 		{long, "bob", "bob, " + long},
 		{long, "bob@example.org", "bob@example.org"},
