@@ -45,16 +45,20 @@ func Parse(text string, wanted func(nftset.Table, string) bool) (*File, error) {
 	if f.Saved, f.Table, err = parseHeader(line); err != nil {
 		return nil, fmt.Errorf("line 1: %w", err)
 	}
+	n := 0
+	if !f.Saved.IsZero() {
+		// Before what the cut made of the last element.
+		whole := strings.TrimSuffix(text, "\n")
+		var ok bool
+		if n, ok = parseTrailer(whole[strings.LastIndexByte(whole, '\n')+1:]); !ok {
+			return nil, fmt.Errorf("line %d: %w", strings.Count(text, "\n")+1, errCutShort)
+		}
+	}
 	p := &parser{file: f, wanted: wanted, text: text, inWord: wordBytes(), line: 1}
 	if err := p.parse(); err != nil {
 		return nil, fmt.Errorf("line %d: %w", p.line, err)
 	}
 	if !f.Saved.IsZero() {
-		text = strings.TrimSuffix(text, "\n")
-		n, ok := parseTrailer(text[strings.LastIndexByte(text, '\n')+1:])
-		if !ok {
-			return nil, fmt.Errorf("line %d: %w", p.line, errCutShort)
-		}
 		// Those of the sets that were passed over are not counted.
 		if p.elements > n || p.elements < n && len(f.Passed) == 0 {
 			return nil, fmt.Errorf("line %d: the snapshot has %d elements, and its last line says %d; after a change by hand, remove its first line", p.line, p.elements, n)

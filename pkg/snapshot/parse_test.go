@@ -285,6 +285,7 @@ func TestParseErrors(t *testing.T) {
 		{headerStart + "2, saved 2026-01-01T00:00:00Z\n", `line 1: the snapshot has format "2"; this nftwl knows format 1`},
 		{headerStart + "1, saved yesterday\n", `line 1: the snapshot's time "yesterday" is not one`},
 		{head + list("trusted_ipv4", v4), "line 8: it was cut short"},
+		{head + strings.Split(list("trusted_ipv4", v4, "192.0.2.7 . 993 timeout 1h expires 1h"), "res")[0], "line 6: it was cut short"},
 		{head + list("trusted_ipv4", v4) + trailer(1), "line 9: the snapshot has 0 elements, and its last line says 1"},
 		{head + list("trusted_ipv4", v4, "192.0.2.7 . 993") + list("another", v4) + trailer(0), "line 16: the snapshot has 1 elements, and its last line says 0"},
 	} {
