@@ -49,6 +49,10 @@ type session struct {
 // to make a change while the ruleset keeps changing.
 const patience = 10 * time.Second
 
+// atOnce is how many elements a command changes in one transaction. While users
+// log in, a change of many more would never come between two logins.
+const atOnce = 1000
+
 func open(configPath string) (*session, error) {
 	c, err := config.Load(configPath)
 	if err != nil {
@@ -289,9 +293,14 @@ func (s *session) put(l list, set *nftset.Set, addrs []netip.Addr, only portsFla
 	for _, addr := range addrs {
 		elems = append(elems, trust.Elements(set, addr, ports, e)...)
 	}
-	outcomes, err := s.conn.Extend(set, elems, 0, nil)
-	if err != nil {
-		return err
+	var outcomes []nftset.Outcome
+	for some := range slices.Chunk(elems, atOnce) {
+		s.conn.SetTimeout(patience)
+		of, err := s.conn.Extend(set, some, 0, nil)
+		if err != nil {
+			return err
+		}
+		outcomes = append(outcomes, of...)
 	}
 	kept := make(map[netip.Addr]bool)
 	for i, o := range outcomes {
@@ -386,13 +395,16 @@ func (s *session) drop(l list, set *nftset.Set, addrs []netip.Addr, only portsFl
 	for _, addr := range addrs {
 		keys = append(keys, trust.Keys(set, addr, ports)...)
 	}
-	removed, err := s.conn.Remove(set, keys, match)
-	if err != nil {
-		return err
-	}
 	gone := make(map[netip.Addr]bool)
-	for _, e := range removed {
-		gone[e.Addr] = true
+	for some := range slices.Chunk(keys, atOnce) {
+		s.conn.SetTimeout(patience)
+		removed, err := s.conn.Remove(set, some, match)
+		if err != nil {
+			return err
+		}
+		for _, e := range removed {
+			gone[e.Addr] = true
+		}
 	}
 	for _, addr := range addrs {
 		if !gone[addr] {
