@@ -54,10 +54,7 @@ func RestoreSnapshot(path string, conn *nftset.Conn, sets Sets, anyone bool) (r 
 	}
 	// The table can be missing before, or be replaced meanwhile. The elements are
 	// in the one that was there before and is after.
-	table, err := conn.Instance(sets.Table)
-	if err != nil && !errors.Is(err, nftset.ErrNoTable) {
-		return r, err
-	}
+	table, _ := conn.Instance(sets.Table)
 	const attempts = 10
 	for attempt := range attempts {
 		before := table

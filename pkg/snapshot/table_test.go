@@ -216,6 +216,24 @@ func TestRestoreSnapshotReadOnly(t *testing.T) {
 	holds(t, c, "read-only", "banned_ipv4", ipv4(1))
 }
 
+// Nor does it matter that nobody can tell which boot this is, as in a sandbox
+// with ProcSubset=pid.
+func TestRestoreSnapshotOfUnknownBoot(t *testing.T) {
+	c := dial(t, empty)
+	path := filepath.Join(t.TempDir(), "sets.nft")
+	put(t, c, "banned_ipv4", ipv4(1))
+	mustSave(t, c, path)
+	nstest.Nft(t, reload)
+	const random = "/proc/sys/kernel/random"
+	must(t, unix.Mount(t.TempDir(), random, "", unix.MS_BIND, ""))
+	t.Cleanup(func() { unix.Unmount(random, unix.MNT_DETACH) })
+	r, err := RestoreSnapshot(path, c, four, false)
+	if err != nil || r.NotNoted == nil || r.Restored != 1 {
+		t.Errorf("%+v, %v", r, err)
+	}
+	holds(t, c, "unknown", "banned_ipv4", ipv4(1))
+}
+
 // While the ruleset is loaded anew over and over, as nobody would do it, saves
 // and restores lose nothing that was saved once.
 func TestSaveDuringReloads(t *testing.T) {
