@@ -30,7 +30,9 @@ func lock(path string) (unlock func(), err error) {
 	for deadline := time.Now().Add(lockTime); ; {
 		f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
 		if err == nil {
-			err = giveTo(f, filepath.Dir(path))
+			if err = giveTo(f, filepath.Dir(path)); err != nil {
+				_ = os.Remove(name)
+			}
 		} else if errors.Is(err, fs.ErrExist) {
 			f, err = os.OpenFile(name, os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 			if errors.Is(err, fs.ErrNotExist) {
@@ -91,14 +93,15 @@ func owned(f *os.File) bool {
 
 // giveTo lets the owner of a directory read what root saves there by hand: it
 // is the service that restores it. Nothing is asked of the kernel otherwise,
-// because a service's sandbox kills who changes owners.
+// because a service's sandbox kills who changes owners. A sticky directory, such
+// as /tmp, is no service's.
 func giveTo(f *os.File, dir string) error {
 	info, err := os.Stat(dir)
 	if err != nil {
 		return err
 	}
 	owner := info.Sys().(*syscall.Stat_t)
-	if os.Geteuid() != 0 || owner.Uid == 0 {
+	if os.Geteuid() != 0 || owner.Uid == 0 || info.Mode()&fs.ModeSticky != 0 {
 		return nil
 	}
 	return f.Chown(int(owner.Uid), int(owner.Gid))
@@ -125,12 +128,10 @@ func create(path string) (*draft, error) {
 	return d, nil
 }
 
-// discard removes the draft, unless it has taken its place.
+// discard ends the draft: it removes what has its name, if anything has.
 func (d *draft) discard() {
-	if d.File != nil {
-		_ = os.Remove(d.Name())
-		d.Close()
-	}
+	_ = os.Remove(d.Name())
+	d.Close()
 }
 
 // replace puts the draft at path, whole and on disk, and what was there at keep,
@@ -144,23 +145,21 @@ func (d *draft) replace(path, keep string) (notKept, err error) {
 	// by a second link to the old one: fs.protected_hardlinks may forbid it.
 	err = unix.Renameat2(unix.AT_FDCWD, d.Name(), unix.AT_FDCWD, path, unix.RENAME_EXCHANGE)
 	switch {
-	case err == nil && keep == "":
-		notKept = os.Remove(d.Name())
+	case err == nil && keep == "": // discard removes it
 	case err == nil:
 		notKept = os.Rename(d.Name(), keep)
 	case err == unix.ENOENT:
 		err = os.Rename(d.Name(), path)
-	default: // a file system that cannot, such as NFS
+	default: // a file system that cannot, such as NFS, or ZFS before 2.2
 		if keep != "" {
-			notKept = fmt.Errorf("exchange %s and %s: %w", d.Name(), path, err)
+			_ = os.Remove(keep) // Link tells whether it is gone
+			notKept = os.Link(path, keep)
 		}
 		err = os.Rename(d.Name(), path)
 	}
 	if err != nil {
 		return nil, err
 	}
-	d.Close()
-	d.File = nil
 	dir, err := os.Open(filepath.Dir(path))
 	if err != nil {
 		return notKept, err

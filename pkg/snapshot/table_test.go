@@ -576,3 +576,71 @@ func TestReadPipe(t *testing.T) {
 		t.Errorf("%d bytes, %v", len(text), err)
 	}
 }
+
+// A file system that cannot exchange two files, such as NFS, keeps the previous
+// snapshot all the same.
+func TestSaveWithoutExchange(t *testing.T) {
+	strace := nstest.Need(t, "strace", "strace")
+	c := dial(t, empty)
+	dir := t.TempDir()
+	path := filepath.Join(dir, "sets.nft")
+	bin := nstest.Build(t, "cmd/nftwl")
+	for i := range 3 {
+		put(t, c, "banned_ipv4", ipv4(i))
+		out, err := exec.Command(strace, "-f", "-o", filepath.Join(t.TempDir(), "trace"), "-e", "inject=renameat2:error=EINVAL", bin, "save", path).CombinedOutput()
+		if err != nil || len(out) > 0 {
+			t.Errorf("%v: %s", err, out)
+		}
+		if n := count(t, path); n != i+1 {
+			t.Errorf("save %d: %d elements", i, n)
+		}
+		if i > 0 && count(t, path+".old") != i {
+			t.Errorf("save %d: the previous snapshot has %d elements", i, count(t, path+".old"))
+		}
+	}
+	if got := names(t, dir); !slices.Equal(got, []string{"sets.nft", "sets.nft.old"}) {
+		t.Errorf("the directory has %q", got)
+	}
+}
+
+// Where the previous snapshot cannot be kept, nothing else is left behind.
+func TestSaveCannotKeep(t *testing.T) {
+	c := dial(t, empty)
+	dir := t.TempDir()
+	path := filepath.Join(dir, "sets.nft")
+	must(t, os.Mkdir(path+".old", 0o700))
+	for i := range 2 {
+		put(t, c, "banned_ipv4", ipv4(i))
+		if r, err := Save(path, c, four); err != nil || (r.NotKept == nil) != (i == 0) {
+			t.Errorf("%+v, %v", r, err)
+		}
+	}
+	if got := names(t, dir); !slices.Equal(got, []string{"sets.nft", "sets.nft.old"}) || count(t, path) != 2 {
+		t.Errorf("the directory has %q", got)
+	}
+}
+
+// A sticky directory is nobody's, and a save that cannot give the file to the
+// owner of its directory leaves no lock.
+func TestSaveForAnotherOwner(t *testing.T) {
+	strace := nstest.Need(t, "strace", "strace")
+	nstest.NeedUsers(t)
+	dial(t, empty)
+	dir := t.TempDir()
+	path := filepath.Join(dir, "sets.nft")
+	bin := nstest.Build(t, "cmd/nftwl")
+	must(t, os.Chown(dir, 1000, 1000))
+	for _, test := range []struct {
+		mode os.FileMode
+		want []string
+	}{{0o700, nil}, {0o777 | os.ModeSticky, []string{"sets.nft"}}} {
+		must(t, os.Chmod(dir, test.mode))
+		out, err := exec.Command(strace, "-f", "-o", filepath.Join(t.TempDir(), "trace"), "-e", "inject=fchown:error=EINVAL", bin, "save", path).CombinedOutput()
+		if (err == nil) != (test.want != nil) {
+			t.Errorf("%v: %s", err, out)
+		}
+		if got := names(t, dir); !slices.Equal(got, test.want) {
+			t.Errorf("the directory has %q", got)
+		}
+	}
+}
