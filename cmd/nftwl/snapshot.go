@@ -44,15 +44,10 @@ existing file is kept.`,
 				return failed(snapshot.Write(os.Stdout, s.conn, s.saved()))
 			}
 			r, err := snapshot.Save(path, s.conn, s.saved())
-			var old *snapshot.NotRestoredError
-			switch {
-			case errors.Is(err, fs.ErrNotExist):
+			dir := filepath.Dir(path)
+			if _, missing := os.Stat(dir); errors.Is(missing, fs.ErrNotExist) {
 				printError(err)
-				printHint("make the directory (install -d -m 700 " + filepath.Dir(path) + "), or name another file")
-				return &status{exitFailed, nil}
-			case errors.As(err, &old):
-				printError(err)
-				printHint("repair it, or move it away (mv " + path + " " + path + ".bad), and save again")
+				printHint("make the directory (install -d -m 700 " + dir + "), or name another file")
 				return &status{exitFailed, nil}
 			}
 			if r.First != nil {

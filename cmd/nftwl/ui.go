@@ -40,8 +40,15 @@ func hintFor(err error) string {
 	if errors.As(err, &owner) {
 		return "see who wrote it; 'nftwl restore " + owner.Path + "' restores it all the same"
 	}
+	var old *snapshot.NotRestoredError
 	var e *nftset.Error
-	if !errors.As(err, &e) {
+	switch {
+	case errors.Is(err, nftset.ErrBusy):
+		return "run it again"
+	case errors.As(err, &e):
+	case errors.As(err, &old):
+		return "repair it, or move it away (mv " + old.Path + " " + old.Path + ".bad), and save again"
+	default:
 		return ""
 	}
 	switch e.Err {
