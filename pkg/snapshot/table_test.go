@@ -256,7 +256,7 @@ func TestSaveDuringReloads(t *testing.T) {
 				select {
 				case <-done:
 					return nil
-				case <-time.After(time.Duration(rand.IntN(20)) * time.Millisecond):
+				case <-time.After(time.Duration(rand.IntN(100)) * time.Millisecond):
 				}
 				cmd := exec.Command("nsenter", "--net="+netns, nft, "-f", "-")
 				cmd.Stdin = strings.NewReader(reload)
@@ -267,7 +267,7 @@ func TestSaveDuringReloads(t *testing.T) {
 			}
 		}()
 	}()
-	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); {
+	for start := time.Now(); (reloads.Load() < 20 || saves.Load() < 5) && time.Since(start) < time.Minute || time.Since(start) < 5*time.Second; {
 		_, err := Save(path, c, four)
 		switch {
 		case err == nil:
