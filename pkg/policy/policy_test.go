@@ -27,6 +27,7 @@ import (
 
 	"nftwl/pkg/config"
 	"nftwl/pkg/nstest"
+	"nftwl/pkg/trust"
 )
 
 func TestMain(m *testing.M) { nstest.Main(m) }
@@ -454,5 +455,21 @@ func TestMetrics(t *testing.T) {
 	counts := (&sets{server: s.Server}).read()
 	if got := counts["trusted_ipv4"]; len(counts) != 4 || got.elements != 5 || got.size == 0 {
 		t.Errorf("%+v", counts)
+	}
+}
+
+// Logins that wait together keep the longest timeout and all names.
+func TestGrantsTogether(t *testing.T) {
+	w := newWriter(nil)
+	a := addr("192.0.2.1")
+	for _, g := range []trust.Grant{
+		{Addr: a, Timeout: 2 * time.Hour, Comment: "alice"},
+		{Addr: a, Timeout: time.Hour, Comment: "bob"},
+		{Addr: a, Timeout: 3 * time.Hour, Comment: "alice"},
+	} {
+		w.trust(config.Default(), &g)
+	}
+	if got := *w.grants[a].grant; len(w.grants) != 1 || got != (trust.Grant{Addr: a, Timeout: 3 * time.Hour, Comment: "bob, alice"}) {
+		t.Errorf("%+v", got)
 	}
 }

@@ -63,7 +63,8 @@ func newWriter(s *Server) *writer {
 }
 
 // trust hands a grant over to be written. Logins from one address that wait
-// together are one grant, for the longest of their timeouts.
+// together are one grant, for the longest of their timeouts and with all their
+// users' names.
 func (w *writer) trust(c *config.Config, g *trust.Grant) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -74,8 +75,11 @@ func (w *writer) trust(c *config.Config, g *trust.Grant) {
 		return
 	case old == nil:
 		w.grants[g.Addr] = &grant{c, g, time.Now()}
-	case g.Timeout > old.grant.Timeout:
-		old.config, old.grant = c, g
+	default:
+		both := *g
+		both.Timeout = max(g.Timeout, old.grant.Timeout)
+		both.Comment = trust.AddName(old.grant.Comment, g.Comment)
+		old.config, old.grant = c, &both
 	}
 	w.awake()
 }
