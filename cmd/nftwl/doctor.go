@@ -22,9 +22,9 @@ func newDoctor(configPath *string) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "doctor",
 		Short: "Check the whole installation, and say what to do",
-		Long: `Checks the configuration, the kernel's sets and rules, Dovecot, the units and
-fail2ban, each with one line, and says what to do about what is wrong. It
-changes nothing. Run it as root.
+		Long: `Checks the configuration, the kernel's sets and rules, Dovecot, nftwld, the
+units and fail2ban, each with one line, and says what to do about what is
+wrong. It changes nothing. Run it as root.
 
   ok     as it should be
   warn   works, and should be looked at

@@ -1,5 +1,5 @@
 // Package doctor checks a whole installation: nftwl's own configuration, the
-// kernel's sets and rules, Dovecot, the units, fail2ban. It changes nothing
+// kernel's sets and rules, Dovecot, nftwld, the units, fail2ban. It changes nothing
 // but in a network namespace of its own.
 package doctor
 
@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"nftwl/pkg/config"
+	"nftwl/pkg/doveconf"
 	"nftwl/pkg/nftset"
 )
 
@@ -49,6 +50,9 @@ type Doctor struct {
 	config *config.Config // never nil: the default where the file is wrong
 	valid  bool           // config is what the administrator wrote
 	conn   *nftset.Conn   // nil where the kernel's nftables cannot be read
+
+	dovecot *doveconf.Settings // nil where they cannot be read
+	unread  string             // why
 }
 
 // Run makes every check, in the order in which a login and a reboot meet what
@@ -61,6 +65,7 @@ func (d *Doctor) Run(ctx context.Context, report func(Result)) {
 		d.checkSets,
 		d.checkRules,
 		d.checkDovecot,
+		d.checkPolicy,
 		d.checkPersistence,
 		d.checkFail2ban,
 		d.checkLogin,

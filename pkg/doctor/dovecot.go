@@ -23,7 +23,9 @@ func reload(format string, args ...any) remedy {
 
 func (d *Doctor) checkDovecot(ctx context.Context) {
 	program := find("doveconf")
+	d.unread = "Dovecot's settings cannot be read"
 	if program == "" {
+		d.unread = "Dovecot is not installed here"
 		d.skip("dovecot", "Dovecot is not installed here")
 		return
 	}
@@ -43,7 +45,7 @@ func (d *Doctor) checkDovecot(ctx context.Context) {
 		d.skip("dovecot.settings", "only root can read all of Dovecot's settings")
 		return
 	}
-	out, err = output(ctx, program, doveconf.Arguments()...)
+	out, err = output(ctx, program, doveconf.Arguments(append(doveconf.AuthPolicyNames, "haproxy_trusted_networks")...)...)
 	if errors.Is(err, errNoAnswer) {
 		d.warn("dovecot.settings", remedy{"see why it does not answer; Dovecot's settings are not looked at", "doveconf -n"}, "%v", err)
 		return
@@ -53,6 +55,7 @@ func (d *Doctor) checkDovecot(ctx context.Context) {
 		return
 	}
 	dovecot := doveconf.Parse(string(out))
+	d.dovecot = dovecot
 	for _, p := range d.checkProtocols(dovecot) {
 		d.checkPostLogin(ctx, dovecot, p)
 	}
@@ -110,6 +113,8 @@ func (d *Doctor) checkProtocols(dovecot *doveconf.Settings) []*postLogin {
 	case enabled == nil:
 		d.skip(check, "Dovecot serves no protocol by which users log in")
 	case denied:
+	case silent != nil && d.config.Policy != nil: // policy.dovecot says whether it does
+		d.ok(check, "nftwld learns of logins by %s", strings.Join(silent, ", "))
 	case asking == nil:
 		d.fail(check, dropIn, "no mail protocol runs nftwl: logins by %s trust no one", strings.Join(silent, ", "))
 	case silent != nil:

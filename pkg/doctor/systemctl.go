@@ -68,8 +68,10 @@ func (u unit) why(ctx context.Context) string {
 		out, _ := output(ctx, journalctl, "--unit="+u["Id"], "--boot", "--no-pager", "--quiet", "--output=cat", "--lines=50")
 		lines := strings.Split(string(out), "\n")
 		for _, line := range slices.Backward(lines) {
-			if text, ok := strings.CutPrefix(line, "nftwl: error: "); ok {
-				return text
+			for _, prefix := range []string{"nftwl: error: ", "nftwld: error: "} {
+				if text, ok := strings.CutPrefix(line, prefix); ok {
+					return text
+				}
 			}
 		}
 	}

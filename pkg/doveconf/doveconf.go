@@ -90,6 +90,46 @@ func (s *Settings) Protocols() map[string]bool {
 	return enabled
 }
 
+// AuthPolicy is what Dovecot reports to an auth policy server, and what it asks
+// it.
+type AuthPolicy struct {
+	URL        string // empty where there is no server
+	Header     string // "NAME: VALUE", sent with each request
+	Nonce      string // or a note that doveconf hides it
+	Report     bool
+	Check      bool // before or after the password is checked; the login waits
+	Attributes map[string]string
+}
+
+// AuthPolicyNames are those to pass to Arguments for AuthPolicy: of 2.4, and of
+// 2.3, whose doveconf passes over the first.
+var AuthPolicyNames = []string{
+	"auth_policy", "auth_policy_server_url", "auth_policy_server_api_header", "auth_policy_hash_nonce", "auth_policy_report_after_auth",
+	"auth_policy_check_before_auth", "auth_policy_check_after_auth", "auth_policy_request_attributes",
+}
+
+// AuthPolicy returns the settings of the auth policy server.
+func (s *Settings) AuthPolicy() *AuthPolicy {
+	attributes := make(map[string]string)
+	value := func(name string) string { return s.Values["auth_policy_"+name] }
+	// 2.4 prints a section, and the names of 2.3 with their defaults.
+	if section := s.Section("auth_policy"); section.Values != nil {
+		value = func(name string) string { return section.Values[name] }
+		attributes = section.Section("request_attributes").Values
+	} else {
+		for _, word := range strings.Fields(value("request_attributes")) {
+			name, text, _ := strings.Cut(word, "=")
+			attributes[name] = text
+		}
+	}
+	on := func(name string) bool { return value(name) != "no" } // the default
+	return &AuthPolicy{
+		URL: value("server_url"), Header: value("server_api_header"), Nonce: value("hash_nonce"),
+		Report: on("report_after_auth"), Check: on("check_before_auth") || on("check_after_auth"),
+		Attributes: attributes,
+	}
+}
+
 // Path makes an absolute path of one that is in Dovecot's run folder.
 func (s *Settings) Path(name string) string {
 	if filepath.IsAbs(name) {

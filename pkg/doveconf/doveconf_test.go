@@ -43,3 +43,42 @@ func TestSocketOf(t *testing.T) {
 		}
 	}
 }
+
+// As doveconf of 2.3.19 and of 2.4.1 prints them.
+func TestAuthPolicy(t *testing.T) {
+	for name, text := range map[string]string{
+		"2.3": `auth_policy_server_url = http://127.0.0.1:8085/
+auth_policy_server_api_header = X-API-Key: KEY
+auth_policy_hash_nonce = SALT
+auth_policy_report_after_auth = yes
+auth_policy_check_before_auth = no
+auth_policy_check_after_auth = no
+auth_policy_request_attributes = login=%{requested_username} proxy=%{passdb:proxy:no}
+`,
+		"2.4": `auth_policy {
+  check_after_auth = no
+  check_before_auth = no
+  hash_nonce = # hidden, use -P to show it
+  request_attributes {
+    login = %{requested_username}
+    proxy = %{passdb:proxy | default('no')}
+  }
+  server_api_header = X-API-Key: KEY
+  server_url = http://127.0.0.1:8085/
+}
+auth_policy_server_url =
+auth_policy_check_before_auth = yes
+`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := Parse(text).AuthPolicy()
+			if p.URL != "http://127.0.0.1:8085/" || p.Header != "X-API-Key: KEY" || p.Nonce == "" || !p.Report || p.Check ||
+				len(p.Attributes) != 2 || p.Attributes["login"] != "%{requested_username}" {
+				t.Errorf("%+v", p)
+			}
+		})
+	}
+	if p := Parse("").AuthPolicy(); p.URL != "" || !p.Report || !p.Check {
+		t.Errorf("without settings: %+v", p)
+	}
+}

@@ -57,6 +57,11 @@ func newMetrics(registry prometheus.Registerer, s *Server) *metrics {
 			"busy", "deadline", "full", "internal", "kernel", "login", "missing", "permission", "type"),
 		late: counter("nftwl_late_total", "Logins whose client was trusted later than the configured deadline."),
 	}
+	started := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "nftwl_start_timestamp_seconds", Help: "When nftwld started, in seconds since 1970.",
+	})
+	started.SetToCurrentTime()
+	registry.MustRegister(started)
 	registry.MustRegister(m.reports, m.last, &sets{server: s})
 	gauge := func(name, help string, value func(*Tracker) int) {
 		registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() (v float64) {
