@@ -23,8 +23,8 @@ import (
 // setupPolicy is a remedy for what nftwl setup makes.
 var setupPolicy = remedy{"put nftwld's key, units and settings of Dovecot in place, and do what it prints then", "nftwl setup policy --write"}
 
-// policyDropIn is where setup puts Dovecot's settings, the key among them.
-const policyDropIn = "/etc/dovecot/conf.d/91-nftwl-policy.conf"
+// policySettings is where setup puts the settings of Dovecot that have the key.
+const policySettings = "/etc/dovecot/conf.d/91-nftwl-policy.conf.ext"
 
 // ours are the attributes that only nftwl's drop-in has.
 var ours = []string{"local", "mech", "proxy", "nftwl_trust", "nftwl_timeout"}
@@ -188,7 +188,7 @@ func (d *Doctor) checkPolicyKey(ctx context.Context, dovecot *doveconf.AuthPolic
 		d.fail(check, remedy{words: "see who moves or replaces it"}, "%v", err)
 		return
 	}
-	for _, path := range []string{policy.KeyFile, policyDropIn} {
+	for _, path := range []string{policy.KeyFile, policySettings} {
 		info, err := os.Stat(path)
 		if err != nil { // the settings may be in another file
 			continue

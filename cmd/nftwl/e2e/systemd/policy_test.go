@@ -1,0 +1,44 @@
+package systemd
+
+import "testing"
+
+// The doctor sees nftwld's units, also from within their sandbox: its metrics
+// say when it started without /proc/stat.
+func TestDoctorPolicy(t *testing.T) {
+	t.Parallel()
+	onEach(t, func(t *testing.T, b base) {
+		t.Parallel()
+		m := newMachine(t, b)
+		m.only()
+		m.nftwld()
+		quiet := map[string]string{
+			"policy.dovecot": "skip: Dovecot is not installed here",
+			"policy.reports": "skip: nftwld started \\d+s ago",
+			"policy.postfix": "skip: ",
+		}
+		with := func(check, text string) map[string]string {
+			all := map[string]string{check: text}
+			for k, v := range quiet {
+				if all[k] == "" {
+					all[k] = v
+				}
+			}
+			return all
+		}
+		m.diagnoses("nobody has logged in", "policy", quiet)
+		for _, f := range []struct{ name, make, mend, check, text string }{
+			{"not enabled", "systemctl disable nftwld", "systemctl enable nftwld", "policy.service", "fail: nftwld.socket is not enabled"},
+			{"the service is stopped", "systemctl stop nftwld.service", "systemctl start nftwld", "policy.service", "fail: nftwld.service is inactive"},
+		} {
+			m.commands(f.make)()
+			m.diagnoses(f.name, "policy", with(f.check, f.text))
+			m.commands(f.mend)()
+			m.settle()
+		}
+		m.run("chmod", "644", "/etc/nftwl/policy.key")
+		m.diagnoses("a key for all", "policy", with("policy.key", "fail: /etc/nftwl/policy.key belongs to user 0, with mode 0644"))
+		m.run("chmod", "600", "/etc/nftwl/policy.key")
+		m.report("alice", "1", "192.0.2.7", true)
+		m.diagnoses("somebody has logged in", "policy", with("policy.reports", "ok: 1 reports"))
+	})
+}
