@@ -113,8 +113,8 @@ func (d *Doctor) checkProtocols(dovecot *doveconf.Settings) []*postLogin {
 	case enabled == nil:
 		d.skip(check, "Dovecot serves no protocol by which users log in")
 	case denied:
-	case silent != nil && d.config.Policy != nil: // policy.dovecot says whether it does
-		d.ok(check, "nftwld learns of logins by %s", strings.Join(silent, ", "))
+	case silent != nil && d.config.Policy != nil:
+		d.skip(check, "logins by %s run no nftwl; policy.dovecot says whether Dovecot reports them", strings.Join(silent, ", "))
 	case asking == nil:
 		d.fail(check, dropIn, "no mail protocol runs nftwl: logins by %s trust no one", strings.Join(silent, ", "))
 	case silent != nil:
