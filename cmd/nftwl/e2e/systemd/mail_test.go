@@ -65,7 +65,7 @@ const dovecotBoth = `
 ssl = no
 protocols = imap
 first_valid_uid = 1000
-!include_try conf.d/*.conf
+!include_try conf.d/9[0-2]-*.conf
 `
 
 // mail configures a Dovecot that does not know of nftwl, and does not start it.
