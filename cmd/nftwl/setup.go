@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -23,31 +24,34 @@ func newSetup(configPath *string) *cobra.Command {
 		"nftables": setup.Nftables,
 		"systemd":  setup.Systemd,
 		"fail2ban": setup.Fail2ban,
+		"policy":   setup.Policy,
 	}
 	cmd := &cobra.Command{
-		Use:   "setup dovecot|nftables|systemd|fail2ban",
+		Use:   "setup dovecot|policy|nftables|systemd|fail2ban",
 		Short: "Print or write the files that a part of the installation needs",
 		Long: `Prints the files that fit this machine and its configuration, each below the
 path where it belongs, and after them, as comments, what to do next.
 
   dovecot    the drop-in that has Dovecot run 'nftwl login' after each login
+  policy     nftwld's key and units, and the drop-in that has Dovecot report each
+             authentication to it: no program runs at a login
   nftables   the sets and rules, to be included into your own firewall, or as a
              table of their own where ufw or firewalld own the firewall
   systemd    the units that keep the sets over restart, reload, reboot
   fail2ban   the action, the filters and the jails
 
 With --write it puts them there, and says what to do next and how to undo it.
-It never overwrites a file that differs: where there is one, it writes nothing.
+It never overwrites a file that differs: if there is one, it writes nothing.
 It enables and reloads nothing.
 
 Exit status: 0 when all went well, 1 when something failed, 2 when the command
 line was wrong.`,
-		ValidArgs: []string{"dovecot", "nftables", "systemd", "fail2ban"},
+		ValidArgs: []string{"dovecot", "policy", "nftables", "systemd", "fail2ban"},
 		Args:      cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
 			part := parts[args[0]]
 			if part == nil {
-				return fmt.Errorf("setup: %q is not one of dovecot, nftables, systemd and fail2ban", args[0])
+				return fmt.Errorf("setup: %q is not one of dovecot, policy, nftables, systemd and fail2ban", args[0])
 			}
 			o, err := setupOptions(*configPath)
 			if err != nil {
@@ -118,10 +122,16 @@ func refuse(problems ...setup.Problem) error {
 // planText is the files, and as comments what is to be said about them.
 func planText(p *setup.Plan) []byte {
 	var b bytes.Buffer
+	secrets := false
 	for _, f := range p.Files {
-		fmt.Fprintf(&b, "### %s\n%s\n", f.Path, f.Text)
+		fmt.Fprintf(&b, "### %s\n%s\n", f.Path, cmp.Or(f.Shown, f.Text))
+		secrets = secrets || f.Shown != ""
 	}
 	fmt.Fprintln(&b, "### What to do")
+	if secrets {
+		fmt.Fprintln(&b, "# KEY and SALT stand for secrets, which are not printed: --write keeps those that")
+		fmt.Fprintln(&b, "# are there, or makes new ones.\n#")
+	}
 	if len(p.Problems) > 0 {
 		fmt.Fprintln(&b, "# With --write nothing would be written:")
 		for _, problem := range p.Problems {

@@ -12,7 +12,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -212,16 +211,7 @@ func readKey(path string) (string, error) {
 			path = credential
 		}
 	}
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return "", err
-	}
-	key := strings.TrimSpace(string(b))
-	const least = 16
-	if len(key) < least || strings.ContainsFunc(key, func(r rune) bool { return r <= ' ' || r > '~' }) {
-		return "", fmt.Errorf("%s must hold one word of at least %d printable characters", path, least)
-	}
-	return key, nil
+	return config.ReadKey(path)
 }
 
 // listen returns systemd's sockets, or makes one.

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net/netip"
+	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -77,9 +78,9 @@ type Failures struct {
 	TrustedLimit int           // a trusted address is banned for more failures than this; not less than Limit
 }
 
-// defaultPolicy and defaultFailures stand for an empty mapping.
+// DefaultPolicy and defaultFailures stand for an empty mapping.
 var (
-	defaultPolicy   = Policy{netip.MustParseAddrPort("127.0.0.1:8085"), "/etc/nftwl/policy.key"}
+	DefaultPolicy   = Policy{netip.MustParseAddrPort("127.0.0.1:8085"), "/etc/nftwl/policy.key"}
 	defaultFailures = Failures{Limit: 10, Within: 10 * time.Minute, Ban: time.Hour, Longest: 7 * 24 * time.Hour, TrustedLimit: 100}
 )
 
@@ -321,7 +322,7 @@ func (c *Config) set(key string, v ast.Node) (err error) {
 	case "snapshot":
 		c.Snapshot, err = path(v)
 	case "policy":
-		p := defaultPolicy
+		p := DefaultPolicy
 		c.Policy = &p
 		return p.set(key, v)
 	case "failures":
@@ -351,6 +352,21 @@ func (n *Names) set(outer string, v ast.Node) error {
 		}
 		return in(v, outer+"."+key, err)
 	}))
+}
+
+// ReadKey returns the key in a file such as Policy.KeyFile: one word, without the
+// white space around it.
+func ReadKey(path string) (string, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return "", err
+	}
+	key := strings.TrimSpace(string(b))
+	const least = 16
+	if len(key) < least || strings.ContainsFunc(key, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		return "", fmt.Errorf("%s must hold one word of at least %d printable characters", path, least)
+	}
+	return key, nil
 }
 
 func (p *Policy) set(outer string, v ast.Node) error {

@@ -85,16 +85,16 @@ failures: {limit: 3, longest: 30d}
 func TestParts(t *testing.T) {
 	c, err := Parse([]byte("policy: {listen: 127.0.0.1:8085, key_file: /etc/nftwl/policy.key}\n" +
 		"failures: {limit: 10, within: 10m, ban: 1h, longest: 7d, trusted_limit: 100}\n"))
-	if err != nil || !reflect.DeepEqual(c.Policy, &defaultPolicy) || !reflect.DeepEqual(c.Failures, &defaultFailures) {
+	if err != nil || !reflect.DeepEqual(c.Policy, &DefaultPolicy) || !reflect.DeepEqual(c.Failures, &defaultFailures) {
 		t.Errorf("the documented values: %+v %+v, %v", c.Policy, c.Failures, err)
 	}
 	c, err = Parse([]byte("policy: {}\nfailures: {}\n"))
-	if err != nil || !reflect.DeepEqual(c.Policy, &defaultPolicy) || !reflect.DeepEqual(c.Failures, &defaultFailures) {
+	if err != nil || !reflect.DeepEqual(c.Policy, &DefaultPolicy) || !reflect.DeepEqual(c.Failures, &defaultFailures) {
 		t.Errorf("without values: %+v %+v, %v", c.Policy, c.Failures, err)
 	}
 	c, err = Parse([]byte("policy: {listen: 192.0.2.1:1}\n"))
-	if err != nil || c.Failures != nil || defaultPolicy.Listen.Port() == 1 {
-		t.Errorf("one part: %+v, %v; the default is %+v now", c.Failures, err, defaultPolicy)
+	if err != nil || c.Failures != nil || DefaultPolicy.Listen.Port() == 1 {
+		t.Errorf("one part: %+v, %v; the default is %+v now", c.Failures, err, DefaultPolicy)
 	}
 }
 

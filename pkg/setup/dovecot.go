@@ -42,7 +42,7 @@ func Dovecot(o *Options) (*Plan, error) {
 	p.add(DropIn, text)
 	if script != "" {
 		path := filepath.Join(dovecotFolder, mailUserFile)
-		p.add(path, script)
+		p.add(path, script).Mode = 0o755
 		p.Next = []string{"chmod 755 " + path}
 	}
 	read, after := overriding(dovecotConf, DropIn)
@@ -53,7 +53,7 @@ func Dovecot(o *Options) (*Plan, error) {
 		p.Next = append(p.Next, "# Delete "+line+": Dovecot reads it later, and it overrides the drop-in.")
 		p.Undo = append(p.Undo, "# Put back what you deleted: "+line+".")
 	}
-	p.checkProgram(o)
+	p.checkProgram(o.Executable, o.installed())
 	p.Next = append(p.Next,
 		"doveconf -n >/dev/null && doveadm reload",
 		"# Log in once with a mail client, and see that the client is there:",
@@ -119,18 +119,24 @@ func overriding(main, dropIn string) (read bool, lines []string) {
 // readDoveconf returns Dovecot's settings; nil without an error if it is not
 // installed.
 func readDoveconf() (*doveconf.Settings, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, "doveconf", doveconf.Arguments("mail_uid", "mail_gid", "mail_access_groups", "mail_privileged_group")...)
-	cmd.WaitDelay = time.Second // or a child of its that holds the pipe is waited for
-	out, err := cmd.Output()
+	out, err := output("doveconf", doveconf.Arguments("mail_uid", "mail_gid", "mail_access_groups", "mail_privileged_group")...)
 	if errors.Is(err, exec.ErrNotFound) {
 		return nil, nil
 	}
 	if err != nil {
 		return nil, err
 	}
-	return doveconf.Parse(string(out)), nil
+	return doveconf.Parse(out), nil
+}
+
+// output returns what a program of Dovecot's prints.
+func output(program string, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, program, args...)
+	cmd.WaitDelay = time.Second // or a child of its that holds the pipe is waited for
+	out, err := cmd.Output()
+	return string(out), err
 }
 
 // keepPostLogin edits the drop-in so that what Dovecot runs after a login today

@@ -21,7 +21,7 @@ func Fail2ban(o *Options) (*Plan, error) {
 	}
 	p := new(Plan)
 	p.needFolder(folder, "fail2ban")
-	p.checkProgram(o)
+	p.checkProgram(o.Executable, o.installed())
 	for _, name := range names {
 		text, err := o.read(name)
 		if err != nil {

@@ -4,6 +4,7 @@
 package setup
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -37,7 +38,9 @@ type Plan struct {
 type File struct {
 	Path  string
 	Text  string
-	There bool // with this very text
+	Shown string      // what may be printed of a Text with secrets; "" for all of it
+	Mode  fs.FileMode // 0 for 0644
+	There bool        // with this very text
 }
 
 // A Problem keeps a plan from being written.
@@ -53,8 +56,9 @@ func (p *Plan) note(format string, args ...any) {
 	p.Notes = append(p.Notes, fmt.Sprintf(format, args...))
 }
 
-// add adds a file. What is at its path already must be the same.
-func (p *Plan) add(path, text string) {
+// add adds a file. What is at its path already must be the same. The file may be
+// changed until the next one is added.
+func (p *Plan) add(path, text string) *File {
 	f := File{Path: path, Text: text}
 	info, err := os.Lstat(path)
 	var old []byte
@@ -74,6 +78,7 @@ func (p *Plan) add(path, text string) {
 			"%s is there, with other contents", path)
 	}
 	p.Files = append(p.Files, f)
+	return &p.Files[len(p.Files)-1]
 }
 
 // needFolder reports that a program's folder is missing, which is not made:
@@ -150,11 +155,7 @@ func writeFile(file File) error {
 	defer os.Remove(f.Name())
 	_, err = f.WriteString(file.Text)
 	if err == nil {
-		mode := fs.FileMode(0o644)
-		if strings.HasSuffix(file.Path, ".sh") {
-			mode = 0o755
-		}
-		err = f.Chmod(mode)
+		err = f.Chmod(cmp.Or(file.Mode, 0o644))
 	}
 	if err == nil {
 		err = f.Sync()
@@ -179,7 +180,10 @@ func (o *Options) read(name string) (string, error) {
 	}
 	command := o.command()
 	// Comments name the program, too, and are not about its arguments.
-	pairs := []string{"nftwl = " + shipped, "nftwl = " + command}
+	pairs := []string{
+		"nftwl = " + shipped, "nftwl = " + command,
+		"ExecStart=" + shipped + "d\n", "ExecStart=" + o.withConfig(o.daemon()) + "\n",
+	}
 	for _, verb := range []string{" login", " save", " restore", " check"} {
 		pairs = append(pairs, shipped+verb, command+verb)
 	}
@@ -188,17 +192,22 @@ func (o *Options) read(name string) (string, error) {
 }
 
 // command is this program with its configuration.
-func (o *Options) command() string {
-	if o.ConfigPath == "" {
-		return o.Executable
+func (o *Options) command() string { return o.withConfig(o.Executable) }
+
+// daemon is nftwld's path: it is beside this program.
+func (o *Options) daemon() string { return filepath.Join(filepath.Dir(o.Executable), "nftwld") }
+
+func (o *Options) withConfig(command string) string {
+	if o.ConfigPath != "" {
+		command += " --config " + o.ConfigPath
 	}
-	return o.Executable + " --config " + o.ConfigPath
+	return command
 }
 
 // checkPaths refuses what one of those who read the files would split, expand
 // or take for a comment, and each in a way of its own.
-func (o *Options) checkPaths() error {
-	for _, path := range []string{o.Executable, o.ConfigPath} {
+func (o *Options) checkPaths(more ...string) error {
+	for _, path := range append(more, o.Executable, o.ConfigPath) {
 		if strings.Trim(path, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._+-") != "" {
 			return &Problem{fmt.Sprintf("%q has a space or another character that Dovecot, systemd or fail2ban would not take as it is", path),
 				"give it a path of letters, digits and / . _ + - alone, such as " + shipped + " and " + config.Path}
@@ -208,9 +217,9 @@ func (o *Options) checkPaths() error {
 }
 
 // checkProgram reports a program that others could replace.
-func (p *Plan) checkProgram(o *Options) {
-	if err := OnlyRoots(o.Executable); err != nil {
-		p.problem(o.installed(), "%s would run as root or with CAP_NET_ADMIN, and others than root can change it: %v", o.Executable, err)
+func (p *Plan) checkProgram(program, remedy string) {
+	if err := OnlyRoots(program); err != nil {
+		p.problem(remedy, "%s would run as root or with CAP_NET_ADMIN, and others than root can change it: %v", program, err)
 	}
 }
 
@@ -271,10 +280,7 @@ func (o *Options) shell() string {
 	if command == shipped {
 		command = "nftwl"
 	}
-	if o.ConfigPath != "" {
-		command += " --config " + o.ConfigPath
-	}
-	return command
+	return o.withConfig(command)
 }
 
 // foreignFirewall names the program that the firewall belongs to, if it is one

@@ -1,6 +1,7 @@
 package setup
 
 import (
+	"cmp"
 	"os"
 	"path/filepath"
 	"strings"
@@ -31,8 +32,9 @@ func Systemd(o *Options) (*Plan, error) {
 		p.problem("contrib/openrc has the same for OpenRC; without either, 'nftwl save' and 'nftwl restore' do it",
 			"systemd does not run here")
 	}
-	p.checkProgram(o)
-	p.checkSandbox(o)
+	p.checkProgram(o.Executable, o.installed())
+	p.checkSandbox(o, o.Executable, o.installed())
+	p.checkSnapshot(o)
 	var packaged []string
 	for _, name := range names {
 		text, err := o.read("systemd/" + name)
@@ -40,17 +42,11 @@ func Systemd(o *Options) (*Plan, error) {
 			return nil, err
 		}
 		name = strings.TrimPrefix(name, variantFolder)
-		path := filepath.Join(unitFolder, name)
-		same, err := os.ReadFile(filepath.Join(packageFolder, name))
-		if err == nil && string(same) == text && !exists(path) {
+		if !p.addUnit(name, text) {
 			packaged = append(packaged, name)
-			continue
 		}
-		p.add(path, text)
 	}
-	if len(packaged) > 0 {
-		p.note("Installed already, in %s: %s.", packageFolder, strings.Join(packaged, ", "))
-	}
+	p.notePackaged(packaged)
 	if loads {
 		if !exists(ownRules) {
 			p.note("nftwl-persist.service loads %s, which is not there yet: %s setup nftables --write", ownRules, o.shell())
@@ -81,19 +77,33 @@ func Systemd(o *Options) (*Plan, error) {
 	return p, nil
 }
 
-// checkSandbox reports what a unit would not find, or could not write.
-func (p *Plan) checkSandbox(o *Options) {
-	path := o.ConfigPath
-	if path == "" {
-		path = config.Path
+// addUnit adds a unit, unless a package has installed the same.
+func (p *Plan) addUnit(name, text string) bool {
+	path := filepath.Join(unitFolder, name)
+	same, err := os.ReadFile(filepath.Join(packageFolder, name))
+	if err == nil && string(same) == text && !exists(path) {
+		return false
 	}
-	for _, path := range []string{o.Executable, path} {
+	p.add(path, text)
+	return true
+}
+
+func (p *Plan) notePackaged(names []string) {
+	if len(names) > 0 {
+		p.note("Installed already, in %s: %s.", packageFolder, strings.Join(names, ", "))
+	}
+}
+
+// checkSandbox reports what a unit that executes program would not find.
+func (p *Plan) checkSandbox(o *Options, program, install string) {
+	path := cmp.Or(o.ConfigPath, config.Path)
+	for _, path := range []string{program, path} {
 		// ProtectHome= and PrivateTmp=
 		for _, hidden := range []string{"/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/"} {
 			if strings.HasPrefix(path, hidden) {
 				remedy := "move it to " + config.Path
-				if path == o.Executable {
-					remedy = o.installed()
+				if path == program {
+					remedy = install
 				}
 				p.problem(remedy, "the units have no access to %s, and so not to %s", hidden, path)
 			}
@@ -102,6 +112,11 @@ func (p *Plan) checkSandbox(o *Options) {
 	if info, err := os.Stat(path); err == nil && info.Mode()&0o004 == 0 {
 		p.note("%s must be readable by all, as the units do not run as root: chmod a+r %s", path, path)
 	}
+}
+
+// checkSnapshot reports a snapshot where the units could not write it.
+func (p *Plan) checkSnapshot(o *Options) {
+	path := cmp.Or(o.ConfigPath, config.Path)
 	if snapshot := filepath.Clean(o.Config.Snapshot); !strings.HasPrefix(snapshot, stateFolder) {
 		p.problem("put it into that folder ("+path+"), or the units by hand, with another StateDirectory= in sandbox.conf",
 			"snapshot: the units may write in %s alone, and not %s", stateFolder, snapshot)

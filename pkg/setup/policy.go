@@ -1,0 +1,261 @@
+package setup
+
+import (
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/config"
+	"nftwl/pkg/doveconf"
+)
+
+const (
+	// policyFile includes policySettings, which root alone can read.
+	policyFile     = dovecotFolder + "/91-nftwl-policy.conf"
+	policySettings = policyFile + ".ext"
+)
+
+// Policy plans what has Dovecot report authentications to nftwld: the key, the
+// units and Dovecot's settings. The key and the salt that are there stay.
+func Policy(o *Options) (*Plan, error) {
+	policy := config.DefaultPolicy
+	if o.Config.Policy != nil {
+		policy = *o.Config.Policy
+	}
+	if err := o.checkPaths(policy.KeyFile); err != nil {
+		return nil, err
+	}
+	p := new(Plan)
+	old, _ := os.ReadFile(policySettings) // add reports an error
+	key := p.addKey(policy.KeyFile, old)
+	units, err := p.addDaemon(o, &policy)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.addSettings(o, policy.Listen, key, old); err != nil {
+		return nil, err
+	}
+
+	file := o.ConfigPath
+	if file == "" {
+		file = config.Path
+	}
+	if o.Config.Policy == nil {
+		p.Next = append(p.Next, "# Put this into "+file+":", "#   policy: {}")
+	}
+	if o.Config.Failures == nil {
+		p.Next = append(p.Next, "# To ban the addresses that guess passwords, put this into "+file+":", "#   failures: {}")
+	}
+	if units {
+		p.Next = append(p.Next, "systemctl daemon-reload && systemctl enable --now nftwld.socket nftwld")
+	} else {
+		p.Next = append(p.Next, "# Have nftwld run, as root or with CAP_NET_ADMIN:", o.withConfig(o.daemon()))
+	}
+	p.Next = append(p.Next,
+		"doveconf -n >/dev/null && doveadm reload",
+		o.daemonShell()+" status",
+		"# Log in once with a mail client, and see that the client is there:",
+		o.shell()+" list",
+	)
+
+	p.Undo = append(p.Undo, "rm "+policyFile+" "+policySettings, "doveadm reload")
+	if units {
+		p.Undo = append(p.Undo, "systemctl disable --now nftwld.socket nftwld")
+	}
+	words := "rm " + policy.KeyFile
+	for _, f := range p.Files {
+		if filepath.Dir(f.Path) == unitFolder {
+			words += " " + f.Path
+		}
+	}
+	p.Undo = append(p.Undo, words, "rm -rf /var/lib/nftwld /var/lib/private/nftwld")
+	if dir := filepath.Dir(policy.KeyFile); !exists(dir) {
+		p.Undo = append(p.Undo, "rmdir "+dir)
+	}
+	if units {
+		p.Undo = append(p.Undo, "systemctl daemon-reload")
+	}
+	return p, nil
+}
+
+// addSecret adds a file that root alone can read.
+func (p *Plan) addSecret(path, text, shown string) {
+	f := p.add(path, text)
+	f.Shown, f.Mode = shown, 0o600
+	if info, err := os.Stat(path); err == nil && info.Mode()&0o077 != 0 {
+		p.note("%s has a key, and others than root can read it: chmod 600 %s", path, path)
+	}
+}
+
+// addKey adds the file of the key, and returns the key: the one that is there,
+// or else that of Dovecot's settings, or a new one.
+func (p *Plan) addKey(path string, settings []byte) string {
+	const shown = "KEY\n"
+	key, err := config.ReadKey(path)
+	if err == nil {
+		text, _ := os.ReadFile(path)
+		p.addSecret(path, string(text), shown)
+		if !plain(key) {
+			p.problem("take a key of letters and digits", "the key in %s has a character that Dovecot would not take as it is", path)
+		}
+		return key
+	}
+	if key = value(settings, "auth_policy_server_api_header = X-API-Key:"); key == "" {
+		key = random(32)
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		p.addSecret(path, key+"\n", shown)
+		return key
+	}
+	remedy := "move it away"
+	if errors.Is(err, fs.ErrPermission) {
+		remedy = "run it as root"
+	}
+	p.problem(remedy, "%v", err)
+	p.Files = append(p.Files, File{Path: path, Shown: shown})
+	return key
+}
+
+// addDaemon adds nftwld's units, where systemd runs.
+func (p *Plan) addDaemon(o *Options, policy *config.Policy) (systemd bool, err error) {
+	install := "install -m 755 " + o.daemon() + " " + filepath.Dir(shipped) + ", beside nftwl"
+	if exists(o.daemon()) {
+		p.checkProgram(o.daemon(), install)
+	} else {
+		p.problem("install nftwld beside nftwl", "%s is not there", o.daemon())
+	}
+	if !exists("/run/systemd/system") {
+		p.note("systemd does not run here: a service of your own must keep nftwld running.")
+		return false, nil
+	}
+	p.checkSandbox(o, o.daemon(), install)
+	var packaged []string
+	for _, name := range []string{"nftwld.service", "nftwld.socket"} {
+		text, err := o.read("systemd/" + name)
+		if err != nil {
+			return false, err
+		}
+		text = strings.NewReplacer(
+			"policy.key:"+config.DefaultPolicy.KeyFile, "policy.key:"+policy.KeyFile,
+			"ListenStream="+config.DefaultPolicy.Listen.String(), "ListenStream="+policy.Listen.String(),
+		).Replace(text)
+		if !p.addUnit(name, text) {
+			packaged = append(packaged, name)
+		}
+	}
+	p.notePackaged(packaged)
+	return true, nil
+}
+
+// addSettings adds Dovecot's settings, with the key and the old ones' salt.
+func (p *Plan) addSettings(o *Options, listen netip.AddrPort, key string, old []byte) error {
+	p.needFolder(dovecotFolder, "Dovecot")
+	version := "2.4"
+	if out, err := dovecotVersion(); err != nil {
+		p.problem("", "which Dovecot there is, 2.3 or 2.4, is not known: %v", err)
+	} else if strings.HasPrefix(out, "2.3.") {
+		version = "2.3"
+	} else if !strings.HasPrefix(out, "2.4.") {
+		p.problem("", "there are settings for Dovecot 2.3 and 2.4, and none for %s", out)
+	}
+	text, err := o.read("dovecot/91-nftwl-policy-" + version + ".conf")
+	if err != nil {
+		return err
+	}
+	text = strings.ReplaceAll(text, "http://"+config.DefaultPolicy.Listen.String()+"/", policyURL(listen))
+	oldKey, salt := value(old, "auth_policy_server_api_header = X-API-Key:"), value(old, "auth_policy_hash_nonce =")
+	if oldKey != "" && oldKey != key {
+		p.problem("put the same key into both, or move one of them away", "the key in %s is another than that of nftwld", policySettings)
+	}
+	if salt == "" {
+		salt = random(16)
+	}
+	p.addSecret(policySettings, strings.NewReplacer("X-API-Key: KEY\n", "X-API-Key: "+key+"\n", "_nonce = SALT\n", "_nonce = "+salt+"\n").Replace(text), text)
+	include, err := o.read("dovecot/" + filepath.Base(policyFile))
+	if err != nil {
+		return err
+	}
+	p.add(policyFile, include)
+
+	if read, _ := overriding(dovecotConf, policyFile); !read {
+		p.note("%s does not include conf.d/*.conf: without that Dovecot does not read the file.", dovecotConf)
+	}
+	if url := policyServer(); url != "" && url != policyURL(listen) {
+		p.problem("remove auth_policy_server_url and what belongs to it from Dovecot's configuration, or do without nftwld",
+			"Dovecot reports to another policy server, %s, and it takes only one", url)
+	}
+	if exists(DropIn) {
+		p.note("%s has Dovecot run 'nftwl login', too. Both ways work together, and one is enough: with this one, that file can go.", DropIn)
+	}
+	return nil
+}
+
+// policyURL is where a Dovecot on this machine reaches an address.
+func policyURL(listen netip.AddrPort) string {
+	if listen.Addr().IsUnspecified() {
+		host := netip.AddrFrom4([4]byte{127, 0, 0, 1})
+		if listen.Addr().Is6() {
+			host = netip.IPv6Loopback()
+		}
+		listen = netip.AddrPortFrom(host, listen.Port())
+	}
+	return "http://" + listen.String() + "/"
+}
+
+// policyServer is the one that Dovecot's settings have now, or "".
+func policyServer() string {
+	out, err := output("doveconf", "-n")
+	if err != nil {
+		return ""
+	}
+	settings := doveconf.Parse(out)
+	if url := settings.Values["auth_policy_server_url"]; url != "" {
+		return url
+	}
+	return settings.Section("auth_policy").Values["server_url"] // as 2.4 prints it
+}
+
+// dovecotVersion is that of the installed Dovecot, such as "2.4.1-4 (7d8c0e5759)".
+func dovecotVersion() (string, error) {
+	out, err := output("dovecot", "--version")
+	if errors.Is(err, exec.ErrNotFound) {
+		out, err = output("/usr/sbin/dovecot", "--version") // which su without - does not find
+	}
+	return strings.TrimSpace(out), err
+}
+
+// value is the word after a setting's name, or "".
+func value(settings []byte, name string) string {
+	m := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(name) + ` (\S+)$`).FindSubmatch(settings)
+	if m == nil {
+		return ""
+	}
+	return string(m[1])
+}
+
+// random returns n random bytes in hexadecimal. It asks the kernel, since
+// crypto/rand would make the program larger that starts at each login.
+func random(n int) string {
+	b := make([]byte, n)
+	if got, err := unix.Getrandom(b, 0); err != nil || got != n { // whole up to 256 bytes: getrandom(2)
+		panic(fmt.Sprintf("getrandom: %d bytes, %v", got, err))
+	}
+	return hex.EncodeToString(b)
+}
+
+// daemonShell is how an administrator runs nftwld.
+func (o *Options) daemonShell() string {
+	if o.Executable == shipped {
+		return o.withConfig("nftwld")
+	}
+	return o.withConfig(o.daemon())
+}
