@@ -179,6 +179,17 @@ func TestAllow(t *testing.T) {
 			t.Errorf("while it hangs: %v", err)
 		}
 		must(t, s.nftwld.Process.Signal(syscall.SIGCONT))
+		s.stopNftwld(syscall.SIGTERM)
+		if err := login("192.0.2.7", "alice", password); err != nil {
+			t.Errorf("while it is gone: %v", err)
+		}
+		// What the packages' removal refuses to bring about.
+		s.stopDovecot()
+		s.write("dovecot.conf", s.read("dovecot.conf")+"auth_policy_reject_on_fail = yes\n", 0o644)
+		s.startDovecot()
+		if err := login("192.0.2.8", "alice", password); err == nil {
+			t.Error("auth_policy_reject_on_fail lets in without nftwld")
+		}
 	})
 }
 
