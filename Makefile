@@ -1,4 +1,4 @@
-# The binary is static and needs no C compiler.
+# The binaries are static and need no C compiler.
 export CGO_ENABLED = 0
 
 BIN = build/nftwl
@@ -10,7 +10,7 @@ NAMESPACE = unshare --user --map-root-user --net --mount
 .PHONY: build packages demo test test-deps race lint bench soak storm fuzz clean
 
 build:
-	go build -trimpath -o $(BIN) ./cmd/nftwl
+	go build -trimpath -o build/ ./cmd/nftwl ./cmd/nftwld
 
 # A .deb, an .rpm and an .apk for amd64 and for arm64, in build/packages. The
 # version is git's, or that of `make packages VERSION=1.2.3`.

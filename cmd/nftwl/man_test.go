@@ -1,19 +1,16 @@
 package main
 
 import (
-	"bytes"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"reflect"
 	"regexp"
 	"strings"
 	"testing"
 
-	"github.com/spf13/cobra"
-
 	"nftwl/pkg/config"
+	"nftwl/pkg/manpage"
 	"nftwl/pkg/nstest"
 )
 
@@ -27,83 +24,10 @@ func TestManCommands(t *testing.T) {
 	}
 	var commands strings.Builder
 	for _, cmd := range root.Commands() {
-		manCommand(&commands, cmd)
+		manpage.Command(&commands, cmd)
 	}
-	want := strings.NewReplacer("@about@\n", manText(about), "@exit@\n", manText(exit), "@commands@\n", commands.String()).Replace(manFrame)
-	path := filepath.Join(nstest.Root(t), "contrib/man/nftwl.8")
-	if os.Getenv("UPDATE_DOCS") != "" {
-		if err := os.WriteFile(path, []byte(want), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if got, err := os.ReadFile(path); err != nil || string(got) != want {
-		t.Errorf("contrib/man/nftwl.8 is not what the commands say: %v\nUPDATE_DOCS=1 go test -run TestMan ./cmd/nftwl writes it", err)
-	}
-}
-
-// manCommand writes what the help of a command and of those below it says.
-func manCommand(b *strings.Builder, cmd *cobra.Command) {
-	fmt.Fprintf(b, ".SS %s\n", manEscape(strings.TrimSuffix(cmd.UseLine(), " [flags]")))
-	b.WriteString(manText(cmd.Long))
-	if cmd.Example != "" {
-		b.WriteString(".PP\nExamples:\n" + manText(cmd.Example))
-	}
-	// A name and, two spaces apart, what it is for.
-	for line := range strings.Lines(cmd.NonInheritedFlags().FlagUsages()) {
-		flag, usage, _ := strings.Cut(strings.TrimSpace(line), "  ")
-		if strings.Contains(flag, "--help") {
-			continue
-		}
-		// cobra's notation of a value that can be left out.
-		flag = regexp.MustCompile(` (\S+)\[=.*\]$`).ReplaceAllString(flag, "[=$1]")
-		fmt.Fprintf(b, ".TP\n.B %s\n%s", manEscape(flag), manText(strings.TrimSpace(usage)))
-	}
-	for _, below := range cmd.Commands() {
-		manCommand(b, below)
-	}
-}
-
-// manText writes text, of which an empty line ends a paragraph, and indented
-// lines stay as they are.
-func manText(text string) string {
-	var b strings.Builder
-	asItIs := false
-	for _, line := range strings.Split(text, "\n") {
-		if indented := strings.HasPrefix(line, "  "); indented != asItIs {
-			asItIs = indented
-			b.WriteString(map[bool]string{true: ".RS 2\n.EX\n", false: ".EE\n.RE\n"}[indented])
-		}
-		switch {
-		case line == "":
-			b.WriteString(".PP\n")
-		case asItIs:
-			b.WriteString(manEscape(line[2:]) + "\n")
-		default:
-			b.WriteString(manEscape(line) + "\n")
-		}
-	}
-	if asItIs {
-		b.WriteString(".EE\n.RE\n")
-	}
-	return b.String()
-}
-
-// manEscape writes text as roff shows it: groff_char(7).
-func manEscape(text string) string {
-	var b strings.Builder
-	for i, r := range text {
-		switch {
-		case i == 0 && r == '.':
-			b.WriteString(`\&.`)
-		case r > '~':
-			fmt.Fprintf(&b, `\[u%04X]`, r)
-		case strings.ContainsRune("\\-'`^~\"", r):
-			b.WriteString(map[rune]string{'\\': `\(rs`, '-': `\-`, '\'': `\(aq`, '`': `\(ga`, '^': `\(ha`, '~': `\(ti`, '"': `\(dq`}[r])
-		default:
-			b.WriteRune(r)
-		}
-	}
-	return b.String()
+	want := strings.NewReplacer("@about@\n", manpage.Text(about), "@exit@\n", manpage.Text(exit), "@commands@\n", commands.String()).Replace(manFrame)
+	manpage.Golden(t, filepath.Join(nstest.Root(t), "contrib/man/nftwl.8"), want)
 }
 
 const manFrame = `.\" Written by UPDATE_DOCS=1 go test -run TestMan ./cmd/nftwl
@@ -213,6 +137,7 @@ reads, and
 .IR sets.nft.old ,
 the one before.
 .SH SEE ALSO
+.BR nftwld (8),
 .BR nftwl.yaml (5),
 .BR nft (8),
 .BR doveconf (1),
@@ -264,35 +189,10 @@ func TestManConfig(t *testing.T) {
 
 // man shows the pages without a complaint, and finds them by their subject.
 func TestManPages(t *testing.T) {
-	man := nstest.Need(t, "man", "man-db")
-	lexgrog := nstest.Need(t, "lexgrog", "man-db")
-	for page, want := range map[string]struct {
-		subject string
-		shows   []string
-	}{
-		"nftwl.8": {"nftwl - trust the addresses of a mail server's users in nftables", []string{
-			"nftwl [--config FILE] COMMAND [ARGUMENT…]", "nftwl login COMMAND [ARG…]", "nftwl_trust=no      this user's addresses",
-			"--watch[=INTERVAL]", "-q, --quiet", "nftwl check -q --banned 198.51.100.66 && echo banned",
-		}},
-		"nftwl.yaml.5": {"nftwl.yaml - configuration of nftwl", []string{
-			`Default: [127.0.0.0/8, "::1/128", "fe80::/10"].`, "ipv6_prefix: 64",
-		}},
-	} {
-		path := filepath.Join(nstest.Root(t), "contrib/man", page)
-		cmd := exec.Command(man, "-l", "--warnings", "-E", "UTF-8", path)
-		cmd.Env = append(os.Environ(), "LC_ALL=C.UTF-8", "MANWIDTH=80", "MANOPT=", "MAN_KEEP_FORMATTING=")
-		var out, errs bytes.Buffer
-		cmd.Stdout, cmd.Stderr = &out, &errs
-		if err := cmd.Run(); err != nil || errs.Len() > 0 {
-			t.Errorf("%s: %v\n%s", page, err, &errs)
-		}
-		for _, words := range want.shows {
-			if !strings.Contains(out.String(), words) {
-				t.Errorf("%s does not show %q:\n%s", page, words, &out)
-			}
-		}
-		if b, err := exec.Command(lexgrog, path).CombinedOutput(); err != nil || string(b) != path+`: "`+want.subject+"\"\n" {
-			t.Errorf("lexgrog: %v: %s", err, b)
-		}
-	}
+	root := nstest.Root(t)
+	manpage.Check(t, filepath.Join(root, "contrib/man/nftwl.8"), "nftwl - trust the addresses of a mail server's users in nftables",
+		"nftwl [--config FILE] COMMAND [ARGUMENT…]", "nftwl login COMMAND [ARG…]", "nftwl_trust=no      this user's addresses",
+		"--watch[=INTERVAL]", "-q, --quiet", "nftwl check -q --banned 198.51.100.66 && echo banned")
+	manpage.Check(t, filepath.Join(root, "contrib/man/nftwl.yaml.5"), "nftwl.yaml - configuration of nftwl",
+		`Default: [127.0.0.0/8, "::1/128", "fe80::/10"].`, "ipv6_prefix: 64")
 }

@@ -40,6 +40,7 @@ compressed() {
 # What is the same in all packages of an architecture.
 common() {
 	put 755 "$work/nftwl" usr/bin/nftwl
+	put 755 "$work/nftwld" usr/bin/nftwld
 	for file in contrib/dovecot/* contrib/nftables/*.nft contrib/nftables/nftables.conf \
 		contrib/fail2ban/*/* contrib/openrc/*; do
 		mode=644
@@ -58,7 +59,7 @@ common() {
 }
 
 units() {
-	for file in contrib/systemd/nftwl[.-]* contrib/systemd/nftwl-.service.d/*; do
+	for file in contrib/systemd/nftwl[d-]* contrib/systemd/nftwl-.service.d/*; do
 		[ ! -f "$file" ] || put 644 "$file" "usr/lib/systemd/system/${file#contrib/systemd/}"
 	done
 	# What an administrator may put in the place of a unit, or beside one.
@@ -90,22 +91,27 @@ apk() {
 	put 644 LICENSE usr/share/licenses/nftwl/LICENSE
 }
 
+# indented FILE…, as text of a field of Debian's.
+indented() { sed -e 's/^[[:space:]]*$/./' -e 's/^/ /' "$@"; }
+
 for shell in bash zsh fish; do
 	go run ./cmd/nftwl completion "$shell" >"$work/$shell"
 done
 
-# The program contains these, whose licenses want to be passed on with it.
+# The programs contain these, whose licenses want to be passed on with them.
 {
 	cat contrib/packaging/copyright
 	{
 		echo "Go $(go env GOROOT)"
-		go list -deps -f '{{with .Module}}{{if not .Main}}{{.Path}} {{.Dir}}{{end}}{{end}}' ./cmd/nftwl | sort -u
+		go list -deps -f '{{with .Module}}{{if not .Main}}{{.Path}} {{.Dir}}{{end}}{{end}}' ./cmd/nftwl ./cmd/nftwld | sort -u
 	} | while read -r module dir; do
 		printf '\nFiles: %s\nCopyright: its authors\nLicense: %s\n' "$module" "$module"
 		if grep -q 'Apache License' "$dir"/LICENSE*; then
 			echo ' Apache License 2.0, as nftwl itself.'
+			# Its section 4 (d).
+			[ ! -f "$dir/NOTICE" ] || indented "$dir/NOTICE"
 		else
-			sed -e 's/^[[:space:]]*$/./' -e 's/^/ /' "$dir"/LICENSE*
+			indented "$dir"/LICENSE*
 		fi
 	done
 } >"$work/copyright"
@@ -113,10 +119,10 @@ done
 given=${VERSION-}
 for arch; do
 	if [ -n "$given" ]; then
-		GOARCH=$arch go build -trimpath -buildvcs=false -ldflags "-s -w -X main.release=v${given#v}" -o "$work/nftwl" ./cmd/nftwl
+		GOARCH=$arch go build -trimpath -buildvcs=false -ldflags "-s -w -X main.release=v${given#v}" -o "$work/" ./cmd/nftwl ./cmd/nftwld
 		version=$given
 	else
-		GOARCH=$arch go build -trimpath -buildvcs=auto -ldflags '-s -w' -o "$work/nftwl" ./cmd/nftwl
+		GOARCH=$arch go build -trimpath -buildvcs=auto -ldflags '-s -w' -o "$work/" ./cmd/nftwl ./cmd/nftwld
 		version=$(go version -m "$work/nftwl" | awk '$1 == "mod" { print $3 }')
 	fi
 	case $version in

@@ -147,15 +147,19 @@ usr/lib/systemd/system/nftwl-persist.service
 usr/lib/systemd/system/nftwl-save.service
 usr/lib/systemd/system/nftwl-save.timer
 usr/lib/systemd/system/nftwl-snapshot.service
+usr/lib/systemd/system/nftwld.service
+usr/lib/systemd/system/nftwld.socket
 usr/share/nftwl/systemd/dovecot.service.d/nftwl.conf
 usr/share/nftwl/systemd/standalone/nftwl-persist.service
 `
 
 const common = `etc/nftwl.yaml
 usr/bin/nftwl
+usr/bin/nftwld
 usr/share/doc/nftwl/copyright
 usr/share/man/man5/nftwl.yaml.5.gz
 usr/share/man/man8/nftwl.8.gz
+usr/share/man/man8/nftwld.8.gz
 ` + completions
 
 // wanted is what a package has to have.
@@ -290,7 +294,14 @@ func check(t *testing.T, name string, files map[string]file) {
 		}
 	}
 
-	program := bytes.NewReader(files["usr/bin/nftwl"].text)
+	for _, path := range []string{"usr/bin/nftwl", "usr/bin/nftwld"} {
+		checkProgram(t, name+": "+path, files[path].text, string(files["usr/share/doc/nftwl/copyright"].text))
+	}
+}
+
+func checkProgram(t *testing.T, name string, text []byte, copyright string) {
+	t.Helper()
+	program := bytes.NewReader(text)
 	binary, err := elf.NewFile(program)
 	if err != nil {
 		t.Fatal(err)
@@ -314,7 +325,6 @@ func check(t *testing.T, name string, files map[string]file) {
 	if info.Main.Version != "v1.2.3" {
 		t.Errorf("%s: the program's version is %s", name, info.Main.Version)
 	}
-	copyright := string(files["usr/share/doc/nftwl/copyright"].text)
 	modules := []string{"Go"}
 	for _, m := range info.Deps {
 		modules = append(modules, m.Path)

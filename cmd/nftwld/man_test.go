@@ -1,0 +1,135 @@
+package main
+
+import (
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/spf13/cobra"
+
+	"nftwl/pkg/manpage"
+	"nftwl/pkg/nstest"
+)
+
+// nftwld(8) is what the commands say of themselves, in a frame. UPDATE_DOCS=1
+// writes it anew.
+func TestManCommands(t *testing.T) {
+	t.Setenv("STATE_DIRECTORY", "") // the default of a flag
+	root := newRoot()
+	about, exit, ok := strings.Cut(root.Long, "\n\nExit status: ")
+	if !ok {
+		t.Fatal("the help of nftwld has no exit status")
+	}
+	// Those that all commands have, too.
+	all := &cobra.Command{}
+	all.Flags().AddFlagSet(root.PersistentFlags())
+	all.Flags().AddFlagSet(root.Flags())
+	var commands strings.Builder
+	for _, cmd := range root.Commands() {
+		manpage.Command(&commands, cmd)
+	}
+	path := filepath.Join(nstest.Root(t), "contrib/man/nftwld.8")
+	manpage.Golden(t, path, strings.NewReplacer("@about@\n", manpage.Text(about), "@options@\n", manpage.Flags(all),
+		"@exit@\n", manpage.Text(exit), "@commands@\n", commands.String()).Replace(manFrame))
+	manpage.Check(t, path, "nftwld - trust and ban the clients of a mail server by Dovecot's reports",
+		"nftwld [--config FILE] status [--json]", "--config FILE", "--state DIR", "-v, --verbose", "SIGHUP", "policy.key")
+}
+
+const manFrame = `.\" Written by UPDATE_DOCS=1 go test -run TestMan ./cmd/nftwld
+.TH NFTWLD 8 "" nftwl "System Manager\(aqs Manual"
+.SH NAME
+nftwld \- trust and ban the clients of a mail server by Dovecot\(aqs reports
+.SH SYNOPSIS
+.B nftwld
+.RB [ \-\-config
+.IR FILE ]
+.RB [ \-\-state
+.IR DIR ]
+.RB [ \-\-verbose ]
+.br
+.B nftwld
+.RB [ \-\-config
+.IR FILE ]
+.B status
+.RB [ \-\-json ]
+.SH DESCRIPTION
+@about@
+.PP
+.B nftwl setup policy
+puts in place what it needs: the key, the units, and Dovecot\(aqs settings.
+No login waits for
+.BR nftwld ,
+and none fails while it does not run.
+The settings have a switch,
+.IR auth_policy_check_before_auth ,
+for a Dovecot behind a proxy with the PROXY protocol, where the packet filter
+sees only the proxy.
+With it, Dovecot asks
+.B nftwld
+before each login whether the client is banned, and waits up to 2 seconds for
+the answer.
+Without an answer it lets the client in, unless
+.I auth_policy_reject_on_fail
+is set, too.
+.SH OPTIONS
+@options@
+.SH COMMANDS
+@commands@
+.SH EXIT STATUS
+@exit@
+.SH SIGNALS
+.TP
+.B SIGHUP
+Read the configuration and the key again.
+Another
+.I policy.listen
+needs a restart.
+.TP
+.BR SIGTERM ,\~ SIGINT
+Finish what was reported, save the counts, and end.
+.SH ENVIRONMENT
+systemd sets these:
+.TP
+.B CREDENTIALS_DIRECTORY
+The directory with the credential
+.IR policy.key ,
+which goes before
+.IR policy.key_file .
+.TP
+.B STATE_DIRECTORY
+The default of
+.BR \-\-state .
+.TP
+.B LISTEN_FDS
+The sockets that
+.B nftwld
+inherits. It listens on them, and not on
+.IR policy.listen .
+.SH FILES
+.TP
+.I /etc/nftwl.yaml
+The configuration, see
+.BR nftwl.yaml (5);
+.I policy
+and
+.I failures
+are for
+.BR nftwld .
+.TP
+.I /etc/nftwl/policy.key
+The key that each report must have: one word of at least 16 characters,
+readable by root alone.
+.TP
+.I /etc/dovecot/conf.d/91\-nftwl\-policy.conf.ext
+Dovecot\(aqs settings, with the same key, readable by root alone.
+.I 91\-nftwl\-policy.conf
+includes them.
+.TP
+.I /var/lib/nftwld/failures
+The counts of failures, which a restart keeps.
+.SH SEE ALSO
+.BR nftwl (8),
+.BR nftwl.yaml (5),
+.BR doveconf (1),
+.BR systemd.socket (5)
+`
