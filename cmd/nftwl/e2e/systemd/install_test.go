@@ -2,6 +2,7 @@ package systemd
 
 import (
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -60,6 +61,21 @@ func TestReadmeInstall(t *testing.T) {
 				m.settle()
 				m.trusts(1)
 				m.healthy()
+
+				// The other way, which goes as well.
+				if way == "source" {
+					m.installNftwld()
+				}
+				m.write("etc/nftwl.yaml", "policy: {}\n")
+				m.run("nftwl", "setup", "policy", "--write")
+				m.run("sh", "-euc", "systemctl daemon-reload; systemctl enable --now nftwld.socket nftwld; doveadm reload")
+				m.until("a report arrives", func() error {
+					m.logsIn(3)
+					if m.nftwldStatus().Reports["imap"]["success"] == 0 {
+						return errors.New("not yet")
+					}
+					return nil
+				})
 
 				for _, block := range m.section("Undo") {
 					switch {

@@ -117,6 +117,63 @@ func TestPackageNamed(t *testing.T) {
 	})
 }
 
+// An upgrade restarts nftwld, and a removal ends it: Dovecot lets everybody in
+// without it, unless its settings say otherwise.
+func TestPackageNftwld(t *testing.T) {
+	t.Parallel()
+	onEach(t, func(t *testing.T, b base) {
+		t.Parallel()
+		m := newUninstalled(t, b)
+		m.run("dpkg", "--install", "/root/old.deb")
+		m.run("nft", "--file", "/usr/share/nftwl/nftables/sets.nft")
+		m.write("etc/nftwl.yaml", "policy: {}\n")
+		if out := m.run("nftwl", "setup", "policy", "--write"); !strings.Contains(out, "Installed already") {
+			t.Errorf("it writes the units: %s", out)
+		}
+		m.run("sh", "-euc", "systemctl enable --now nftwld.socket nftwld; doveadm reload")
+		trusts := func(i int) {
+			m.Helper()
+			m.until("a login is trusted", func() error {
+				m.logsIn(i)
+				if _, ok := m.elements()[element{"trusted", client(i), 993}]; !ok {
+					return errors.New("not yet")
+				}
+				return nil
+			})
+		}
+		trusts(1)
+
+		pid := m.property("nftwld.service", "MainPID")
+		m.run("dpkg", "--force-confdef", "--force-confold", "--install", "/root/new.deb")
+		m.state("nftwld.service", "active")
+		if now := m.property("nftwld.service", "MainPID"); now == pid {
+			t.Error("the upgrade leaves the old nftwld running")
+		}
+		trusts(2)
+
+		const more = "etc/dovecot/conf.d/92-more.conf"
+		m.write(more, "auth_policy_reject_on_fail = yes\nauth_policy_check_after_auth = yes\n")
+		if out := m.fails("dpkg", "--remove", "nftwl"); !strings.Contains(out, "EVERY LOGIN") || !strings.Contains(out, "auth_policy_reject_on_fail") {
+			t.Errorf("it does not say why: %s", out)
+		}
+		m.state("nftwld.service", "active")
+		m.write(more, "auth_policy_reject_on_fail = yes\n")
+		m.run("doveadm", "reload")
+		if out := m.run("dpkg", "--remove", "nftwl"); !strings.Contains(out, "rm /etc/dovecot/conf.d/91-nftwl-policy.conf*") {
+			t.Errorf("it does not say what to remove: %s", out)
+		}
+		m.logsIn(3)
+		for _, list := range []string{"list-units --all nftwl*", "list-unit-files nftwl*", "list-units --failed"} {
+			// It fails where it finds no file.
+			if units, err := m.try("systemctl", append(strings.Fields(list), "--plain", "--no-legend")...); units != "" {
+				t.Errorf("%s: %s%v", list, units, err)
+			}
+		}
+		m.run("dpkg", "--purge", "nftwl")
+		m.left("etc/dovecot/conf.d/91-nftwl-policy.conf", "etc/dovecot/conf.d/91-nftwl-policy.conf.ext", "etc/nftwl", "etc/nftwl-defaults.yaml")
+	})
+}
+
 // apk is not in Debian: what it does is done here step by step, in its order,
 // and whatever its scripts say.
 func TestPackageAPK(t *testing.T) {
@@ -136,16 +193,16 @@ func TestPackageAPK(t *testing.T) {
 	const conf = "/etc/dovecot/conf.d/90-nftwl.conf"
 	m.run("cp", "/usr/share/nftwl/dovecot/90-nftwl.conf", conf)
 	m.run("doveadm", "reload")
-	if out := remove(); !strings.Contains(out, "EVERY LOGIN") || !strings.Contains(out, "/usr/bin/nftwl stays") {
+	if out := remove(); !strings.Contains(out, "EVERY LOGIN") || !strings.Contains(out, "/usr/bin/nftwl stays") || !strings.Contains(out, "/usr/bin/nftwld stays") {
 		t.Errorf("it does not say what it does: %s", out)
 	}
 	m.logsIn(1)
-	m.left("etc/nftwl-defaults.yaml", conf[1:], "run/dovecot/nftwl", "usr/bin/nftwl")
+	m.left("etc/nftwl-defaults.yaml", conf[1:], "run/dovecot/nftwl", "usr/bin/nftwl", "usr/bin/nftwld")
 
 	// What an earlier removal has left, which came to no end.
 	m.run("rm", conf)
 	m.run("doveadm", "reload")
-	m.run("sh", "-euc", "cp -a /root/apk/usr /; cp /usr/bin/nftwl /usr/bin/.nftwl.kept")
+	m.run("sh", "-euc", "cp -a /root/apk/usr /; cp /usr/bin/nftwl /usr/bin/.nftwl.kept; cp /usr/bin/nftwld /usr/bin/.nftwld.kept")
 	if out := remove(); out != "" {
 		t.Errorf("it says %s", out)
 	}
