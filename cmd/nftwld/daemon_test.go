@@ -204,7 +204,7 @@ func TestExitCodes(t *testing.T) {
 		code              int
 		says              string
 	}{
-		{"no policy", "", key, nil, 1, "the configuration has no policy"},
+		{"no policy", "# all defaults\n", key, nil, 1, "the configuration has no policy"},
 		{"wrong configuration", "policy: {}\nfailures: {limit: x}\n", key, nil, 1, "nftwl.yaml:2: failures.limit"},
 		{"no such configuration", "", key, []string{"--config", "/nowhere"}, 1, "/nowhere"},
 		{"no key", "policy: {key_file: /nowhere}\n", key, nil, 1, "key: open /nowhere"},
