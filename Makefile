@@ -24,7 +24,7 @@ demo: build
 # Everything: unit tests, the kernel in namespaces, real Dovecot, systemd and
 # nft of two Debian releases. Installs what it needs where it may.
 test: test-deps lint
-	go test -timeout 20m ./...
+	go test -timeout 40m ./...
 
 test-deps:
 	sh testdata/deps.sh
