@@ -3,6 +3,7 @@ package e2e
 import (
 	"errors"
 	"fmt"
+	"net/textproto"
 	"testing"
 )
 
@@ -41,7 +42,28 @@ func TestSuccessTrusts(t *testing.T) {
 	})
 }
 
-// different and same are so many wrong passwords.
+// Dovecot's own submission reports as its other services do. No relay is behind
+// it, so that the session ends after AUTH.
+func TestSubmission(t *testing.T) {
+	t.Parallel()
+	eachSystem(t, func(t *testing.T, d system) {
+		s := d.start(t, with{dovecot: "protocols = imap submission\nsubmission_relay_host = 127.0.0.1\nsubmission_relay_port = 1\n"})
+		if err := smtp("192.0.2.8", "587", "alice", "wrong"); !errors.Is(err, errDenied) {
+			t.Errorf("%v, want %v", err, errDenied)
+		}
+		if err := smtp("192.0.2.7", "587", "alice", password); errors.Is(err, errDenied) {
+			t.Error(err)
+		}
+		s.reported(`protocol="submission",result="success"`, "1")
+		s.reported(`protocol="submission",result="failure"`, "1")
+		s.poll("the trust", func() bool { return s.in("trusted_ipv4", `192.0.2.7 \. 587 .*comment "alice"`) })
+		if s.in("trusted_ipv4", "192.0.2.8 ") {
+			t.Error("a wrong password is trusted")
+		}
+	})
+}
+
+// different returns so many wrong passwords.
 func different(n int) (all []string) {
 	for i := range n {
 		all = append(all, fmt.Sprintf("wrong%d", i))
@@ -52,15 +74,21 @@ func different(n int) (all []string) {
 // tryAll tries wrong passwords, all at once: for each, Dovecot takes its time.
 func tryAll(t *testing.T, from string, passwords []string) {
 	t.Helper()
+	tryOver(t, func() (*textproto.Conn, error) { return dial(from, "143") }, passwords)
+}
+
+// tryOver does the same over other connections.
+func tryOver(t *testing.T, dial func() (*textproto.Conn, error), passwords []string) {
+	t.Helper()
 	results := make(chan error)
 	for _, p := range passwords {
-		c, err := dial(from, "143") // here: another thread is in another namespace
+		c, err := dial() // here: another thread is in another namespace
 		must(t, err)
 		go func() { results <- imap(c, "", "alice", p) }()
 	}
 	for range passwords {
 		if err := <-results; !errors.Is(err, errDenied) {
-			t.Errorf("from %s: %v, want %v", from, err, errDenied)
+			t.Errorf("a wrong password: %v, want %v", err, errDenied)
 		}
 	}
 }

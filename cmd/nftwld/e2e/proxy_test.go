@@ -1,6 +1,15 @@
 package e2e
 
-import "testing"
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"net/textproto"
+	"testing"
+
+	"nftwl/pkg/nstest"
+)
 
 // A proxy that takes any password reports a success for each. Only where the
 // administrator says that it looks at passwords does a login trust.
@@ -37,6 +46,87 @@ func TestProxy(t *testing.T) {
 					s.poll("it to be ignored", func() bool { return s.metric(`nftwl_ignored_total{reason="unverified"}`) == "1" })
 				}
 			})
+		}
+	})
+}
+
+// balancer is a load balancer with the PROXY protocol.
+const balancer = "192.0.2.250"
+
+// dialProxied connects as the balancer does for a client.
+func dialProxied(version int, from, port string) (*textproto.Conn, error) {
+	c, err := dial(balancer, port)
+	if err != nil {
+		return nil, err
+	}
+	client, server := netip.MustParseAddr(from), netip.MustParseAddr(server4)
+	family, name := byte(1), "TCP4"
+	if client.Is6() {
+		server, family, name = netip.MustParseAddr(server6), 2, "TCP6"
+	}
+	// The two headers of doc/proxy-protocol.txt in HAProxy's source.
+	header := fmt.Appendf(nil, "PROXY %s %s %s 4242 143\r\n", name, client, server)
+	if version == 2 {
+		addresses := append(client.AsSlice(), server.AsSlice()...)
+		header = append([]byte("\r\n\r\n\x00\r\nQUIT\n"), 0x21, family<<4|1)
+		header = binary.BigEndian.AppendUint16(header, uint16(len(addresses)+4))
+		header = append(header, addresses...)
+		header = binary.BigEndian.AppendUint16(header, 4242)
+		header = binary.BigEndian.AppendUint16(header, 143)
+	}
+	if _, err := c.W.Write(header); err != nil {
+		return nil, err
+	}
+	return c, c.W.Flush()
+}
+
+// Behind a balancer with the PROXY protocol, Dovecot reports the client's
+// address, and refuses the client itself: the firewall sees the balancer alone.
+func TestPROXYProtocol(t *testing.T) {
+	t.Parallel()
+	eachSystem(t, func(t *testing.T, d system) {
+		s := d.start(t, with{config: "failures: {limit: 3}\n", dovecot: `
+auth_policy_check_before_auth = yes
+haproxy_trusted_networks = ` + balancer + `
+service imap-login {
+  inet_listener proxied {
+    port = 10143
+    haproxy = yes
+  }
+}
+`})
+		for version, c := range map[int]struct{ guesser, user, stranger, set string }{
+			1: {"192.0.2.7", "192.0.2.8", "192.0.2.9", "ipv4"},
+			2: {"2001:db8:7::7", "2001:db8:8::8", "2001:db8:9::9", "ipv6"},
+		} {
+			try := func(from, password string) error {
+				t.Helper()
+				c, err := dialProxied(version, from, "10143")
+				must(t, err)
+				return imap(c, "PLAIN", "alice", password)
+			}
+			tryOver(t, func() (*textproto.Conn, error) { return dialProxied(version, c.guesser, "10143") }, different(3))
+			s.poll("the ban of "+c.guesser, func() bool { return s.in("banned_"+c.set, c.guesser+` \. 143 `) })
+			if err := try(c.guesser, password); !errors.Is(err, errDenied) {
+				t.Errorf("v%d: a banned address with the right password: %v", version, err)
+			}
+			if err := try(c.user, password); err != nil {
+				t.Errorf("v%d: %v", version, err)
+			}
+			s.poll("the trust of "+c.user, func() bool { return s.in("trusted_"+c.set, c.user+` \. 143 `) })
+			nstest.Nft(t, fmt.Sprintf("add element inet filter banned_%s { %s . 143 }", c.set, c.user))
+			if err := try(c.user, password); err != nil {
+				t.Errorf("v%d: trusted and banned: %v", version, err)
+			}
+			if err := try(c.stranger, password); err != nil {
+				t.Errorf("v%d: an unknown address: %v", version, err)
+			}
+			if s.in("trusted_"+c.set, c.guesser+" ") {
+				t.Errorf("v%d: a banned address is trusted", version)
+			}
+		}
+		if s.in("trusted_ipv4", balancer) || s.in("banned_ipv4", balancer) {
+			t.Error("the balancer is in a set")
 		}
 	})
 }
