@@ -6,44 +6,66 @@ import (
 	"fmt"
 	"net/netip"
 	"net/textproto"
+	"strings"
 	"testing"
 
 	"nftwl/pkg/nstest"
 )
 
-// A proxy that takes any password reports a success for each. Only where the
-// administrator says that it looks at passwords does a login trust.
+// A proxy that takes any password reports a success for each, before it asks the
+// backend: nobody is trusted by that, and a wrong password does not count. Where
+// the proxy looks at the password and the administrator says so, its own reports
+// trust and ban. Where the backend alone looks, it reports the client's address to
+// the proxy's nftwld, provided that it believes the proxy's word for it.
 func TestProxy(t *testing.T) {
 	t.Parallel()
+	const believe = "login_trusted_networks = " + server4 + "\n"
 	eachSystem(t, func(t *testing.T, d system) {
 		for name, c := range map[string]struct {
-			fields  string
-			trusted bool
+			field   string // of the proxy's passdb
+			backend string // its settings
+			works   bool
+			reports [2]string // successes and failures
 		}{
-			"any password": {"nopassword=y", false},
-			"verified":     {"password={PLAIN}secret nftwl_trust=yes", true},
+			"any password":    {"nopassword=y", believe + "auth_policy_server_url =\n", false, [2]string{"4", "0"}},
+			"verified":        {"nftwl_trust=yes", believe + "auth_policy_server_url =\n", true, [2]string{"1", "3"}},
+			"backend reports": {"nopassword=y", believe, true, [2]string{"5", "3"}},
 		} {
 			t.Run(name, func(t *testing.T) {
-				passdb := "passdb {\n  driver = static\n  args = proxy=y host=127.0.0.1 port=1 proxy_timeout=1 " + c.fields + "\n}\n" + static23
-				if !d.is23 {
-					fields := "nopassword = y\n"
-					if c.trusted {
-						fields = "nftwl_trust = yes\n"
-					}
-					passdb = "passdb static {\n  password = secret\n  fields {\n    proxy = y\n    host = 127.0.0.1\n    port = 1\n    proxy_timeout = 1\n    " + fields + "  }\n}\n" + static24
-					if !c.trusted {
-						passdb = "passdb static {\n  fields {\n    proxy = y\n    host = 127.0.0.1\n    port = 1\n    proxy_timeout = 1\n    " + fields + "  }\n}\n" + static24
-					}
+				t.Parallel()
+				fields := []string{"proxy=y", "host=" + backend4, c.field}
+				check := c.field != "nopassword=y"
+				passdb := "passdb static {\n  fields {\n    " + strings.Join(fields, "\n    ") + "\n  }\n"
+				if check {
+					passdb += "  password = " + password + "\n"
 				}
-				s := d.start(t, with{passdb: passdb})
-				if err := authenticate("192.0.2.7", "PLAIN", "alice", "secret"); err == nil {
-					t.Error("there is no server behind the proxy, and the login succeeds")
+				passdb += "}\n" + static24
+				if d.is23 {
+					if check {
+						fields = append(fields, "password={PLAIN}"+password)
+					}
+					passdb = "passdb {\n  driver = static\n  args = " + strings.Join(fields, " ") + "\n}\n" + static23
 				}
-				s.reported(`protocol="imap",result="success"`, "1")
-				if c.trusted {
-					s.poll("the trust", func() bool { return s.in("trusted_ipv4", "192.0.2.7 ") })
-				} else {
-					s.poll("it to be ignored", func() bool { return s.metric(`nftwl_ignored_total{reason="unverified"}`) == "1" })
+				s := d.start(t, with{config: "failures: {limit: 3}\n", passdb: passdb,
+					dovecot: "listen = " + server4 + "\nlogin_source_ips = " + server4 + "\n"})
+				s.startBackend(c.backend)
+				if err := login("192.0.2.7", "alice", password); err != nil {
+					t.Errorf("the right password: %v", err)
+				}
+				tryAll(t, "192.0.2.8", different(3))
+				s.reported(`protocol="imap",result="success"`, c.reports[0])
+				s.reported(`protocol="imap",result="failure"`, c.reports[1])
+				if c.works {
+					s.poll("the trust", func() bool { return s.in("trusted_ipv4", `192.0.2.7 \. 143 .*comment "alice"`) })
+					s.poll("the ban", func() bool { return s.in("banned_ipv4", `192.0.2.8 \. 143 `) })
+				} else if n := s.metric(`nftwl_ignored_total{reason="unverified"}`); n != "4" {
+					t.Errorf("%s successes are ignored", n)
+				}
+				if !c.works && s.in("trusted_ipv4", "192.0.2.7 ") || s.in("trusted_ipv4", "192.0.2.8 ") || s.in("trusted_ipv4", server4) {
+					t.Error("somebody else is trusted")
+				}
+				if !c.works && s.in("banned_ipv4", "192.0.2.8 ") || s.in("banned_ipv4", "192.0.2.7 ") || s.in("banned_ipv4", server4) {
+					t.Error("somebody else is banned")
 				}
 			})
 		}

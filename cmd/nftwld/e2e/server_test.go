@@ -27,6 +27,9 @@ const patience = 30 * time.Second
 // 192.0.2.0/24 and 2001:db8::/32.
 const server4, server6 = "198.51.100.1", "2001:db8:ffff::1"
 
+// backend4 is the address of the Dovecot behind a proxy.
+const backend4 = "198.51.100.2"
+
 // dir is where all of a server's files are, as Dovecot sees it: on a tmpfs over
 // /run of the test's own mount namespace. Nothing of it reaches the host.
 const dir = "/run/e2e"
@@ -151,6 +154,8 @@ type server struct {
 	d    system
 	with with
 
+	conf    string // of Dovecot, in dir
+	address string // where it listens, with port 143
 	dovecot *exec.Cmd
 	done    chan struct{} // closed once Dovecot has exited
 	nftwld  *exec.Cmd
@@ -164,7 +169,7 @@ func (d system) start(t testing.TB, w with) *server {
 	t.Helper()
 	nstest.Build(t, "cmd/nftwld")
 	nstest.New(t)
-	for _, a := range []string{server4 + "/32", "192.0.2.1/24", server6 + "/128"} {
+	for _, a := range []string{server4 + "/32", backend4 + "/32", "192.0.2.1/24", server6 + "/128"} {
 		run(t, nstest.Need(t, "ip", "iproute2"), "address", "add", a, "dev", "lo", "nodad")
 	}
 	run(t, "ip", "route", "add", "local", "2001:db8::/32", "dev", "lo")
@@ -172,7 +177,7 @@ func (d system) start(t testing.TB, w with) *server {
 	must(t, unix.Unshare(unix.CLONE_NEWNS))
 	must(t, unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
 	must(t, unix.Mount("none", filepath.Join(d.root, "run"), "tmpfs", 0, "mode=755"))
-	s := &server{t: t, d: d, with: w}
+	s := &server{t: t, d: d, with: w, conf: "dovecot.conf", address: server4}
 	if d.root != "/" {
 		for _, name := range []string{"dev", "proc"} {
 			must(t, unix.Mount("/"+name, filepath.Join(d.root, name), "", unix.MS_BIND|unix.MS_REC, ""))
@@ -190,18 +195,13 @@ func (d system) start(t testing.TB, w with) *server {
 		s.write("mail/"+user+"/Maildir/new/1.e2e", "Subject: test\n\nYou have mail.\n", 0o644)
 	}
 	run(t, "chown", "-R", "1000:1000", dir+"/mail")
-	header, dropIn, passdb := config24, "2.4", passwd24
+	dropIn := "2.4"
 	if d.is23 {
-		header, dropIn, passdb = config23, "2.3", passwd23
+		dropIn = "2.3"
 	}
 	b, err := os.ReadFile(filepath.Join(nstest.Root(t), "contrib/dovecot/91-nftwl-policy-"+dropIn+".conf"))
 	must(t, err)
 	s.write("91-nftwl-policy.conf", strings.NewReplacer(": KEY", ": "+key, "= SALT", "= salt").Replace(string(b)), 0o600)
-	if w.passdb != "" {
-		passdb = w.passdb
-	}
-	s.write("dovecot.conf", header+passdb+configBoth+w.dovecot, 0o644)
-
 	if !w.bare {
 		sets, err := os.ReadFile(filepath.Join(nstest.Root(t), "contrib/nftables/sets.nft"))
 		must(t, err)
@@ -215,23 +215,44 @@ func (d system) start(t testing.TB, w with) *server {
 		})
 		s.startNftwld()
 	}
-	t.Cleanup(func() {
-		s.stopDovecot()
-		if t.Failed() {
-			t.Logf("Dovecot:\n%s%s", s.read("out"), s.read("log"))
-		}
-	})
 	s.startDovecot()
 	return s
+}
+
+// startBackend runs a second Dovecot, to which s.d's passdb can hand logins on.
+// It reads the passwd-file, and reports to the same nftwld.
+func (s *server) startBackend(settings string) {
+	s.t.Helper()
+	own := dir + "/backend"
+	must(s.t, os.Mkdir(own, 0o755))
+	backend := &server{t: s.t, d: s.d, conf: "backend.conf", address: backend4, with: with{dovecot: `
+listen = ` + backend4 + `
+base_dir = ` + own + `/run
+state_dir = ` + own + `/state
+service auth {
+  unix_listener ` + dir + `/auth {
+    mode = 0
+  }
+}
+` + settings}}
+	backend.startDovecot()
 }
 
 // startDovecot waits until it listens.
 func (s *server) startDovecot() {
 	t := s.t
 	t.Helper()
-	out, err := os.Create(filepath.Join(dir, "out"))
+	header, passdb := config24, passwd24
+	if s.d.is23 {
+		header, passdb = config23, passwd23
+	}
+	if s.with.passdb != "" {
+		passdb = s.with.passdb
+	}
+	s.write(s.conf, header+passdb+configBoth+s.with.dovecot, 0o644)
+	out, err := os.Create(filepath.Join(dir, s.conf+".out"))
 	must(t, err)
-	cmd := exec.Command("/usr/sbin/dovecot", "-F", "-c", dir+"/dovecot.conf")
+	cmd := exec.Command("/usr/sbin/dovecot", "-F", "-c", dir+"/"+s.conf)
 	cmd.Dir = "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: s.d.root, Pdeathsig: syscall.SIGTERM}
 	// Not the file itself but a pipe into it, so that Wait waits for every
@@ -241,6 +262,14 @@ func (s *server) startDovecot() {
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
 	must(t, cmd.Start())
 	done := make(chan struct{})
+	if s.dovecot == nil {
+		t.Cleanup(func() {
+			s.stopDovecot()
+			if t.Failed() {
+				t.Logf("Dovecot:\n%s%s", s.read(s.conf+".out"), s.read("log"))
+			}
+		})
+	}
 	s.dovecot, s.done = cmd, done
 	go func() {
 		_ = cmd.Wait() // the log says why it ended
@@ -253,16 +282,13 @@ func (s *server) startDovecot() {
 			t.Fatal("Dovecot did not start")
 		default:
 		}
-		return listens(server4 + ":143")
+		return listens(s.address + ":143")
 	})
 }
 
-// stopDovecot ends Dovecot, if it has been started, and waits until it is gone.
+// stopDovecot ends Dovecot, and waits until it is gone.
 func (s *server) stopDovecot() {
 	s.t.Helper()
-	if s.dovecot == nil {
-		return
-	}
 	_ = s.dovecot.Process.Signal(syscall.SIGTERM) // fails where it has exited
 	select {
 	case <-s.done:
