@@ -213,11 +213,12 @@ func smtp(from, port, user, password string) error {
 // get asks nftwld. The connection is made here, in the test's namespace.
 func (s *server) get(path string) string {
 	s.t.Helper()
-	conn, err := net.Dial("tcp", policyAddress)
+	address := s.policy + ":8085"
+	conn, err := net.Dial("tcp", address)
 	must(s.t, err)
 	defer conn.Close()
 	must(s.t, conn.SetDeadline(time.Now().Add(patience)))
-	request, err := http.NewRequestWithContext(context.Background(), "GET", "http://"+policyAddress+path, nil)
+	request, err := http.NewRequestWithContext(context.Background(), "GET", "http://"+address+path, nil)
 	must(s.t, err)
 	must(s.t, request.Write(conn))
 	response, err := http.ReadResponse(bufio.NewReader(conn), request)

@@ -146,6 +146,7 @@ type with struct {
 	dovecot string // Dovecot settings after the drop-in
 	bare    bool   // no nftwld, and no rules
 	socket  bool   // nftwld inherits its socket, as from systemd
+	publish bool   // Dovecot is in a container, which publish makes
 	wrap    []string
 }
 
@@ -156,11 +157,16 @@ type server struct {
 
 	conf    string // of Dovecot, in dir
 	address string // where it listens, with port 143
-	dovecot *exec.Cmd
-	done    chan struct{} // closed once Dovecot has exited
-	nftwld  *exec.Cmd
-	starts  int      // of nftwld
-	socket  *os.File // that nftwld inherits
+	policy  string // where nftwld listens, with port 8085
+	table   string // of the sets, in family inet
+
+	inside, outside *os.File // the network namespaces of a container and the host
+	internet        *nstest.Peer
+	dovecot         *exec.Cmd
+	done            chan struct{} // closed once Dovecot has exited
+	nftwld          *exec.Cmd
+	starts          int      // of nftwld
+	socket          *os.File // that nftwld inherits
 }
 
 // start runs Dovecot and nftwld in new network and mount namespaces, with the
@@ -169,15 +175,19 @@ func (d system) start(t testing.TB, w with) *server {
 	t.Helper()
 	nstest.Build(t, "cmd/nftwld")
 	nstest.New(t)
-	for _, a := range []string{server4 + "/32", backend4 + "/32", "192.0.2.1/24", server6 + "/128"} {
-		run(t, nstest.Need(t, "ip", "iproute2"), "address", "add", a, "dev", "lo", "nodad")
+	s := &server{t: t, d: d, with: w, conf: "dovecot.conf", address: server4, policy: "127.0.0.1", table: "filter"}
+	if w.publish {
+		s.publish()
+	} else {
+		for _, a := range []string{server4 + "/32", backend4 + "/32", "192.0.2.1/24", server6 + "/128"} {
+			run(t, nstest.Need(t, "ip", "iproute2"), "address", "add", a, "dev", "lo", "nodad")
+		}
+		run(t, "ip", "route", "add", "local", "2001:db8::/32", "dev", "lo")
 	}
-	run(t, "ip", "route", "add", "local", "2001:db8::/32", "dev", "lo")
 
 	must(t, unix.Unshare(unix.CLONE_NEWNS))
 	must(t, unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
 	must(t, unix.Mount("none", filepath.Join(d.root, "run"), "tmpfs", 0, "mode=755"))
-	s := &server{t: t, d: d, with: w, conf: "dovecot.conf", address: server4}
 	if d.root != "/" {
 		for _, name := range []string{"dev", "proc"} {
 			must(t, unix.Mount("/"+name, filepath.Join(d.root, name), "", unix.MS_BIND|unix.MS_REC, ""))
@@ -199,15 +209,14 @@ func (d system) start(t testing.TB, w with) *server {
 	if d.is23 {
 		dropIn = "2.3"
 	}
-	b, err := os.ReadFile(filepath.Join(nstest.Root(t), "contrib/dovecot/91-nftwl-policy-"+dropIn+".conf"))
-	must(t, err)
-	s.write("91-nftwl-policy.conf", strings.NewReplacer(": KEY", ": "+key, "= SALT", "= salt").Replace(string(b)), 0o600)
+	s.write("91-nftwl-policy.conf", strings.NewReplacer(": KEY", ": "+key, "= SALT", "= salt", "127.0.0.1", s.policy).
+		Replace(contrib(t, "dovecot/91-nftwl-policy-"+dropIn+".conf")), 0o600)
 	if !w.bare {
-		sets, err := os.ReadFile(filepath.Join(nstest.Root(t), "contrib/nftables/sets.nft"))
-		must(t, err)
-		nstest.Nft(t, string(sets))
+		if !w.publish {
+			nstest.Nft(t, contrib(t, "nftables/sets.nft"))
+		}
 		s.write("policy.key", key+"\n", 0o600)
-		s.write("nftwl.yaml", "policy: {key_file: "+dir+"/policy.key}\n"+w.config, 0o644)
+		s.write("nftwl.yaml", "table: inet "+s.table+"\npolicy: {listen: "+s.policy+":8085, key_file: "+dir+"/policy.key}\n"+w.config, 0o644)
 		t.Cleanup(func() {
 			if t.Failed() {
 				t.Logf("nftwld:\n%s", s.read("nftwld.log"))
@@ -260,7 +269,14 @@ func (s *server) startDovecot() {
 	cmd.Stdout = struct{ io.Writer }{out}
 	cmd.Stderr = cmd.Stdout
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
-	must(t, cmd.Start())
+	if s.inside != nil {
+		must(t, unix.Setns(int(s.inside.Fd()), unix.CLONE_NEWNET))
+	}
+	err = cmd.Start()
+	if s.inside != nil {
+		must(t, unix.Setns(int(s.outside.Fd()), unix.CLONE_NEWNET))
+	}
+	must(t, err)
 	done := make(chan struct{})
 	if s.dovecot == nil {
 		t.Cleanup(func() {
@@ -397,7 +413,7 @@ func (s *server) reported(labels, count string) {
 // in tells whether a set has an element whose text matches.
 func (s *server) in(set, element string) bool {
 	s.t.Helper()
-	return regexp.MustCompile(element).MatchString(run(s.t, nstest.Need(s.t, "nft", "nftables"), "list", "set", "inet", "filter", set))
+	return regexp.MustCompile(element).MatchString(run(s.t, nstest.Need(s.t, "nft", "nftables"), "list", "set", "inet", s.table, set))
 }
 
 func (s *server) poll(what string, done func() bool) {
@@ -407,6 +423,14 @@ func (s *server) poll(what string, done func() bool) {
 			s.t.Fatalf("waited %v for %s", patience, what)
 		}
 	}
+}
+
+// contrib returns a file that is shipped.
+func contrib(t testing.TB, name string) string {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(nstest.Root(t), "contrib", name))
+	must(t, err)
+	return string(b)
 }
 
 func run(t testing.TB, name string, args ...string) string {
