@@ -385,13 +385,49 @@ func TestSaved(t *testing.T) {
 	if v := fail(tr, start.Add(time.Minute), b.Next(), 1); v.Ban != 59*time.Minute {
 		t.Errorf("another address of the /64: %+v", v)
 	}
-	// The clock was wrong when it was saved.
-	tr = reloaded(t, tr, start.Add(-24*time.Hour))
-	if tr.Failure(start.Add(-24*time.Hour), a, wrong(1)) != Right {
-		t.Error("forgotten")
-	}
-	if tr.Stolen(start.Add(-20*time.Hour), b) {
-		t.Error("a ban is longer than the longest")
+}
+
+// The clock was wrong when it was saved, or is wrong now. What was saved ahead of
+// now counts as if it were new, and ends as soon; what was saved long before now
+// is forgotten. Nobody is banned by the jump.
+func TestClockJumps(t *testing.T) {
+	saved, banned, phone := addr("192.0.2.1"), addr("2001:db8::1"), addr("192.0.2.3")
+	for _, c := range []struct {
+		then, now time.Time
+		kept      bool
+	}{
+		{start, start.Add(-time.Hour), true},
+		{start, start.Add(-24 * time.Hour), true},
+		{start.AddDate(60, 0, 0), start, true},
+		{start, time.Unix(0, 0), true},
+		{time.Unix(0, 0), start, false},
+		{start, start.AddDate(60, 0, 0), false},
+	} {
+		tr := NewTracker(limits)
+		fail(tr, c.then, saved, limits.Limit-1)
+		fail(tr, c.then, banned, limits.TrustedLimit+1)
+		tr.Success(c.then, phone, wrong(9))
+		tr = reloaded(t, tr, c.now)
+		for _, a := range []netip.Addr{saved, banned, phone} {
+			if v := tr.Judge(c.now, a); v.Ban != 0 {
+				t.Errorf("%v to %v: %s is to be banned: %+v", c.then, c.now, a, v)
+			}
+		}
+		n := tr.Judge(c.now, saved).Failures
+		right := tr.Failure(c.now, phone, wrong(9)) == Right
+		if stolen := tr.Stolen(c.now, banned); (n == limits.Limit-1) != c.kept || right != c.kept || stolen != c.kept {
+			t.Errorf("%v to %v: %d failures, right: %v, stolen: %v", c.then, c.now, n, right, stolen)
+		}
+		if v := tr.Judge(c.now.Add(limits.Within), saved); v.Failures != 0 {
+			t.Errorf("%v to %v: %d failures after the time in which they count", c.then, c.now, v.Failures)
+		}
+		if tr.Stolen(c.now.Add(limits.Longest+time.Second), banned) {
+			t.Errorf("%v to %v: a ban is longer than the longest", c.then, c.now)
+		}
+		tr.Sweep(c.now.Add(2*limits.Longest + rightFor))
+		if len(tr.networks) != 0 || tr.failures != 0 || len(tr.right) != 0 {
+			t.Errorf("%v to %v: for ever: %d, %d, %d", c.then, c.now, len(tr.networks), tr.failures, len(tr.right))
+		}
 	}
 }
 
