@@ -46,7 +46,7 @@ bench: test-deps build
 	$(NAMESPACE) $(BENCH)/login -nftwl $(BIN) -empty $(BENCH)/empty -library $(BENCH)/library \
 		-script testdata/bench/login/trust.sh -rules contrib/nftables/sets.nft
 	@test "$$(id -u)" = 0 || echo "bench: whole logins, saving and restoring are measured by root alone: Dovecot needs its users, and nft a large socket"
-	go test -run '^$$' -bench . -benchtime 1x ./cmd/nftwl/e2e/dovecot
+	go test -run '^$$' -bench . -benchtime 1x ./cmd/nftwl/e2e/dovecot ./cmd/nftwld/e2e
 	test "$$(id -u)" != 0 || PATH=$(CURDIR)/build:$$PATH unshare --net $(BENCH)/snapshot -most $(MOST)
 
 # Logins, bans, saves and restores at random, against a model; and reloads,
