@@ -103,7 +103,7 @@ func (s *server) rest(logins int) {
 
 // children are the processes that Dovecot's master has started.
 func (s *server) children() []string {
-	master := strconv.Itoa(s.dovecot.Process.Pid)
+	master := strconv.Itoa(s.dovecot.Pid)
 	children, err := os.ReadFile("/proc/" + master + "/task/" + master + "/children")
 	must(s.t, err)
 	return strings.Fields(string(children))
@@ -112,7 +112,7 @@ func (s *server) children() []string {
 // cpu is what all processes of a server at rest have used until now, with those
 // that have ended: each was waited for by its parent.
 func (s *server) cpu() (sum time.Duration) {
-	pids := append(s.children(), strconv.Itoa(s.dovecot.Process.Pid))
+	pids := append(s.children(), strconv.Itoa(s.dovecot.Pid))
 	if s.nftwld != nil {
 		pids = append(pids, strconv.Itoa(s.nftwld.Process.Pid))
 	}

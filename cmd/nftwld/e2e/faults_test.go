@@ -184,7 +184,7 @@ func TestAllow(t *testing.T) {
 			t.Errorf("while it is gone: %v", err)
 		}
 		// What the packages' removal refuses to bring about.
-		s.stopDovecot()
+		s.dovecot.Stop()
 		s.write("dovecot.conf", s.read("dovecot.conf")+"auth_policy_reject_on_fail = yes\n", 0o644)
 		s.startDovecot()
 		if err := login("192.0.2.8", "alice", password); err == nil {

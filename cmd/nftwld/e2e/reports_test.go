@@ -212,7 +212,7 @@ func TestOutageBansNobody(t *testing.T) {
 		}
 		everybody(true)
 		s.reported(`protocol="imap",result="success"`, "40")
-		s.stopDovecot()
+		s.dovecot.Stop()
 		must(t, os.Remove(filepath.Join(dir, "users")))
 		s.startDovecot()
 		everybody(false)

@@ -3,7 +3,6 @@ package e2e
 import (
 	"bytes"
 	"errors"
-	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -162,11 +161,11 @@ type server struct {
 
 	inside, outside *os.File // the network namespaces of a container and the host
 	internet        *nstest.Peer
-	dovecot         *exec.Cmd
-	done            chan struct{} // closed once Dovecot has exited
-	nftwld          *exec.Cmd
-	starts          int      // of nftwld
-	socket          *os.File // that nftwld inherits
+
+	dovecot *nstest.Dovecot
+	nftwld  *exec.Cmd
+	starts  int      // of nftwld
+	socket  *os.File // that nftwld inherits
 }
 
 // start runs Dovecot and nftwld in new network and mount namespaces, with the
@@ -185,17 +184,7 @@ func (d system) start(t testing.TB, w with) *server {
 		run(t, "ip", "route", "add", "local", "2001:db8::/32", "dev", "lo")
 	}
 
-	must(t, unix.Unshare(unix.CLONE_NEWNS))
-	must(t, unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
-	must(t, unix.Mount("none", filepath.Join(d.root, "run"), "tmpfs", 0, "mode=755"))
-	if d.root != "/" {
-		for _, name := range []string{"dev", "proc"} {
-			must(t, unix.Mount("/"+name, filepath.Join(d.root, name), "", unix.MS_BIND|unix.MS_REC, ""))
-		}
-		must(t, unix.Mount("none", filepath.Join(d.root, "tmp"), "tmpfs", 0, "mode=1777"))
-		// So that a file in it has the same path outside as inside.
-		must(t, unix.Mount(filepath.Join(d.root, "run"), "/run", "", unix.MS_BIND, ""))
-	}
+	nstest.Tree(t, d.root)
 	for _, name := range []string{"state", "mail", "nftwld"} {
 		must(t, os.MkdirAll(filepath.Join(dir, name), 0o755))
 	}
@@ -224,6 +213,7 @@ func (d system) start(t testing.TB, w with) *server {
 		})
 		s.startNftwld()
 	}
+	s.configureDovecot()
 	s.startDovecot()
 	return s
 }
@@ -244,13 +234,12 @@ service auth {
   }
 }
 ` + settings}}
+	backend.configureDovecot()
 	backend.startDovecot()
 }
 
-// startDovecot waits until it listens.
-func (s *server) startDovecot() {
-	t := s.t
-	t.Helper()
+// configureDovecot writes its configuration.
+func (s *server) configureDovecot() {
 	header, passdb := config24, passwd24
 	if s.d.is23 {
 		header, passdb = config23, passwd23
@@ -259,59 +248,23 @@ func (s *server) startDovecot() {
 		passdb = s.with.passdb
 	}
 	s.write(s.conf, header+passdb+configBoth+s.with.dovecot, 0o644)
-	out, err := os.Create(filepath.Join(dir, s.conf+".out"))
-	must(t, err)
-	cmd := exec.Command("/usr/sbin/dovecot", "-F", "-c", dir+"/"+s.conf)
-	cmd.Dir = "/"
-	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: s.d.root, Pdeathsig: syscall.SIGTERM}
-	// Not the file itself but a pipe into it, so that Wait waits for every
-	// process of Dovecot's.
-	cmd.Stdout = struct{ io.Writer }{out}
-	cmd.Stderr = cmd.Stdout
-	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
+}
+
+// startDovecot waits until it listens.
+func (s *server) startDovecot() {
+	t := s.t
+	t.Helper()
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("Dovecot:\n%s%s", s.read(s.conf+".out"), s.read("log"))
+		}
+	})
 	if s.inside != nil {
 		must(t, unix.Setns(int(s.inside.Fd()), unix.CLONE_NEWNET))
 	}
-	err = cmd.Start()
+	s.dovecot = nstest.StartDovecot(t, s.d.root, dir+"/"+s.conf, s.address+":143", filepath.Join(dir, s.conf+".out"), nil, nil)
 	if s.inside != nil {
 		must(t, unix.Setns(int(s.outside.Fd()), unix.CLONE_NEWNET))
-	}
-	must(t, err)
-	done := make(chan struct{})
-	if s.dovecot == nil {
-		t.Cleanup(func() {
-			s.stopDovecot()
-			if t.Failed() {
-				t.Logf("Dovecot:\n%s%s", s.read(s.conf+".out"), s.read("log"))
-			}
-		})
-	}
-	s.dovecot, s.done = cmd, done
-	go func() {
-		_ = cmd.Wait() // the log says why it ended
-		out.Close()
-		close(done)
-	}()
-	s.poll("Dovecot to listen", func() bool {
-		select {
-		case <-s.done:
-			t.Fatal("Dovecot did not start")
-		default:
-		}
-		return listens(s.address + ":143")
-	})
-}
-
-// stopDovecot ends Dovecot, and waits until it is gone.
-func (s *server) stopDovecot() {
-	s.t.Helper()
-	_ = s.dovecot.Process.Signal(syscall.SIGTERM) // fails where it has exited
-	select {
-	case <-s.done:
-	case <-time.After(patience):
-		s.t.Error("Dovecot did not stop on SIGTERM")
-		_ = s.dovecot.Process.Kill()
-		<-s.done
 	}
 }
 

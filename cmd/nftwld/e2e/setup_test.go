@@ -19,7 +19,7 @@ func TestSetup(t *testing.T) {
 	t.Parallel()
 	eachSystem(t, func(t *testing.T, d system) {
 		s := d.start(t, with{})
-		s.stopDovecot()
+		s.dovecot.Stop()
 		etc := filepath.Join(d.root, "etc")
 		names := map[string]string{}
 		for _, name := range []string{"passwd", "group"} {

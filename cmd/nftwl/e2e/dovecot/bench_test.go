@@ -284,7 +284,7 @@ func (c *candidate) rest() {
 // cpu is what all processes of a server at rest have used until now, with
 // those that have ended: each was waited for by its parent.
 func (c *candidate) cpu() (sum time.Duration) {
-	pids := append(c.children(), c.server.cmd.Process.Pid)
+	pids := append(c.children(), c.server.dovecot.Pid)
 	for _, pid := range pids {
 		sum += c.process(pid).cpu
 	}
@@ -293,7 +293,7 @@ func (c *candidate) cpu() (sum time.Duration) {
 
 // children returns the process ids of those that Dovecot's master has started.
 func (c *candidate) children() (pids []int) {
-	children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", c.server.cmd.Process.Pid))
+	children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", c.server.dovecot.Pid))
 	must(c, err)
 	for _, field := range strings.Fields(string(children)) {
 		pid, err := strconv.Atoi(field)

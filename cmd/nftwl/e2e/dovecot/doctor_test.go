@@ -567,7 +567,7 @@ func TestDoctorWithoutLogins(t *testing.T) {
 	t.Parallel()
 	eachDovecot(t, func(t *testing.T, d dovecot) {
 		s := d.start(t, with{})
-		s.stop()
+		s.dovecot.Stop()
 		s.install()
 		diagnoses(t, s.doctor(), healthy.but(diagnosis{"dovecot.privilege": "skip: Dovecot is not running"}))
 

@@ -1,8 +1,6 @@
 package dovecot
 
 import (
-	"errors"
-	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -168,11 +166,10 @@ type with struct {
 }
 
 type server struct {
-	t    testing.TB
-	d    dovecot
-	with with
-	cmd  *exec.Cmd
-	done chan struct{} // closed once Dovecot has exited
+	t       testing.TB
+	d       dovecot
+	with    with
+	dovecot *nstest.Dovecot
 }
 
 // start runs Dovecot in new network and mount namespaces, in which the nftwl
@@ -192,20 +189,10 @@ func (d dovecot) start(t testing.TB, w with) *server {
 	t.Cleanup(func() { l.Close() })
 	go relay(l)
 
-	must(t, unix.Unshare(unix.CLONE_NEWNS))
-	must(t, unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
-	must(t, unix.Mount("none", filepath.Join(d.root, "run"), "tmpfs", 0, "mode=755"))
-	s := &server{t: t, d: d, with: w, done: make(chan struct{})}
+	nstest.Tree(t, d.root)
+	s := &server{t: t, d: d, with: w}
 	for _, name := range []string{"state", "etc", "lib", "mail"} {
 		must(t, os.MkdirAll(s.path(name), 0o755))
-	}
-	if d.root != "/" {
-		for _, name := range []string{"dev", "proc"} {
-			must(t, unix.Mount("/"+name, filepath.Join(d.root, name), "", unix.MS_BIND|unix.MS_REC, ""))
-		}
-		must(t, unix.Mount("none", filepath.Join(d.root, "tmp"), "tmpfs", 0, "mode=1777"))
-		// So that a socket in it has the same path outside as inside.
-		must(t, unix.Mount(filepath.Join(d.root, "run"), "/run", "", unix.MS_BIND, ""))
 	}
 
 	// Read-only overlays: the host's own folders, and ours before them.
@@ -248,64 +235,13 @@ func (d dovecot) start(t testing.TB, w with) *server {
 	s.write("dovecot.conf", header+configBoth+
 		"protocols = "+strings.Join(d.protocols, " ")+"\n"+w.dovecot, 0o644)
 
-	argv := slices.Concat(w.wrap, []string{"/usr/sbin/dovecot", "-F", "-c", dir + "/dovecot.conf"})
-	out, err := os.Create(s.path("out"))
-	must(t, err)
-	s.cmd = exec.Command(argv[0], argv[1:]...)
-	s.cmd.Dir = "/"
-	s.cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: d.root, Pdeathsig: syscall.SIGTERM}
-	// Not the file itself but a pipe into it, so that Wait waits for every
-	// process of Dovecot's, and with them for the last line of the log.
-	s.cmd.Stdout = struct{ io.Writer }{out}
-	s.cmd.Stderr = s.cmd.Stdout
-	// As under systemd: a user's shell is not part of what a login gets.
-	s.cmd.Env = append([]string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}, w.env...)
-	must(t, s.cmd.Start())
-	go func() {
-		_ = s.cmd.Wait() // the log says why it ended
-		out.Close()
-		close(s.done)
-	}()
 	t.Cleanup(func() {
-		s.stop()
 		if t.Failed() {
 			t.Logf("Dovecot %s%s", d.version, s.log())
 		}
 	})
-	poll(t, "Dovecot to listen", func() bool {
-		select {
-		case <-s.done:
-			t.Fatal("Dovecot did not start")
-		default:
-		}
-		c, err := net.Dial("tcp", net.JoinHostPort(server4, "143"))
-		if err != nil {
-			return false
-		}
-		c.Close()
-		return true
-	})
+	s.dovecot = nstest.StartDovecot(t, d.root, dir+"/dovecot.conf", net.JoinHostPort(server4, "143"), s.path("out"), w.wrap, w.env)
 	return s
-}
-
-// stop ends Dovecot and waits until it is gone.
-func (s *server) stop() {
-	s.t.Helper()
-	select {
-	case <-s.done:
-		return
-	default:
-	}
-	if err := s.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
-		s.t.Error(err)
-	}
-	select {
-	case <-s.done:
-	case <-time.After(patience):
-		s.t.Error("Dovecot did not stop on SIGTERM")
-		_ = s.cmd.Process.Kill() // fails where it has just exited
-		<-s.done
-	}
 }
 
 // path is where the test finds a file in dir.
@@ -373,7 +309,7 @@ func (s *server) complaints(count int) []string {
 	for end := time.Now().Add(patience); len(lines()) < count && time.Now().Before(end); {
 		time.Sleep(5 * time.Millisecond)
 	}
-	s.stop()
+	s.dovecot.Stop()
 	return lines()
 }
 
