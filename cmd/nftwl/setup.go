@@ -33,8 +33,8 @@ func newSetup(configPath *string) *cobra.Command {
 path where it belongs, and after them, as comments, what to do next.
 
   dovecot    the drop-in that has Dovecot run 'nftwl login' after each login
-  policy     nftwld's key and units, and the drop-in that has Dovecot report each
-             authentication to it: no program runs at a login
+  policy     nftwld's key and units, and the drop-in that has Dovecot report
+             each authentication to it: no program runs at a login
   nftables   the sets and rules, to be included into your own firewall, or as a
              table of their own where ufw or firewalld own the firewall
   systemd    the units that keep the sets over restart, reload, reboot
