@@ -179,22 +179,60 @@ func scram(mech, first, challenge, password string) string {
 	return final + ",p=" + base64.StdEncoding.EncodeToString(proof)
 }
 
-// smtp authenticates to Postfix's submission.
+// pop3 logs in over a new connection, and out.
+func pop3(from, user, password string) error {
+	c, err := dial(from, "110")
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	for _, line := range []string{"", "USER " + user, "PASS " + password, "QUIT"} {
+		if line != "" {
+			if err := c.PrintfLine("%s", line); err != nil {
+				return err
+			}
+		}
+		answer, err := c.ReadLine()
+		if err != nil {
+			return err
+		}
+		if !strings.HasPrefix(answer, "+OK") {
+			return fmt.Errorf("%w: %s", errDenied, answer)
+		}
+	}
+	return nil
+}
+
+// smtp authenticates to a submission service, with PLAIN.
 func smtp(from, port, user, password string) error {
+	return smtpAuth(from, port, "AUTH PLAIN "+base64.StdEncoding.EncodeToString([]byte("\x00"+user+"\x00"+password)))
+}
+
+// smtpLogin is smtp with LOGIN, which most guessers take.
+func smtpLogin(from, port, user, password string) error {
+	return smtpAuth(from, port, "AUTH LOGIN "+base64.StdEncoding.EncodeToString([]byte(user)), base64.StdEncoding.EncodeToString([]byte(password)))
+}
+
+// smtpAuth sends the lines of an AUTH, the last of which is to succeed.
+func smtpAuth(from, port string, lines ...string) error {
 	c, err := dial(from, port)
 	if err != nil {
 		return err
 	}
 	defer c.Close()
-	for _, step := range []struct {
+	type step struct {
 		code int
 		line string
-	}{
-		{220, ""},
-		{250, "EHLO client.example.org"},
-		{235, "AUTH PLAIN " + base64.StdEncoding.EncodeToString([]byte("\x00"+user+"\x00"+password))},
-		{221, "QUIT"},
-	} {
+	}
+	steps := []step{{220, ""}, {250, "EHLO client.example.org"}}
+	for i, line := range lines {
+		code := 334
+		if i == len(lines)-1 {
+			code = 235
+		}
+		steps = append(steps, step{code, line})
+	}
+	for _, step := range append(steps, step{221, "QUIT"}) {
 		if step.line != "" {
 			if err := c.PrintfLine("%s", step.line); err != nil {
 				return err

@@ -128,3 +128,39 @@ func TestPostfix(t *testing.T) {
 		}
 	})
 }
+
+// What people have fail2ban read logs for, wherever Dovecot looks at the
+// passwords: a guesser is banned on every port, by whichever door.
+func TestGuessersByEachDoor(t *testing.T) {
+	t.Parallel()
+	eachSystem(t, func(t *testing.T, d system) {
+		s := d.start(t, with{config: "failures: {limit: 3}\n"})
+		s.startPostfix()
+		for i, door := range []struct {
+			name string
+			try  func(from, user, password string) error
+		}{
+			{"IMAP", login},
+			{"POP3", pop3},
+			{"submission with PLAIN", func(from, user, password string) error { return smtp(from, "587", user, password) }},
+			{"submission with LOGIN", func(from, user, password string) error { return smtpLogin(from, "587", user, password) }},
+		} {
+			from := fmt.Sprintf("192.0.2.%d", 10+i)
+			for j, user := range []string{"alice", "info", "alice"} {
+				if err := door.try(from, user, fmt.Sprint("guess", j)); !errors.Is(err, errDenied) {
+					t.Errorf("%s: %v, want %v", door.name, err, errDenied)
+				}
+			}
+			for _, port := range []int{143, 993, 995, 465, 587} {
+				s.poll(fmt.Sprintf("%s: the ban on %d", door.name, port), func() bool {
+					return s.in("banned_ipv4", fmt.Sprintf(`%s \. %d timeout 1h`, from, port))
+				})
+			}
+			good := fmt.Sprintf("192.0.2.%d", 20+i)
+			if err := door.try(good, "alice", password); err != nil {
+				t.Errorf("%s: %v", door.name, err)
+			}
+			s.poll(door.name+": the trust", func() bool { return s.in("trusted_ipv4", good+` \. 993 `) })
+		}
+	})
+}
