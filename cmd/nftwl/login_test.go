@@ -136,7 +136,7 @@ func TestLoginKeepsDescriptors(t *testing.T) {
 }
 
 // However few descriptors are left, the command is executed; two are enough to
-// trust. (One is, but that Go 1.26 loses it in a cgroup of version 1.) The
+// trust. (One is, except that Go 1.26 loses it in a cgroup of version 1.) The
 // command is a static program, since the loader of another needs a descriptor.
 //
 // Where stdin, stdout or stderr does not block, package os starts Go's poller

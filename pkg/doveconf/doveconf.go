@@ -130,7 +130,7 @@ func (s *Settings) AuthPolicy() *AuthPolicy {
 	}
 }
 
-// Path makes an absolute path of one that is in Dovecot's run folder.
+// Path makes an absolute path of one that is in Dovecot's run directory.
 func (s *Settings) Path(name string) string {
 	if filepath.IsAbs(name) {
 		return filepath.Clean(name)

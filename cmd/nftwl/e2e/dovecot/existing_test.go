@@ -55,7 +55,7 @@ func TestExistingPostLogin(t *testing.T) {
 		after  string // and after
 		user   string // of alice's entry in the user database, from the uid on
 		as     string // uid, gid, groups and capabilities of the script
-		rawlog bool   // alice has a folder for it
+		rawlog bool   // alice has a directory for it
 	}{
 		{name: "plain", config: existing("imap", script, ""), as: root},
 		{name: "user", config: existing("imap", script, "user = games"), as: games},
@@ -139,7 +139,7 @@ func TestExistingPostLogin(t *testing.T) {
 						t.Errorf("the doctor finds %+v", r)
 					}
 				}
-				// It is said once, and is the same the next time.
+				// It is reported once, and is the same the next time.
 				if out := s.shell("nftwl setup dovecot --write"); !strings.Contains(out, "there already, and the same: ") {
 					t.Errorf("the second time:\n%s", out)
 				}

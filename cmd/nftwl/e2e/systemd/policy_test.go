@@ -26,13 +26,13 @@ func TestDoctorPolicy(t *testing.T) {
 			return all
 		}
 		m.diagnoses("nobody has logged in", "policy", quiet)
-		for _, f := range []struct{ name, make, mend, check, text string }{
+		for _, f := range []struct{ name, make, fix, check, text string }{
 			{"not enabled", "systemctl disable nftwld", "systemctl enable nftwld", "policy.service", "fail: nftwld.socket is not enabled"},
 			{"the service is stopped", "systemctl stop nftwld.service", "systemctl start nftwld", "policy.service", "fail: nftwld.service is inactive"},
 		} {
 			m.commands(f.make)()
 			m.diagnoses(f.name, "policy", with(f.check, f.text))
-			m.commands(f.mend)()
+			m.commands(f.fix)()
 			m.settle()
 		}
 		m.run("chmod", "644", "/etc/nftwl/policy.key")
