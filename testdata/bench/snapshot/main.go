@@ -166,7 +166,8 @@ func bench(most int) error {
 		if out, err := self.CombinedOutput(); err != nil {
 			return fmt.Errorf("fill: %w\n%s", err, out)
 		}
-		saved, listed := filepath.Join(dir, "sets.nft"), filepath.Join(dir, "list.nft")
+		// A file for each: a save would restore what it has of another table.
+		saved, listed := filepath.Join(dir, fmt.Sprint(set, c.elements)), filepath.Join(dir, "list.nft")
 		// By turns, so that what else the machine does falls on all alike.
 		for range c.saves {
 			if err := bare.dump(set, c.elements); err != nil {
@@ -223,7 +224,7 @@ func underLogins(nftwl, dir string, n int) error {
 	if err != nil {
 		return err
 	}
-	saved := filepath.Join(dir, "sets.nft")
+	saved := filepath.Join(dir, "with-logins.nft")
 	var quiet, disturbed figure
 	addr := netip.MustParseAddr("203.0.113.0")
 	login := func() error {
