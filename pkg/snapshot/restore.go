@@ -48,7 +48,7 @@ func RestoreSnapshot(path string, conn *nftset.Conn, sets Sets, anyone bool) (r 
 			return r, err
 		}
 	}
-	f, err := r.load(path, sets)
+	f, text, err := r.load(path, sets)
 	if err != nil {
 		return r, fmt.Errorf("%s: %w", path, err)
 	}
@@ -71,7 +71,7 @@ func RestoreSnapshot(path string, conn *nftset.Conn, sets Sets, anyone bool) (r 
 		if table == before {
 			r.NotNoted = notLocked
 			if notLocked == nil {
-				r.NotNoted = note(path, f, table)
+				r.NotNoted = note(path, text, f, table)
 			}
 			return r, nil
 		}
@@ -82,26 +82,21 @@ func RestoreSnapshot(path string, conn *nftset.Conn, sets Sets, anyone bool) (r 
 
 // load reads a file, of which it takes the sets without the addresses that are
 // refused.
-func (r *Restored) load(path string, sets Sets) (*File, error) {
-	text, err := Read(path)
-	if err != nil {
-		return nil, err
+func (r *Restored) load(path string, sets Sets) (f *File, text string, err error) {
+	if text, err = Read(path); err != nil {
+		return nil, "", err
 	}
-	f, err := ParseSets(text, sets.Table, sets.Names)
+	f, err = ParseSets(text, sets.Table, sets.Names)
 	if f != nil {
 		r.Passed, r.Refused = f.Passed, f.Drop(sets.Refuse)
 	}
-	return f, err
+	return f, text, err
 }
 
-// note writes a snapshot anew, with another table in its header.
-func note(path string, f *File, table nftset.Instance) error {
+// note writes a snapshot's text anew, with another table in its header.
+func note(path, text string, f *File, table nftset.Instance) error {
 	if f.Saved.IsZero() || f.Table == table {
 		return nil // there is no place for it; or nothing to be changed
-	}
-	text, err := Read(path)
-	if err != nil {
-		return err
 	}
 	_, rest, _ := strings.Cut(text, "\n")
 	d, err := create(path)

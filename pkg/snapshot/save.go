@@ -119,7 +119,7 @@ func (r *Saved) restore(path string, conn *nftset.Conn, sets Sets) error {
 		return err
 	}
 	first := new(Restored)
-	f, err := first.load(path, sets)
+	f, _, err := first.load(path, sets)
 	if err != nil {
 		return err
 	}
