@@ -65,14 +65,15 @@ func TestContainer(t *testing.T) {
 						t.Fatalf("there is a server at %s", elsewhere[who.name])
 					}
 				}
-				if s.has("banned", who.source, 587) {
-					t.Errorf("%s is banned for what is not for this host", who.stranger)
+				if s.has("limited", who.source, 587) {
+					t.Errorf("%s is limited for what is not for this host", who.stranger)
 				}
 
 				s.pass(who.stranger, 587, burst5)
+				s.refuse(who.stranger, 587)
 				s.drop(who.stranger, 587)
-				if !s.has("banned", who.source, 587) {
-					t.Errorf("%s is not banned on the port that it sees", who.stranger)
+				if !s.has("limited", who.source, 587) {
+					t.Errorf("%s is not limited on the port that it sees", who.stranger)
 				}
 			}
 		})

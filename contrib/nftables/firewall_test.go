@@ -1,6 +1,7 @@
 package nftables_test
 
 import (
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -37,6 +38,8 @@ func uncomment(line string) edit { return edit{"#" + line, line} }
 type layout struct {
 	name       string
 	load       []string // files, in /etc
+	main       string   // the file to load again, in /etc/nftwl
+	limit      string   // the file with the limit
 	table      string
 	prefix64   edit
 	strict     edit
@@ -47,6 +50,8 @@ var layouts = []layout{
 	{
 		name:       "filter",
 		load:       []string{"nftables.conf"},
+		main:       "nftwl.nft",
+		limit:      "submission.nft",
 		table:      "inet filter",
 		prefix64:   uncomment(`include "nftwl/trusted-prefix64.nft"`),
 		strict:     uncomment(`include "nftwl/strict.nft"`),
@@ -55,9 +60,11 @@ var layouts = []layout{
 	{
 		name:     "standalone",
 		load:     []string{"nftwl/standalone.nft"},
+		main:     "standalone.nft",
+		limit:    "standalone.nft",
 		table:    "inet nftwl",
 		prefix64: uncomment(`ip6 saddr & $nftwl_ipv6_network . tcp dport @trusted_ipv6`),
-		strict:   uncomment(`tcp dport $nftwl_submission_ports ct state new counter drop`),
+		strict:   uncomment(`tcp dport $nftwl_submission_ports ct state new,untracked counter drop`),
 	},
 }
 
@@ -167,15 +174,26 @@ func (f *firewall) up() {
 // the ipv6_prefix of the configuration.
 func (f *firewall) trust(address netip.Addr, prefix int, timeout string) {
 	f.Helper()
+	f.nftwl(prefix, []string{"IP=" + address.String(), "NFTWL_TIMEOUT=" + timeout}, "login", "/bin/true")
+}
+
+// run runs a command of nftwl's.
+func (f *firewall) run(args ...string) {
+	f.Helper()
+	f.nftwl(128, nil, args...)
+}
+
+func (f *firewall) nftwl(prefix int, env []string, args ...string) {
+	f.Helper()
 	config := filepath.Join(f.TempDir(), "nftwl.yaml")
 	text := fmt.Sprintf("table: %s\nipv6_prefix: %d\n", f.table, prefix)
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		f.Fatal(err)
 	}
-	cmd := exec.Command(nstest.Build(f.T, "cmd/nftwl"), "--config", config, "login", "/bin/true")
-	cmd.Env = []string{"IP=" + address.String(), "NFTWL_TIMEOUT=" + timeout}
-	if out, err := cmd.CombinedOutput(); err != nil || len(out) > 0 {
-		f.Fatalf("login from %s: %v\n%s", address, err, out)
+	cmd := exec.Command(nstest.Build(f.T, "cmd/nftwl"), append([]string{"--config", config}, args...)...)
+	cmd.Env = env
+	if out, err := cmd.CombinedOutput(); err != nil || args[0] == "login" && len(out) > 0 {
+		f.Fatalf("%q nftwl %q: %v\n%s", env, args, err, out)
 	}
 }
 
@@ -255,6 +273,8 @@ func (s *mailserver) open(from netip.Addr, port int) *net.TCPConn {
 		s.Fatalf("%s is kept from port %d", from, port)
 	}
 	s.Cleanup(func() { conn.Close() })
+	// It is open for its client before the last packet of the handshake arrives.
+	s.alive(conn)
 	return conn
 }
 
@@ -275,6 +295,40 @@ func (s *mailserver) drop(from netip.Addr, port int) {
 	}
 }
 
+// refuse opens a connection that the firewall must reset once it is complete.
+func (s *mailserver) refuse(from netip.Addr, port int) {
+	s.Helper()
+	if in, err := s.try(from, port); in || !errors.Is(err, unix.ECONNRESET) {
+		s.Errorf("%s to port %d: %v, and no reset", from, port, err)
+	}
+}
+
+// try opens a connection, and reports whether data flows both ways.
+func (s *mailserver) try(from netip.Addr, port int) (bool, error) {
+	server := nstest.ServerIPv4
+	if from.Is6() {
+		server = nstest.ServerIPv6
+	}
+	conn, err := s.internet.Dial(from, netip.AddrPortFrom(server, uint16(port)), soon)
+	if err != nil {
+		return false, err
+	}
+	defer conn.Close()
+	err = echo(conn)
+	return err == nil, err
+}
+
+// echo sends a line and reads it back.
+func echo(conn *net.TCPConn) error {
+	conn.SetDeadline(time.Now().Add(soon))
+	line := []byte("NOOP\r\n")
+	if _, err := conn.Write(line); err != nil {
+		return err
+	}
+	_, err := io.ReadFull(conn, line)
+	return err
+}
+
 // until tries until a connection is let in, or kept out.
 func (s *mailserver) until(open bool, from netip.Addr, port int) {
 	s.Helper()
@@ -293,12 +347,7 @@ func (s *mailserver) until(open bool, from netip.Addr, port int) {
 // alive proves that data still flows both ways on an open connection.
 func (s *mailserver) alive(conn *net.TCPConn) {
 	s.Helper()
-	conn.SetDeadline(time.Now().Add(soon))
-	line := []byte("NOOP\r\n")
-	if _, err := conn.Write(line); err != nil {
-		s.Fatal(err)
-	}
-	if _, err := io.ReadFull(conn, line); err != nil {
-		s.Fatalf("an open connection was cut: %v", err)
+	if err := echo(conn); err != nil {
+		s.Fatalf("no data flows on an open connection: %v", err)
 	}
 }

@@ -17,7 +17,7 @@ var addr = netip.MustParseAddr
 type family struct {
 	name              string
 	stranger, another netip.Addr // no network in common
-	source            netip.Addr // what the stranger is limited and banned as
+	source            netip.Addr // what the stranger is limited as
 	user              netip.Addr
 	local             netip.Addr
 }
@@ -31,24 +31,27 @@ var families = []family{
 // next is too many.
 const burst5 = 5
 
-func TestStrangerIsBannedAboveTheLimit(t *testing.T) {
-	const ban = 3 * time.Second
+func TestStrangerIsLimited(t *testing.T) {
+	const out = 3 * time.Second
 	each(t, func(t *testing.T, l layout, root string) {
 		for _, who := range families {
 			t.Run(who.name, func(t *testing.T) {
 				t.Parallel()
-				// The limit must forget him before the ban ends, or the first
-				// connection after it is over the limit again.
-				s := serve(t, l, root, edit{"timeout 1d", "timeout 3s"}, edit{"timeout 10m", "timeout 1s"})
+				// The count must be forgotten before the source is let in again, or
+				// its first connection is over the limit.
+				s := serve(t, l, root, edit{"timeout 1h", "timeout 3s"}, edit{"timeout 10m", "timeout 1s"})
 				held := s.open(who.stranger, 587)
 				s.pass(who.stranger, 587, burst5-1)
-				if s.has("banned", who.source, 587) {
-					t.Error("banned below the limit")
+				if s.has("limited", who.source, 587) {
+					t.Error("limited below the limit")
 				}
 				start := time.Now()
-				s.drop(who.stranger, 587)
-				if !s.has("banned", who.source, 587) {
-					t.Error("not banned above the limit")
+				s.refuse(who.stranger, 587)
+				if !s.has("limited", who.source, 587) {
+					t.Error("not limited above the limit")
+				}
+				if s.has("banned", who.source, 587) || s.has("banned", who.stranger, 587) {
+					t.Error("the limit bans")
 				}
 
 				// Nothing and nobody else suffers.
@@ -56,29 +59,30 @@ func TestStrangerIsBannedAboveTheLimit(t *testing.T) {
 				s.pass(who.stranger, 993, 2*burst5)
 				s.pass(who.stranger, 25, 2*burst5)
 				s.pass(who.another, 587, burst5)
-				s.alive(held)
+				for range 2 * burst5 {
+					s.alive(held)
+				}
 
 				s.drop(who.stranger, 587)
 				s.until(true, who.stranger, 587)
-				if d := time.Since(start); d < ban-100*time.Millisecond || d > ban+2*time.Second {
-					t.Errorf("a ban of %v took %v", ban, d)
+				if d := time.Since(start); d < out-100*time.Millisecond || d > out+2*time.Second {
+					t.Errorf("limited for %v, want %v", d, out)
 				}
 
 				for comment, want := range map[string]int{
-					"nftwl: bans of IPv" + who.name[3:]: 1,
-					"nftwl: over the limit":             1,
-					"nftwl: below the limit":            3*burst5 + 1,
+					"nftwl: over the limit":  1,
+					"nftwl: below the limit": 3*burst5 + 1,
 				} {
 					if got := s.packets(comment); got != want {
 						t.Errorf("%q: %d packets, want %d", comment, got, want)
 					}
 				}
-				banned := "nftwl: banned IPv4"
+				limited := "nftwl: limited IPv4"
 				if who.stranger.Is6() {
-					banned = "nftwl: banned IPv6 network"
+					limited = "nftwl: limited IPv6 network"
 				}
-				if s.packets(banned) == 0 {
-					t.Errorf("%q counts no packet", banned)
+				if s.packets(limited) == 0 {
+					t.Errorf("%q counts no packet", limited)
 				}
 			})
 		}
@@ -91,30 +95,40 @@ func TestTrustedPasses(t *testing.T) {
 		for _, who := range families {
 			s.trust(who.user, 128, "1h")
 			s.pass(who.user, 587, 6*burst5)
-			if s.has("banned", who.user, 587) {
-				t.Errorf("%s is banned while trusted", who.user)
+			if s.has("limited", who.user, 587) || s.has("limited", network(who.user), 587) {
+				t.Errorf("%s is limited while trusted", who.user)
 			}
 			for _, port := range []int{143, 993, 995, 465, 587} {
 				s.add("banned", who.user, port, "1h")
 				s.pass(who.user, port, 2*burst5)
 			}
-			// Banned as everyone else's network, too.
-			if who.user.Is6() {
-				s.add("banned", network(who.user), 587, "1h")
+			for _, list := range []string{"banned", "limited"} {
+				s.add(list, network(who.user), 587, "1h")
 				s.pass(who.user, 587, burst5)
 			}
+
+			// One who was limited when the login came.
+			s.pass(who.stranger, 587, burst5)
+			s.refuse(who.stranger, 587)
+			s.drop(who.stranger, 587)
+			s.trust(who.stranger, 128, "1h")
+			s.pass(who.stranger, 587, 4*burst5)
 			if got, want := s.packets("nftwl: trusted IP"+who.name[2:]), 16*burst5; got < want {
 				t.Errorf("the rule for trusted %s counts %d packets, want %d", who.name, got, want)
 			}
 		}
-		if n := s.packets("nftwl: over the limit"); n != 0 {
-			t.Errorf("the limit has dropped %d packets of trusted addresses", n)
+		if n := s.packets("nftwl: over the limit"); n != len(families) {
+			t.Errorf("%d connections were over the limit, want %d, of those not yet trusted", n, len(families))
 		}
 	})
 }
 
-// network is the address that stands for an IPv6 address's /64.
+// network is the address that stands for an IPv6 address's /64. An IPv4
+// address stands for itself.
 func network(a netip.Addr) netip.Addr {
+	if a.Is4() {
+		return a
+	}
 	p, err := a.Prefix(64)
 	if err != nil {
 		panic(err)
@@ -219,7 +233,7 @@ func TestRotationWithinA64(t *testing.T) {
 		for host := 1; host <= burst5; host++ {
 			s.pass(at(1, host), 587, 1)
 		}
-		s.drop(at(1, burst5+1), 587)
+		s.refuse(at(1, burst5+1), 587)
 		s.drop(at(1, 1), 587)
 		s.pass(at(2, 1), 587, burst5)
 	})
@@ -256,28 +270,28 @@ func TestFullLimit(t *testing.T) {
 			s.pass(who.user, 587, 1)
 			s.pass(who.stranger, 587, 3*burst5)
 			s.pass(who.another, 587, burst5-1)
-			s.drop(who.another, 587)
+			s.refuse(who.another, 587)
 		}
 	})
 }
 
-// What is over the limit is dropped where it cannot be banned.
-func TestFullBanned(t *testing.T) {
+// What is over the limit is refused where the source cannot be kept out.
+func TestFullLimited(t *testing.T) {
 	each(t, func(t *testing.T, l layout, root string) {
 		s := serve(t, l, root, edit{"size 262144", "size 5"})
 		for _, who := range families {
 			for port := 1; port <= 5; port++ {
-				s.add("banned", who.user, port, "1h")
+				s.add("limited", who.user, port, "1h")
 			}
 			s.pass(who.stranger, 587, burst5)
-			s.drop(who.stranger, 587)
-			s.drop(who.stranger, 587)
-			if s.has("banned", who.source, 587) {
+			s.refuse(who.stranger, 587)
+			s.refuse(who.stranger, 587)
+			if s.has("limited", who.source, 587) {
 				t.Error("the set was not full")
 			}
 		}
 		if n := s.packets("nftwl: over the limit"); n != 4 {
-			t.Errorf("dropped %d packets, want 4", n)
+			t.Errorf("refused %d connections, want 4", n)
 		}
 	})
 }
@@ -361,7 +375,8 @@ func TestStandaloneBesideAnotherFirewall(t *testing.T) {
 				s.drop(who.user, 993) // trusted, but not open in theirs
 
 				s.pass(who.stranger, 587, burst5)
-				s.drop(who.stranger, 587) // open in theirs, but over the limit
+				s.refuse(who.stranger, 587) // open in theirs, but over the limit
+				s.drop(who.stranger, 587)
 				s.pass(who.stranger, 143, 1)
 			}
 		})
@@ -371,7 +386,7 @@ func TestStandaloneBesideAnotherFirewall(t *testing.T) {
 // What nftwl's chain drops, no accept after the jump lets in.
 func TestLaterAccept(t *testing.T) {
 	later := edit{"\t\tjump nftwl\n", "\t\tjump nftwl\n\t\ttcp dport { 465, 587 } accept\n"}
-	full := edit{"size 262144", "size 1"} // drops without a ban
+	full := edit{"size 262144", "size 1"} // refuses, and remembers nobody
 	l := layouts[0]
 	for _, v := range nftVersions {
 		t.Run(v.name, func(t *testing.T) {
@@ -379,9 +394,10 @@ func TestLaterAccept(t *testing.T) {
 			t.Run("limit", func(t *testing.T) {
 				s := serve(t, l, v.root(t), later, full)
 				for _, who := range families {
-					s.add("banned", who.user, 1, "1h")
+					s.add("limited", who.user, 1, "1h")
 					s.pass(who.stranger, 587, burst5)
-					s.drop(who.stranger, 587)
+					s.refuse(who.stranger, 587)
+					s.refuse(who.stranger, 587)
 				}
 			})
 			t.Run("strict", func(t *testing.T) {

@@ -1,0 +1,465 @@
+package nftables_test
+
+import (
+	"encoding/binary"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/nstest"
+)
+
+// A forger sends TCP packets of any source from the peer.
+type forger struct {
+	*mailserver
+	ipv4, ipv6 int // raw sockets
+}
+
+// Flags of a TCP packet (RFC 9293, section 3.1).
+const (
+	syn = 0x02
+	ack = 0x10
+)
+
+func (s *mailserver) forger() *forger {
+	s.Helper()
+	f := &forger{mailserver: s}
+	var err error
+	s.internet.Do(func() {
+		// Of this protocol, packets have their IP header already: raw(7), ipv6(7).
+		if f.ipv4, err = unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW); err == nil {
+			f.ipv6, err = unix.Socket(unix.AF_INET6, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+		}
+	})
+	if err != nil {
+		s.Fatal(err)
+	}
+	s.Cleanup(func() { unix.Close(f.ipv4); unix.Close(f.ipv6) })
+	return f
+}
+
+// send sends one packet to the server's port.
+func (f *forger) send(from netip.AddrPort, port uint16, flags byte, seq, ackSeq uint32) {
+	f.Helper()
+	be := binary.BigEndian
+	server := nstest.ServerIPv4
+	if from.Addr().Is6() {
+		server = nstest.ServerIPv6
+	}
+	tcp := be.AppendUint16(nil, from.Port())
+	tcp = be.AppendUint16(tcp, port)
+	tcp = be.AppendUint32(tcp, seq)
+	tcp = be.AppendUint32(tcp, ackSeq)
+	tcp = append(tcp, 5<<4, flags, 0xff, 0xff, 0, 0, 0, 0)
+	pseudo := append(from.Addr().AsSlice(), server.AsSlice()...)
+	pseudo = append(pseudo, 0, unix.IPPROTO_TCP, 0, byte(len(tcp)))
+	sum := uint32(0)
+	for b := append(pseudo, tcp...); len(b) > 0; b = b[2:] {
+		sum += uint32(be.Uint16(b))
+	}
+	be.PutUint16(tcp[16:], ^uint16(sum+sum>>16)) // so few words carry once
+
+	var err error
+	if from.Addr().Is4() {
+		ip := append([]byte{0x45, 0, 0, byte(20 + len(tcp)), 0, 0, 0, 0, 64, unix.IPPROTO_TCP, 0, 0}, from.Addr().AsSlice()...)
+		ip = append(append(ip, server.AsSlice()...), tcp...)
+		err = unix.Sendto(f.ipv4, ip, 0, &unix.SockaddrInet4{Addr: server.As4()})
+	} else {
+		ip := append([]byte{0x60, 0, 0, 0, 0, byte(len(tcp)), unix.IPPROTO_TCP, 64}, from.Addr().AsSlice()...)
+		ip = append(append(ip, server.AsSlice()...), tcp...)
+		err = unix.Sendto(f.ipv6, ip, 0, &unix.SockaddrInet6{Addr: server.As16()})
+	}
+	if err != nil {
+		f.Fatal(err)
+	}
+}
+
+// Nobody can use up another's connections by forging his address: with SYNs,
+// with ACKs, or with both, as he does not see the server's sequence number.
+func TestForgedAddress(t *testing.T) {
+	each(t, func(t *testing.T, l layout, root string) {
+		s := serve(t, l, root)
+		f := s.forger()
+		for _, silent := range []bool{false, true} {
+			if silent {
+				// One whose host does not reset what it did not ask for.
+				s.internet.Do(func() {
+					nstest.Nft(s, "table inet silent { chain output { type filter hook output priority 0; tcp flags & rst == rst drop; }; }")
+				})
+			}
+			for _, who := range families {
+				for i := range uint16(200) {
+					from := netip.AddrPortFrom(who.stranger, 1000+i)
+					f.send(from, 587, syn, 1, 0)
+					f.send(from, 587, ack, 2, rand.Uint32())
+				}
+				for i := range uint16(200) {
+					f.send(netip.AddrPortFrom(who.stranger, 2000+i), 587, ack, 2, rand.Uint32())
+				}
+				if n := s.packets("nftwl: strangers"); n < 200 {
+					t.Errorf("%d forged packets arrived", n)
+				}
+			}
+		}
+		if n := s.packets("nftwl: below the limit") + s.packets("nftwl: over the limit"); n != 0 {
+			t.Errorf("%d forged connections count", n)
+		}
+		s.internet.Do(func() { nstest.Nft(s, "delete table inet silent") })
+		for _, who := range families {
+			s.pass(who.stranger, 587, burst5)
+			s.refuse(who.stranger, 587)
+		}
+	})
+}
+
+// A client repeats a SYN that a busy server does not answer. That costs the
+// client nothing.
+func TestFullBacklog(t *testing.T) {
+	const port = 2587 // a submission port of the administrator's own
+	each(t, func(t *testing.T, l layout, root string) {
+		s := serve(t, l, root, edit{"nftwl_submission_ports = { 465, 587 }", "nftwl_submission_ports = { 465, 587, 2587 }"})
+		fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err == nil {
+			err = unix.Bind(fd, &unix.SockaddrInet6{Port: port})
+		}
+		if err == nil {
+			err = unix.Listen(fd, 0)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		file := os.NewFile(uintptr(fd), "busy")
+		defer file.Close()
+		busy, err := net.FileListener(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer busy.Close()
+		full := func() bool {
+			conn := s.internet.Connect(s, families[0].user, port, never)
+			if conn != nil {
+				t.Cleanup(func() { conn.Close() })
+			}
+			return conn == nil
+		}
+		for tries := 0; !full(); tries++ {
+			if tries == 10 {
+				t.Fatal("the backlog has no end")
+			}
+		}
+
+		before := s.packets("nftwl: strangers")
+		var waiting []int
+		for range 3 {
+			for _, who := range families {
+				var fd int
+				s.internet.Do(func() { fd, err = connect(who.stranger, port) })
+				if err != nil {
+					t.Fatal(err)
+				}
+				waiting = append(waiting, fd)
+			}
+		}
+		// Three SYNs of each connection.
+		for deadline := time.Now().Add(20 * time.Second); s.packets("nftwl: strangers") < before+3*len(waiting); {
+			if time.Now().After(deadline) {
+				t.Fatal("no SYN is repeated")
+			}
+			time.Sleep(50 * time.Millisecond)
+		}
+		for _, fd := range waiting {
+			unix.Close(fd)
+		}
+		if err := unix.Listen(fd, 100); err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			for {
+				conn, err := busy.Accept()
+				if err != nil {
+					return
+				}
+				go func() {
+					defer conn.Close()
+					io.Copy(conn, conn)
+				}()
+			}
+		}()
+		for deadline := time.Now().Add(5 * time.Second); full(); {
+			if time.Now().After(deadline) {
+				t.Fatal("the backlog stays full")
+			}
+		}
+		for _, who := range families {
+			s.pass(who.stranger, port, burst5)
+			s.refuse(who.stranger, port)
+		}
+	})
+}
+
+// burst40 is the limit of a network, and ever is an edit that has it regain no
+// connection during a test.
+const burst40 = 40
+
+var ever = edit{"20/minute burst 40", "1/day burst 40"}
+
+// Who changes addresses within a network, and never exceeds the limit of one,
+// is limited all the same. That bans nobody, and keeps out no user.
+func TestNetwork(t *testing.T) {
+	networks := []struct {
+		name        string
+		at          func(int) netip.Addr
+		user, other netip.Addr
+	}{
+		{"24", func(i int) netip.Addr { return addr(fmt.Sprintf("198.51.100.%d", i)) },
+			addr("198.51.100.250"), addr("203.0.113.1")},
+		{"48", func(i int) netip.Addr { return addr(fmt.Sprintf("2001:db8:a:%x::1", i)) },
+			addr("2001:db8:a:ffff::1"), addr("2001:db8:b::1")},
+		{"nat64", func(i int) netip.Addr { return addr(fmt.Sprintf("64:ff9b::198.51.100.%d", i)) },
+			addr("64:ff9b::198.51.100.250"), addr("64:ff9b::198.51.101.1")},
+	}
+	each(t, func(t *testing.T, l layout, root string) {
+		s := serve(t, l, root, ever)
+		for _, network := range networks {
+			for i := range burst40 {
+				s.pass(network.at(i/4), 587, 1)
+			}
+			for i := range burst40 {
+				s.refuse(network.at(i), 587)
+			}
+			s.pass(network.at(1), 465, 1)
+			s.pass(network.other, 587, 1)
+			s.trust(network.user, 128, "1h")
+			s.pass(network.user, 587, 2*burst5)
+		}
+		for _, set := range []string{"limited_ipv4", "limited_ipv6", "banned_ipv4", "banned_ipv6"} {
+			if out := s.nft("list", "set", l.table+" "+set); strings.Contains(out, "elements") {
+				t.Errorf("%s is not empty:\n%s", set, out)
+			}
+		}
+		if got, want := s.packets("nftwl: network over the limit"), len(networks)*burst40; got != want {
+			t.Errorf("the rules count %d packets, want %d", got, want)
+		}
+	})
+}
+
+// Behind NAT64, each address is a source.
+func TestNAT64(t *testing.T) {
+	stranger, another := addr("64:ff9b::198.51.100.66"), addr("64:ff9b::198.51.100.67")
+	each(t, func(t *testing.T, l layout, root string) {
+		s := serve(t, l, root)
+		s.pass(stranger, 587, burst5)
+		s.refuse(stranger, 587)
+		s.drop(stranger, 587)
+		if !s.has("limited", stranger, 587) || s.has("limited", addr("64:ff9b::"), 587) {
+			t.Error("not limited by its whole address")
+		}
+		s.pass(another, 587, burst5)
+	})
+}
+
+// What someone opened before the limit set in does not get in either, nor does
+// it use up what is left to the neighbours.
+func TestHalfOpen(t *testing.T) {
+	each(t, func(t *testing.T, l layout, root string) {
+		s := serve(t, l, root, ever)
+		for _, who := range families {
+			s.internet.Do(func() {
+				nstest.Nft(s, "table inet late { chain output { type filter hook output priority 0; tcp flags & (syn | ack) == ack drop; }; }")
+			})
+			var conns []*net.TCPConn
+			for range burst40 {
+				conn := s.internet.Connect(s, who.stranger, 587, soon)
+				if conn == nil {
+					t.Fatalf("%s is kept out", who.stranger)
+				}
+				conns = append(conns, conn)
+				defer conn.Close()
+			}
+			s.internet.Do(func() { nstest.Nft(s, "delete table inet late") })
+			for i, conn := range conns {
+				if err := echo(conn); (err == nil) != (i < burst5) {
+					t.Errorf("%s, connection %d: %v", who.stranger, i+1, err)
+				}
+			}
+			s.pass(who.another, 587, burst5)
+			for i := range burst5 {
+				s.alive(conns[i])
+			}
+		}
+	})
+}
+
+// What the attackers of the limit fill is the limit's alone: with forged
+// addresses, which fill nothing, with every address of a /47, and with as many
+// as exceed the limit, bans go on working.
+func TestBansWhileAttacked(t *testing.T) {
+	const size = 10
+	each(t, func(t *testing.T, l layout, root string) {
+		s := serve(t, l, root, edit{"size 262144", fmt.Sprintf("size %d", size)}, edit{"burst 40", "burst 100"})
+		f := s.forger()
+		elements := func(set string) int {
+			return strings.Count(s.nft("list", "set", l.table+" "+set), "expires")
+		}
+		for i := range 10 * size {
+			for range burst5 + 1 {
+				from := netip.AddrFrom4([4]byte{203, 0, 113, byte(i)})
+				f.send(netip.AddrPortFrom(from, uint16(1000+rand.IntN(10000))), 587, syn, 1, 0)
+			}
+		}
+		for _, set := range []string{"banned_ipv4", "limited_ipv4", "submission_rate_ipv4"} {
+			if n := elements(set); n != 0 {
+				t.Errorf("%s has %d elements by forged addresses", set, n)
+			}
+		}
+		for i := range 10 * size {
+			for _, from := range []string{"198.51.100.%d", "2001:db8:a:%x::1", "2001:db8:b:%x::1"} {
+				for range burst5 + 1 {
+					s.try(addr(fmt.Sprintf(from, i)), 587)
+				}
+			}
+		}
+		for _, set := range []string{"limited_ipv4", "limited_ipv6"} {
+			if n := elements(set); n < size {
+				t.Errorf("%s has %d elements, and is not full", set, n)
+			}
+		}
+		for _, guesser := range []netip.Addr{addr("203.0.113.99"), addr("2001:db8:a:9999::1")} {
+			s.pass(guesser, 993, 1)
+			s.run("ban", guesser.String())
+			for _, port := range []int{143, 993, 587} {
+				s.drop(guesser, port)
+			}
+			s.add("banned", guesser, 25, "1h")
+			s.drop(guesser, 25)
+		}
+	})
+}
+
+// New rates hold for who has been here before, too. Those who are limited stay
+// so, and what is open stays open.
+func TestChangedRate(t *testing.T) {
+	const burst30 = 30
+	each(t, func(t *testing.T, l layout, root string) {
+		s := serve(t, l, root)
+		rate := func(from, to string) {
+			t.Helper()
+			name := filepath.Join(root, "etc", "nftwl", l.limit)
+			text, err := os.ReadFile(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !strings.Contains(string(text), from) {
+				t.Fatalf("%s has no %q", l.limit, from)
+			}
+			if err := os.WriteFile(name, []byte(strings.ReplaceAll(string(text), from, to)), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			s.nft("-f", "/etc/nftwl/"+l.main)
+		}
+		held := map[string]*net.TCPConn{}
+		for _, who := range families {
+			held[who.name] = s.open(who.stranger, 587)
+			s.pass(who.stranger, 587, burst5-1)
+			s.pass(who.user, 587, burst5)
+			s.refuse(who.user, 587)
+			s.drop(who.user, 587)
+		}
+		rate("burst 5 ", "burst 30 ")
+		for _, who := range families {
+			s.pass(who.stranger, 587, burst30)
+			s.drop(who.user, 587)
+			for range 2 * burst5 {
+				s.alive(held[who.name])
+			}
+		}
+		rate("burst 30 ", "burst 5 ")
+		for _, who := range families {
+			s.pass(who.stranger, 587, burst5)
+			s.refuse(who.stranger, 587)
+			s.alive(held[who.name])
+			s.drop(who.user, 587)
+		}
+	})
+}
+
+// Connections that the limit does not count: one that was open before it, and
+// those that the administrator accepts before it.
+func TestNotCounted(t *testing.T) {
+	before := map[string]edit{
+		"filter":     {"\t\tjump nftwl\n", "\t\tip saddr 203.0.113.7 accept\n\t\tip6 saddr 2001:db8:b:1::7 accept\n\t\tjump nftwl\n"},
+		"standalone": {"\t\ttcp dport 22 accept\n", "\t\tip saddr 203.0.113.7 accept\n\t\tip6 saddr 2001:db8:b:1::7 accept\n"},
+	}
+	each(t, func(t *testing.T, l layout, root string) {
+		s := serve(t, l, root, before[l.name])
+		s.nft("flush", "ruleset")
+		var old []*net.TCPConn
+		for range 2 * burst5 {
+			for _, who := range families {
+				old = append(old, s.open(who.stranger, 587))
+			}
+		}
+		s.up()
+		for range 2 * burst5 {
+			for _, conn := range old {
+				s.alive(conn)
+			}
+		}
+		for _, who := range families {
+			s.pass(who.user, 587, 4*burst5)
+			s.pass(who.stranger, 587, burst5)
+			s.refuse(who.stranger, 587)
+		}
+		for _, conn := range old {
+			s.alive(conn)
+		}
+	})
+}
+
+// Packets that the kernel does not track are banned, limited and trusted too.
+func TestUntracked(t *testing.T) {
+	stateless := map[string][]edit{
+		"filter": {
+			{"\t\tjump nftwl\n", "\t\tjump nftwl\n\t\ttcp dport { 587, 993 } accept\n"},
+		},
+	}
+	each(t, func(t *testing.T, l layout, root string) {
+		s := serve(t, l, root, stateless[l.name]...)
+		nstest.Nft(t, `table inet raw {
+			chain prerouting { type filter hook prerouting priority raw; tcp dport { 587, 993 } notrack; }
+			chain output { type filter hook output priority raw; tcp sport { 587, 993 } notrack; }
+		}`)
+		for _, who := range families {
+			for list, port := range map[string]int{"banned": 993, "limited": 587} {
+				s.pass(who.stranger, port, 1)
+				s.add(list, network(who.stranger), port, "1h")
+				s.drop(who.stranger, port)
+				s.add(list, who.another, port, "1h")
+				s.drop(who.another, port)
+				s.trust(who.stranger, 128, "1h")
+				s.pass(who.stranger, port, 1)
+				s.run("remove", who.stranger.String())
+			}
+		}
+		s.nft("flush", "ruleset")
+	})
+	strict := func(t *testing.T, l layout, root string) {
+		s := serve(t, l, root, append(stateless[l.name], l.strict)...)
+		nstest.Nft(t, `table inet raw { chain prerouting { type filter hook prerouting priority raw; tcp dport 587 notrack; }; }`)
+		for _, who := range families {
+			s.drop(who.stranger, 587)
+		}
+	}
+	for _, l := range layouts {
+		t.Run("strict/"+l.name, func(t *testing.T) { t.Parallel(); strict(t, l, "/") })
+	}
+}
