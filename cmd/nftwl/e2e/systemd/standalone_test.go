@@ -103,7 +103,7 @@ func TestStandalone(t *testing.T) {
 		m.run("sed", "-i", "s,over 3/minute,over 30/minute,", "/etc/nftwl/standalone.nft")
 		m.run("systemctl", "reload", persist)
 		m.has(want, 0)
-		if rules := m.run("nft", "list", "chain", "inet nftwl input"); strings.Count(rules, "over 30/minute") != 2 || strings.Contains(rules, "over 3/minute") {
+		if rules := m.run("nft", "list", "chain", "inet nftwl count"); strings.Count(rules, "over 30/minute") != 3 || strings.Contains(rules, "over 3/minute") {
 			t.Errorf("the rules have not changed:\n%s", rules)
 		}
 
