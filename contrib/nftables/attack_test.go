@@ -21,12 +21,21 @@ const minute = time.Second
 
 // An attack is what testdata/attack.txt describes.
 type attack struct {
-	attackers, users []netip.Addr
-	phases           []phase
-	userPace         int
+	attackers                []netip.Addr
+	phases                   []phase
+	rotator, forged, delayed one
+	users                    []one
+	overload                 int // minutes
 }
 
+// A phase is the pace of the attackers for some minutes. A pace is a number of
+// connections a minute.
 type phase struct{ minutes, pace int }
+
+type one struct {
+	from netip.Addr
+	pace int
+}
 
 func (a *attack) minutes() int {
 	sum := 0
@@ -61,18 +70,22 @@ func readAttack(t *testing.T) *attack {
 			continue
 		}
 		var first string
-		var n int
-		var p phase
+		var n, m int
 		switch {
 		case scan(line, "attacker %s %d", &first, &n):
 			for from := addr(first); n > 0; from, n = from.Next(), n-1 {
 				a.attackers = append(a.attackers, from)
 			}
-		case scan(line, "user %s", &first):
-			a.users = append(a.users, addr(first))
-		case scan(line, "pace %d %d", &p.minutes, &p.pace):
-			a.phases = append(a.phases, p)
-		case scan(line, "user-pace %d", &a.userPace):
+		case scan(line, "pace %d %d", &n, &m):
+			a.phases = append(a.phases, phase{n, m})
+		case scan(line, "rotator %s %d", &first, &n):
+			a.rotator = one{addr(first), n}
+		case scan(line, "user %s %d", &first, &n):
+			a.users = append(a.users, one{addr(first), n})
+		case scan(line, "forged %s %d", &first, &n):
+			a.forged = one{addr(first), n}
+		case scan(line, "overload %s %d %d", &first, &n, &m):
+			a.delayed, a.overload = one{addr(first), n}, m
 		default:
 			t.Fatalf("%s: what is %q?", name, line)
 		}
@@ -90,87 +103,134 @@ type tally struct{ tried, in int }
 
 func (n *tally) String() string { return fmt.Sprintf("%6d of %6d", n.in, n.tried) }
 
-type result struct{ ipv4, ipv6, user tally }
-
-// A caller is one source of connections.
-type caller struct {
-	from    netip.Addr
-	pace    func(time.Duration) int
-	patient time.Duration
-	tally   *tally
-	next    time.Duration
+type result struct {
+	ipv4, ipv6, rotator, user, forged, delayed tally
+	syns                                       int // that were forged
 }
 
+// A caller opens connections, each from the next address.
+type caller struct {
+	next  func() netip.Addr
+	port  int
+	pace  func(time.Duration) int
+	tally *tally
+	from  time.Duration // what it tries before does not count
+	due   time.Duration
+}
+
+// An attempt is a connection, of which first the handshake and then the echo
+// of a byte is awaited.
 type attempt struct {
 	fd    int32
+	sent  bool
 	until time.Duration
 	tally *tally
 }
 
-// play runs the attack against port 587. It opens its sockets itself, and all
-// in one thread, since a goroutine could not be had in the namespace of the
-// peer without a thread of its own.
+// play runs the attack. It opens its sockets itself, and all in one thread,
+// since a goroutine could not be had in the namespace of the peer without a
+// thread of its own.
 func (s *mailserver) play(a *attack) *result {
 	s.Helper()
 	var r result
 	var callers []*caller
+	call := func(from netip.Addr, pace func(time.Duration) int, n *tally) *caller {
+		c := &caller{next: func() netip.Addr { return from }, port: 587, pace: pace, tally: n}
+		callers = append(callers, c)
+		return c
+	}
+	steady := func(pace int) func(time.Duration) int { return func(time.Duration) int { return pace } }
 	for _, from := range a.attackers {
-		n := &r.ipv4
-		if from.Is6() {
-			n = &r.ipv6
+		if from.Is4() {
+			call(from, a.pace, &r.ipv4)
+		} else {
+			call(from, a.pace, &r.ipv6)
 		}
-		callers = append(callers, &caller{from: from, pace: a.pace, patient: never, tally: n})
 	}
-	for _, from := range a.users {
-		pace := func(time.Duration) int { return a.userPace }
-		callers = append(callers, &caller{from: from, pace: pace, patient: soon, tally: &r.user})
+	at := a.rotator.from.As16()
+	call(a.rotator.from, steady(a.rotator.pace), &r.rotator).next = func() netip.Addr {
+		if at[7]++; at[7] == 0 {
+			at[6]++
+		}
+		return netip.AddrFrom16(at)
 	}
+	for _, u := range a.users {
+		call(u.from, steady(u.pace), &r.user)
+	}
+	call(a.forged.from, steady(a.forged.pace), &r.forged)
+	delayed := call(a.delayed.from, steady(a.delayed.pace), &r.delayed)
+	delayed.port, delayed.from = overloaded, time.Duration(a.overload)*minute
 	for i, c := range callers {
-		c.next = time.Duration(i) * minute / time.Duration(c.pace(0)) / time.Duration(len(callers))
+		c.due = time.Duration(i) * minute / time.Duration(c.pace(0)) / time.Duration(len(callers))
+	}
+
+	f := s.forger()
+	relieve := s.overload()
+	each := func(now time.Duration) error {
+		if relieve != nil && now >= delayed.from {
+			if err := relieve(); err != nil {
+				return err
+			}
+			relieve = nil
+		}
+		r.syns++
+		return f.trySend(netip.AddrPortFrom(a.forged.from, uint16(1024+r.syns%30000)), 587, syn, 1, 0)
 	}
 	var err error
-	s.internet.Do(func() { err = run(callers, time.Duration(a.minutes())*minute) })
+	s.internet.Do(func() { err = run(callers, time.Duration(a.minutes())*minute, each) })
 	if err != nil {
 		s.Fatal(err)
 	}
 	return &r
 }
 
-func run(callers []*caller, end time.Duration) error {
+// run has the callers call until the end, and calls each every few milliseconds.
+func run(callers []*caller, end time.Duration, each func(now time.Duration) error) error {
 	var pending []attempt
 	start := time.Now()
 	for now := time.Duration(0); now < end || len(pending) > 0; now = time.Since(start) {
+		if now < end {
+			if err := each(now); err != nil {
+				return err
+			}
+		}
 		for _, c := range callers {
-			if now < c.next || now >= end {
+			if now < c.due || now >= end {
 				continue
 			}
 			// Counted from now: who was late must not make up for it with a
-			// burst, or a slow machine would get him banned.
-			c.next = now + minute/time.Duration(c.pace(now))
-			fd, err := connect(c.from, 587)
+			// burst, or a slow machine would get them limited.
+			c.due = now + minute/time.Duration(c.pace(now))
+			from := c.next()
+			fd, err := connect(from, c.port)
 			if err != nil {
-				return fmt.Errorf("from %s: %w", c.from, err)
+				return fmt.Errorf("from %s: %w", from, err)
 			}
-			c.tally.tried++
-			pending = append(pending, attempt{int32(fd), now + c.patient, c.tally})
+			n := c.tally
+			if now < c.from {
+				n = new(tally)
+			}
+			n.tried++
+			pending = append(pending, attempt{int32(fd), false, now + soon, n})
 		}
 
 		polled := make([]unix.PollFd, len(pending))
 		for i, p := range pending {
 			polled[i] = unix.PollFd{Fd: p.fd, Events: unix.POLLOUT}
+			if p.sent {
+				polled[i].Events = unix.POLLIN
+			}
 		}
 		if _, err := unix.Poll(polled, 2); err != nil && !errors.Is(err, unix.EINTR) {
 			return err
 		}
 		waiting := pending[:0]
 		for i, p := range pending {
-			switch {
-			case polled[i].Revents == unix.POLLOUT:
-				p.tally.in++
-			case polled[i].Revents != 0:
-				code, err := unix.GetsockoptInt(int(p.fd), unix.SOL_SOCKET, unix.SO_ERROR)
-				return fmt.Errorf("connection failed: %v, %v", unix.Errno(code), err)
-			case now < p.until:
+			done, err := p.step(polled[i].Revents)
+			if err != nil {
+				return err
+			}
+			if !done && now < p.until {
 				waiting = append(waiting, p)
 				continue
 			}
@@ -179,6 +239,26 @@ func run(callers []*caller, end time.Duration) error {
 		pending = waiting
 	}
 	return nil
+}
+
+// step goes on with an attempt for which poll(2) has reported events, and
+// reports whether it is known what became of it.
+func (p *attempt) step(events int16) (done bool, err error) {
+	if events == 0 {
+		return false, nil
+	}
+	b := []byte{'x'}
+	if !p.sent {
+		_, err = unix.Write(int(p.fd), b)
+		p.sent = err == nil
+	} else if _, err = unix.Read(int(p.fd), b); err == nil {
+		p.tally.in++
+		return true, nil
+	}
+	if errors.Is(err, unix.ECONNRESET) { // over the limit
+		return true, nil
+	}
+	return false, err
 }
 
 func connect(from netip.Addr, port int) (int, error) {
@@ -213,75 +293,90 @@ func connect(from netip.Addr, port int) (int, error) {
 	return fd, nil
 }
 
-// What the rules are for: attackers are kept out, and the user notices
-// nothing, although he is one of their neighbours.
+// What the rules are for: attackers are kept out, and honest people notice
+// nothing, although a user is one of the attackers' neighbours.
 func TestAttack(t *testing.T) {
 	a := readAttack(t)
-	networks := map[netip.Addr]bool{}
-	addresses := 0
+	slash64s := map[netip.Addr]bool{}
+	slash48s := map[netip.Prefix]bool{}
+	slash24s := map[netip.Prefix]bool{}
 	for _, from := range a.attackers {
 		if from.Is6() {
-			networks[network(from)] = true
+			slash64s[network(from)] = true
+			slash48s[netip.PrefixFrom(from, 48).Masked()] = true
 		} else {
-			addresses++
+			slash24s[netip.PrefixFrom(from, 24).Masked()] = true
 		}
 	}
 	// As fast as the minutes; and who is silent is remembered as long.
-	faster := []edit{{"3/minute", "3/second"}, {"timeout 10m", "timeout 10s"}}
+	faster := []edit{{"3/minute", "3/second"}, {"20/minute", "20/second"}, {"timeout 10m", "timeout 10s"}}
 	l := layouts[0]
 	rules := []struct {
 		name  string
 		edits []edit
 	}{
-		{"without nftwl", []edit{{"\t\tjump nftwl\n", "\t\ttcp dport 587 accept\n"}}},
+		{"without nftwl", []edit{{"\t\tjump nftwl\n", "\t\ttcp dport { 587, 2587 } accept\n"}}},
 		{"with nftwl", faster},
 		{"strict", append(faster, l.strict)},
 	}
 	results := make([]*result, len(rules))
 	for i, r := range rules {
 		t.Run(r.name, func(t *testing.T) {
-			s := serve(t, l, "/", r.edits...)
-			for _, from := range a.users {
-				s.trust(from, 128, "1h")
+			s := serve(t, l, "/", append(r.edits, withOverloaded)...)
+			for _, u := range a.users {
+				s.trust(u.from, 128, "1h")
 			}
 			got := s.play(a)
 			results[i] = got
-			if got.user.in != got.user.tried || got.user.tried < a.minutes()*a.userPace {
-				t.Errorf("the user: %v connections", &got.user)
+			all := func(who string, n tally, least int) {
+				if n.in != n.tried || n.tried < least {
+					t.Errorf("%s: %v connections, of %d at least", who, &n, least)
+				}
 			}
+			none := func(who string, n tally) {
+				if n.in != 0 {
+					t.Errorf("%s: %v connections get in", who, &n)
+				}
+			}
+			// At most what a network may, from so many.
+			most := func(who string, n tally, networks int) {
+				if most := networks * (burst40 + 20*a.minutes() + 1); n.in > most || n.in == 0 {
+					t.Errorf("%s: %v, want at most %d", who, &n, most)
+				}
+			}
+			all("the user", got.user, a.minutes()*a.users[0].pace/2)
 			switch i {
 			case 0:
 				// Whoever is kept out below is kept out by nftwl.
-				for _, n := range []tally{got.ipv4, got.ipv6} {
-					if n.in != n.tried {
-						t.Errorf("without nftwl %v connections get in", &n)
+				all("IPv4", got.ipv4, 1)
+				all("IPv6", got.ipv6, 1)
+				all("the rotator", got.rotator, 1)
+				all("the one whose address is forged", got.forged, a.minutes()*a.forged.pace/2)
+				all("the one who met a full backlog", got.delayed, (a.minutes()-a.overload)*a.delayed.pace/2)
+			case 1:
+				most("IPv4", got.ipv4, len(slash24s))
+				most("IPv6", got.ipv6, len(slash48s))
+				most("the rotator", got.rotator, 1)
+				all("the one whose address is forged", got.forged, a.minutes()*a.forged.pace/2)
+				all("the one who met a full backlog", got.delayed, (a.minutes()-a.overload)*a.delayed.pace/2)
+				for _, set := range []string{"banned_ipv4", "banned_ipv6"} {
+					if out := s.nft("list", "set", l.table+" "+set); strings.Contains(out, "elements") {
+						t.Errorf("the limit bans: %s", out)
 					}
 				}
-			case 1:
-				most := burst5 + 3*a.minutes()
-				if got.ipv4.in > addresses*most {
-					t.Errorf("IPv4: %v, more than %d from each address", &got.ipv4, most)
-				}
-				if got.ipv6.in > len(networks)*most {
-					t.Errorf("IPv6: %v, more than %d from each network", &got.ipv6, most)
-				}
-				if n := strings.Count(s.nft("list", "set", l.table+" banned_ipv4"), "587"); n != addresses {
-					t.Errorf("%d of %d addresses are banned", n, addresses)
-				}
-				if n := strings.Count(s.nft("list", "set", l.table+" banned_ipv6"), "587"); n != len(networks) {
-					t.Errorf("%d of %d networks are banned", n, len(networks))
-				}
 			case 2:
-				if n := got.ipv4.in + got.ipv6.in; n != 0 {
-					t.Errorf("strict, and %d connections of attackers get in", n)
-				}
+				none("IPv4", got.ipv4)
+				none("IPv6", got.ipv6)
+				none("the rotator", got.rotator)
+				none("the one whose address is forged", got.forged)
+				none("the one who met a full backlog", got.delayed)
 			}
 		})
 	}
 	if t.Failed() {
 		return
 	}
-	table := fmt.Sprintf("Connections to port 587 that were let in, %d minutes of attack:\n%-31s", a.minutes(), "")
+	table := fmt.Sprintf("Connections that were let in, %d minutes of attack:\n%-40s", a.minutes(), "")
 	for _, r := range rules {
 		table += fmt.Sprintf("%18s", r.name)
 	}
@@ -289,11 +384,14 @@ func TestAttack(t *testing.T) {
 		name  string
 		tally func(*result) *tally
 	}{
-		{fmt.Sprintf("attackers, %d IPv4 addresses", addresses), func(r *result) *tally { return &r.ipv4 }},
-		{fmt.Sprintf("attackers, %d IPv6, %d networks", len(a.attackers)-addresses, len(networks)), func(r *result) *tally { return &r.ipv6 }},
+		{fmt.Sprintf("%d attackers of an IPv4 /24", len(a.attackers)-len(slash64s)*50), func(r *result) *tally { return &r.ipv4 }},
+		{fmt.Sprintf("attackers in %d /64s of a /48", len(slash64s)), func(r *result) *tally { return &r.ipv6 }},
+		{"one who rotates through a /48", func(r *result) *tally { return &r.rotator }},
 		{"the user", func(r *result) *tally { return &r.user }},
+		{fmt.Sprintf("a stranger, and %d forged SYNs", results[1].syns), func(r *result) *tally { return &r.forged }},
+		{"a stranger, after a full backlog", func(r *result) *tally { return &r.delayed }},
 	} {
-		table += fmt.Sprintf("\n%-31s", row.name)
+		table += fmt.Sprintf("\n%-40s", row.name)
 		for _, r := range results {
 			table += fmt.Sprintf("%18v", row.tally(r))
 		}

@@ -50,6 +50,12 @@ func (s *mailserver) forger() *forger {
 // send sends one packet to the server's port.
 func (f *forger) send(from netip.AddrPort, port uint16, flags byte, seq, ackSeq uint32) {
 	f.Helper()
+	if err := f.trySend(from, port, flags, seq, ackSeq); err != nil {
+		f.Fatal(err)
+	}
+}
+
+func (f *forger) trySend(from netip.AddrPort, port uint16, flags byte, seq, ackSeq uint32) error {
 	be := binary.BigEndian
 	server := nstest.ServerIPv4
 	if from.Addr().Is6() {
@@ -68,19 +74,14 @@ func (f *forger) send(from netip.AddrPort, port uint16, flags byte, seq, ackSeq 
 	}
 	be.PutUint16(tcp[16:], ^uint16(sum+sum>>16)) // so few words carry once
 
-	var err error
 	if from.Addr().Is4() {
 		ip := append([]byte{0x45, 0, 0, byte(20 + len(tcp)), 0, 0, 0, 0, 64, unix.IPPROTO_TCP, 0, 0}, from.Addr().AsSlice()...)
 		ip = append(append(ip, server.AsSlice()...), tcp...)
-		err = unix.Sendto(f.ipv4, ip, 0, &unix.SockaddrInet4{Addr: server.As4()})
-	} else {
-		ip := append([]byte{0x60, 0, 0, 0, 0, byte(len(tcp)), unix.IPPROTO_TCP, 64}, from.Addr().AsSlice()...)
-		ip = append(append(ip, server.AsSlice()...), tcp...)
-		err = unix.Sendto(f.ipv6, ip, 0, &unix.SockaddrInet6{Addr: server.As16()})
+		return unix.Sendto(f.ipv4, ip, 0, &unix.SockaddrInet4{Addr: server.As4()})
 	}
-	if err != nil {
-		f.Fatal(err)
-	}
+	ip := append([]byte{0x60, 0, 0, 0, 0, byte(len(tcp)), unix.IPPROTO_TCP, 64}, from.Addr().AsSlice()...)
+	ip = append(append(ip, server.AsSlice()...), tcp...)
+	return unix.Sendto(f.ipv6, ip, 0, &unix.SockaddrInet6{Addr: server.As16()})
 }
 
 // Nobody can use up another's connections by forging his address: with SYNs,
@@ -121,70 +122,46 @@ func TestForgedAddress(t *testing.T) {
 	})
 }
 
-// A client repeats a SYN that a busy server does not answer. That costs the
-// client nothing.
-func TestFullBacklog(t *testing.T) {
-	const port = 2587 // a submission port of the administrator's own
-	each(t, func(t *testing.T, l layout, root string) {
-		s := serve(t, l, root, edit{"nftwl_submission_ports = { 465, 587 }", "nftwl_submission_ports = { 465, 587, 2587 }"})
-		fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-		if err == nil {
-			err = unix.Bind(fd, &unix.SockaddrInet6{Port: port})
-		}
-		if err == nil {
-			err = unix.Listen(fd, 0)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		file := os.NewFile(uintptr(fd), "busy")
-		defer file.Close()
-		busy, err := net.FileListener(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer busy.Close()
-		full := func() bool {
-			conn := s.internet.Connect(s, families[0].user, port, never)
-			if conn != nil {
-				t.Cleanup(func() { conn.Close() })
-			}
-			return conn == nil
-		}
-		for tries := 0; !full(); tries++ {
-			if tries == 10 {
-				t.Fatal("the backlog has no end")
-			}
-		}
+// overloaded is a submission port of the administrator's own.
+const overloaded = 2587
 
-		before := s.packets("nftwl: strangers")
-		var waiting []int
-		for range 3 {
-			for _, who := range families {
-				var fd int
-				s.internet.Do(func() { fd, err = connect(who.stranger, port) })
-				if err != nil {
-					t.Fatal(err)
-				}
-				waiting = append(waiting, fd)
-			}
+var withOverloaded = edit{"nftwl_submission_ports = { 465, 587 }", "nftwl_submission_ports = { 465, 587, 2587 }"}
+
+// overload listens on the port overloaded and answers no SYN, as its backlog is
+// full, until it is relieved.
+func (s *mailserver) overload() (relieve func() error) {
+	s.Helper()
+	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err == nil {
+		err = unix.Bind(fd, &unix.SockaddrInet6{Port: overloaded})
+	}
+	if err == nil {
+		err = unix.Listen(fd, 0)
+	}
+	if err != nil {
+		s.Fatal(err)
+	}
+	file := os.NewFile(uintptr(fd), "listener")
+	l, err := net.FileListener(file)
+	if err != nil {
+		s.Fatal(err)
+	}
+	s.Cleanup(func() { l.Close(); file.Close() })
+	// From loopback, which no rule concerns.
+	for tries := 0; ; tries++ {
+		conn, err := net.DialTimeout("tcp", fmt.Sprintf("127.0.0.1:%d", overloaded), never)
+		if err != nil {
+			break
 		}
-		// Three SYNs of each connection.
-		for deadline := time.Now().Add(20 * time.Second); s.packets("nftwl: strangers") < before+3*len(waiting); {
-			if time.Now().After(deadline) {
-				t.Fatal("no SYN is repeated")
-			}
-			time.Sleep(50 * time.Millisecond)
+		s.Cleanup(func() { conn.Close() })
+		if tries == 10 {
+			s.Fatal("the backlog has no end")
 		}
-		for _, fd := range waiting {
-			unix.Close(fd)
-		}
-		if err := unix.Listen(fd, 100); err != nil {
-			t.Fatal(err)
-		}
+	}
+	return func() error {
 		go func() {
 			for {
-				conn, err := busy.Accept()
+				conn, err := l.Accept()
 				if err != nil {
 					return
 				}
@@ -194,14 +171,44 @@ func TestFullBacklog(t *testing.T) {
 				}()
 			}
 		}()
-		for deadline := time.Now().Add(5 * time.Second); full(); {
-			if time.Now().After(deadline) {
-				t.Fatal("the backlog stays full")
+		return unix.Listen(fd, 1000)
+	}
+}
+
+// A client repeats a SYN that a busy server does not answer. That costs the
+// client nothing.
+func TestFullBacklog(t *testing.T) {
+	each(t, func(t *testing.T, l layout, root string) {
+		s := serve(t, l, root, withOverloaded)
+		relieve := s.overload()
+		var waiting []int
+		for range 3 {
+			for _, who := range families {
+				var fd int
+				var err error
+				s.internet.Do(func() { fd, err = connect(who.stranger, overloaded) })
+				if err != nil {
+					t.Fatal(err)
+				}
+				waiting = append(waiting, fd)
 			}
 		}
+		// Three SYNs of each connection.
+		for deadline := time.Now().Add(20 * time.Second); s.packets("nftwl: strangers") < 3*len(waiting); {
+			if time.Now().After(deadline) {
+				t.Fatal("no SYN is repeated, or none is let in")
+			}
+			time.Sleep(50 * time.Millisecond)
+		}
+		for _, fd := range waiting {
+			unix.Close(fd)
+		}
+		if err := relieve(); err != nil {
+			t.Fatal(err)
+		}
 		for _, who := range families {
-			s.pass(who.stranger, port, burst5)
-			s.refuse(who.stranger, port)
+			s.pass(who.stranger, overloaded, burst5)
+			s.refuse(who.stranger, overloaded)
 		}
 	})
 }
