@@ -24,7 +24,8 @@ func TestContainer(t *testing.T) {
 			s := &mailserver{firewall: install(t, layouts[1], v.root(t),
 				edit{"\t\ttype filter hook input priority filter - 10; policy accept;\n", ""},
 				uncomment("type filter hook prerouting priority dstnat - 10; policy accept;"),
-				uncomment("fib daddr type != local accept"))}
+				uncomment("fib daddr type != local accept"),
+				edit{"nftwl_submission_ports = { 465, 587 }", "nftwl_submission_ports = { 465, 587, 1465 }"})}
 			s.up()
 			s.internet = nstest.NewPeer(t, "198.51.100.0/24", "203.0.113.0/24", "2001:db8:a::/48", "2001:db8:b::/48")
 			for _, name := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding"} {
@@ -37,6 +38,8 @@ func TestContainer(t *testing.T) {
 					type nat hook prerouting priority dstnat; policy accept;
 					ip daddr 192.0.2.1 tcp dport 587 dnat ip to 192.0.2.2:1587
 					ip6 daddr 2001:db8::1 tcp dport 587 dnat ip6 to [2001:db8::2]:1587
+					ip daddr 192.0.2.1 tcp dport 1465 dnat ip to 192.0.2.2:465
+					ip6 daddr 2001:db8::1 tcp dport 1465 dnat ip6 to [2001:db8::2]:465
 				}
 				chain postrouting {
 					type nat hook postrouting priority srcnat; policy accept;
@@ -45,6 +48,7 @@ func TestContainer(t *testing.T) {
 			}`)
 			ip := nstest.Need(t, "ip", "iproute2")
 			s.internet.Echo(t, 1587)
+			s.internet.Echo(t, 465)
 			s.internet.Do(func() {
 				for _, via := range [][]string{{"10.9.9.9", "192.0.2.1"}, {"2001:db8:c::9", "2001:db8::1"}} {
 					if out, err := exec.Command(ip, "route", "add", via[0], "via", via[1]).CombinedOutput(); err != nil {
@@ -69,11 +73,17 @@ func TestContainer(t *testing.T) {
 					t.Errorf("%s is limited for what is not for this host", who.stranger)
 				}
 
-				s.pass(who.stranger, 587, burst5)
-				s.refuse(who.stranger, 587)
-				s.drop(who.stranger, 587)
-				if !s.has("limited", who.source, 587) {
-					t.Errorf("%s is not limited on the port that it sees", who.stranger)
+				for _, port := range []int{587, 1465} {
+					held := s.open(who.stranger, port)
+					s.pass(who.stranger, port, burst5-1)
+					s.refuse(who.stranger, port)
+					s.drop(who.stranger, port)
+					if !s.has("limited", who.source, port) {
+						t.Errorf("%s is not limited on the port that it sees", who.stranger)
+					}
+					for range 2 * burst5 {
+						s.alive(held)
+					}
 				}
 			}
 		})

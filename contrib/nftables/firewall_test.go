@@ -64,7 +64,7 @@ var layouts = []layout{
 		limit:    "standalone.nft",
 		table:    "inet nftwl",
 		prefix64: uncomment(`ip6 saddr & $nftwl_ipv6_network . tcp dport @trusted_ipv6`),
-		strict:   uncomment(`tcp dport $nftwl_submission_ports ct state new,untracked counter drop`),
+		strict:   uncomment(`tcp dport $nftwl_submission_ports counter drop`),
 	},
 }
 

@@ -2,6 +2,7 @@ package nftables_test
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -432,6 +434,80 @@ func TestNotCounted(t *testing.T) {
 	})
 }
 
+// Conntrack takes a SYN for a part of the connection that had the same ports, for
+// a while after the server reset that. It is a new connection all the same.
+func TestReusedPort(t *testing.T) {
+	each(t, func(t *testing.T, l layout, root string) {
+		s := serve(t, l, root, withOverloaded)
+		listener, err := net.Listen("tcp", fmt.Sprintf(":%d", overloaded))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer listener.Close()
+		go func() {
+			for {
+				conn, err := listener.Accept()
+				if err != nil {
+					return
+				}
+				io.ReadFull(conn, make([]byte, 1))
+				conn.(*net.TCPConn).SetLinger(0)
+				conn.Close()
+			}
+		}()
+		// reset reports whether a connection gets as far as the server's reset.
+		reset := func(from netip.Addr) bool {
+			t.Helper()
+			server := nstest.ServerIPv4
+			if from.Is6() {
+				server = nstest.ServerIPv6
+			}
+			dialer := net.Dialer{
+				Timeout:   never,
+				LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 1234)),
+				Control: func(_, _ string, c syscall.RawConn) error {
+					var bind error
+					err := c.Control(func(fd uintptr) { bind = nstest.FreeBind(int(fd), from) })
+					return errors.Join(err, bind)
+				},
+			}
+			var conn net.Conn
+			s.internet.Do(func() { conn, err = dialer.Dial("tcp", netip.AddrPortFrom(server, overloaded).String()) })
+			var timed net.Error
+			if errors.As(err, &timed) && timed.Timeout() {
+				return false
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			conn.SetDeadline(time.Now().Add(soon))
+			if _, err := conn.Write([]byte("x")); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, unix.ECONNRESET) {
+				t.Fatalf("%v, and no reset", err)
+			}
+			return true
+		}
+		for _, who := range families {
+			if !reset(who.stranger) || reset(who.stranger) {
+				t.Errorf("%s connects again, uncounted", who.stranger)
+			}
+			s.trust(who.user, 128, "1h")
+			s.add("trusted", who.user, overloaded, "1h")
+			if !reset(who.user) || !reset(who.user) {
+				t.Errorf("%s is trusted, and cannot connect again", who.user)
+			}
+			s.nft("delete", "element", l.table+" "+set("trusted", who.user), fmt.Sprintf("{ %s . %d }", who.user, overloaded))
+			s.add("banned", who.user, overloaded, "1h")
+			if reset(who.user) {
+				t.Errorf("%s is banned, and connects", who.user)
+			}
+		}
+	})
+}
+
 // Packets that the kernel does not track are banned, limited and trusted too.
 func TestUntracked(t *testing.T) {
 	stateless := map[string][]edit{
@@ -447,17 +523,17 @@ func TestUntracked(t *testing.T) {
 		}`)
 		for _, who := range families {
 			for list, port := range map[string]int{"banned": 993, "limited": 587} {
-				s.pass(who.stranger, port, 1)
+				held := s.open(who.stranger, port)
 				s.add(list, network(who.stranger), port, "1h")
 				s.drop(who.stranger, port)
 				s.add(list, who.another, port, "1h")
 				s.drop(who.another, port)
+				s.alive(held)
 				s.trust(who.stranger, 128, "1h")
 				s.pass(who.stranger, port, 1)
 				s.run("remove", who.stranger.String())
 			}
 		}
-		s.nft("flush", "ruleset")
 	})
 	strict := func(t *testing.T, l layout, root string) {
 		s := serve(t, l, root, append(stateless[l.name], l.strict)...)

@@ -56,6 +56,7 @@ var spelling = strings.NewReplacer(
 	" burst 5 packets", "",
 	"& (syn | rst | ack) == ack", "ack / syn,rst,ack",
 	"& (fin | syn | rst | ack) == syn", "syn / fin,syn,rst,ack",
+	"& (fin | syn | rst | ack) != syn", "!= syn / fin,syn,rst,ack",
 	"& (126 | 127) == 126", "126 / 126,127",
 	"meta l4proto tcp", "meta l4proto 6", // there is no /etc/protocols
 )
