@@ -122,8 +122,8 @@ func completeAddresses(configPath *string, l list) cobra.CompletionFunc {
 		case <-time.After(completionTime): // a set of a million elements takes a minute
 		case all := <-found:
 			for _, a := range all {
-				if addr := a.addr.String(); strings.HasPrefix(addr, prefix) && !slices.Contains(args, addr) && len(offers) < most {
-					offers = append(offers, cobra.CompletionWithDesc(addr, a.comment()))
+				if strings.HasPrefix(a.name, prefix) && !slices.Contains(args, a.name) && len(offers) < most {
+					offers = append(offers, cobra.CompletionWithDesc(a.name, a.comment()))
 				}
 			}
 		}

@@ -39,6 +39,51 @@ func (l list) timeout(c *config.Config) time.Duration {
 	return c.Timeout
 }
 
+// prefix is how many bits the IPv6 networks have that the rules look up in the
+// sets of a list, besides addresses; 128 where they look up none.
+func (l list) prefix(c *config.Config) int {
+	if l == trusted {
+		return c.IPv6Prefix
+	}
+	return trust.BanPrefix(c)
+}
+
+// name is the address of an element, or the network that the rules take it for.
+func (l list) name(c *config.Config, addr netip.Addr) string {
+	if n := trust.NetworkOf(addr, l.prefix(c)); n.IsValid() && n.Addr() == addr && !n.IsSingleIP() {
+		return n.String()
+	}
+	return nftset.Key{Addr: addr}.String()
+}
+
+// parse reads an address, or a network that an element can stand for, which it
+// returns as the address of that element.
+func (l list) parse(c *config.Config, text string) (netip.Addr, error) {
+	addr, notAddr := trust.ParseAddr(text)
+	p, err := netip.ParsePrefix(text)
+	if err != nil {
+		return addr, notAddr
+	}
+	bits := l.prefix(c)
+	switch {
+	case p.Addr().Is4() || bits == 128:
+		return addr, fmt.Errorf("%s is a prefix; the sets hold single addresses", text)
+	case p.Bits() != bits:
+		return addr, fmt.Errorf("%s is a prefix; the sets hold single addresses and networks of /%d", text, bits)
+	case p != p.Masked():
+		return addr, fmt.Errorf("%s has bits set past its length; did you mean %s?", text, p.Masked())
+	}
+	return p.Addr(), nil
+}
+
+// refuse says why an address must not be on the list, or returns nil.
+func (l list) refuse(c *config.Config, addr netip.Addr) error {
+	if l == trusted {
+		return trust.Refuse(c, addr)
+	}
+	return trust.RefuseBan(c, addr)
+}
+
 // session is what a command that talks to the kernel begins with.
 type session struct {
 	*config.Config
@@ -97,7 +142,7 @@ func (s *session) byFamily(l list, addrs []netip.Addr, f func(set *nftset.Set, a
 // change gives the addresses of a command's arguments to f, as byFamily does.
 // What fails is said, and the rest is done.
 func (s *session) change(l list, args []string, refuse bool, f func(set *nftset.Set, addrs []netip.Addr) error) error {
-	addrs, ok := s.addresses(args, refuse)
+	addrs, ok := s.addresses(l, args, refuse)
 	if done := s.byFamily(l, addrs, f); !done || !ok {
 		return &status{code: exitFailed}
 	}
@@ -118,25 +163,22 @@ func (s *session) sets(names ...string) ([]*nftset.Set, error) {
 }
 
 // addresses reads the arguments of a command, of which "-" stands for the
-// lines of stdin. What is not an address, or must not be on a list, is said;
-// the others count.
-func (s *session) addresses(args []string, refuse bool) (addrs []netip.Addr, ok bool) {
+// lines of stdin. It reports what is not an address or, with refuse, must not be
+// on the list; the others count.
+func (s *session) addresses(l list, args []string, refuse bool) (addrs []netip.Addr, ok bool) {
 	ok = true
 	seen := make(map[netip.Addr]bool)
 	one := func(text string) {
-		addr, err := trust.ParseAddr(text)
-		if _, e := netip.ParsePrefix(text); err != nil && e == nil {
-			err = fmt.Errorf("%s is a prefix; the sets hold single addresses", text)
-		}
+		addr, err := l.parse(s.Config, text)
 		if err == nil && refuse {
-			err = trust.Refuse(s.Config, addr)
+			err = l.refuse(s.Config, addr)
 		}
 		if err != nil {
 			printError(err)
 			ok = false
 			return
 		}
-		if addr = trust.Network(s.Config, addr); !seen[addr] {
+		if !seen[addr] {
 			seen[addr] = true
 			addrs = append(addrs, addr)
 		}
@@ -212,8 +254,9 @@ func joinPorts(ports []uint16) string {
 
 const addressesHelp = `
 
-An ADDRESS is IPv4 or IPv6; "-" reads them from standard input, one a line, and
-passes over empty lines and those that begin with #.`
+An ADDRESS is IPv4 or IPv6, or a network that 'nftwl list' shows; "-" reads them
+from standard input, one a line, and skips empty lines and those that begin with
+#.`
 
 const changeExit = `
 
@@ -230,8 +273,8 @@ func newPut(configPath *string, l list) *cobra.Command {
 		Use:   "add ADDRESS…",
 		Short: "Trust addresses",
 		Long: `Trusts addresses, as a login does: adds them to the trusted sets for the
-configured ports and timeout. An address that is trusted for longer already
-stays so, which is said. Loopback, and what else the configuration ignores, is
+configured ports and timeout. An address already trusted for longer is left
+alone and reported. Loopback, and what else the configuration ignores, is
 refused.
 
 --timeout takes nft's notation: 1d12h, 90m, 30s. --timeout never makes permanent
@@ -268,9 +311,13 @@ elements, which no later login and no add makes expire, and which stay until
 	if l == banned {
 		cmd.Use, cmd.Short = "ban ADDRESS…", "Ban addresses"
 		cmd.Long = `Bans addresses: adds them to the banned sets for the configured ports and
-ban_timeout. An address that is banned for longer already stays so, which is
-said. So is that it is trusted too: the firewall lets it in all the same, since
-the trusted come first. What the configuration ignores is refused.
+ban_timeout. An address already banned for longer is left alone and reported.
+It also warns if the address is trusted, because the firewall then lets it in on
+those ports all the same. What the configuration ignores is refused.
+
+An IPv6 network is banned by its /64 (2001:db8:1:2::/64). With ipv6_prefix: 64
+every IPv6 ban is one of the whole /64, and the first unban of an address in it
+ends it.
 
 --timeout takes nft's notation: 1d12h, 90m, 30s. --timeout never makes permanent
 elements, which no later ban makes expire, and which stay until 'nftwl unban';
@@ -291,7 +338,7 @@ func (s *session) put(l list, set *nftset.Set, addrs []netip.Addr, only portsFla
 	ports := only.or(s.Ports)
 	var elems []nftset.Element
 	for _, addr := range addrs {
-		elems = append(elems, trust.Elements(set, addr, ports, e)...)
+		elems = append(elems, trust.Elements(set, trust.Network(s.Config, addr), ports, e)...)
 	}
 	var outcomes []nftset.Outcome
 	for some := range slices.Chunk(elems, atOnce) {
@@ -306,7 +353,7 @@ func (s *session) put(l list, set *nftset.Set, addrs []netip.Addr, only portsFla
 	for i, o := range outcomes {
 		if addr := elems[i].Addr; o == nftset.Kept && !kept[addr] {
 			kept[addr] = true
-			printNote("%s is %s for as long already", addr, l)
+			printNote("%s is %s for as long already", l.name(s.Config, addr), l)
 		}
 	}
 	if l == banned {
@@ -316,27 +363,46 @@ func (s *session) put(l list, set *nftset.Set, addrs []netip.Addr, only portsFla
 }
 
 // noteTrusted tells of banned addresses that the firewall accepts all the
-// same, since the trusted come first.
+// same, because the trusted come first.
 func (s *session) noteTrusted(addrs []netip.Addr, ports []uint16) {
 	set, err := s.conn.Set(s.Table, s.Trusted.For(addrs[0]))
 	if err != nil {
-		return // the ban stands, and was all that was asked for
+		return // the ban was all that was asked for
 	}
-	var keys []nftset.Key
 	for _, addr := range addrs {
-		keys = append(keys, trust.Keys(set, addr, ports)...)
-	}
-	found, err := s.conn.Lookup(set, keys...)
-	if err != nil {
-		return
-	}
-	said := make(map[netip.Addr]bool)
-	for _, k := range keys {
-		if _, ok := found[k]; ok && !said[k.Addr] {
-			said[k.Addr] = true
-			printNote("%s is trusted too, which comes first; nftwl remove ends that", k.Addr)
+		s.conn.SetTimeout(patience)
+		there, _, err := s.find(trusted, set, addr, ports)
+		switch {
+		case err != nil:
+			return
+		case len(there) > 0:
+			printNote("%s is trusted too, which comes first; nftwl remove ends that", trusted.name(s.Config, addr))
 		}
 	}
+}
+
+// find looks an address up as the rules do, which is as itself and as its
+// network. For each port it returns the element that expires last, or the port
+// among those that are missing.
+func (s *session) find(l list, set *nftset.Set, addr netip.Addr, ports []uint16) (there []nftset.Element, missing []uint16, err error) {
+	single := trust.Keys(set, addr, ports)
+	network := trust.Keys(set, trust.NetworkOf(addr, l.prefix(s.Config)).Addr(), ports)
+	found, err := s.conn.Lookup(set, slices.Concat(single, network)...)
+	if err != nil {
+		return nil, nil, err
+	}
+	for i := range single {
+		e, ok := found[single[i]]
+		if of, too := found[network[i]]; too && (!ok || of.Outlives(e, 0)) {
+			e, ok = of, true
+		}
+		if ok {
+			there = append(there, e)
+		} else {
+			missing = append(missing, single[i].Port)
+		}
+	}
+	return there, missing, nil
 }
 
 // newDrop is remove and unban.
@@ -347,9 +413,9 @@ func newDrop(configPath *string, l list) *cobra.Command {
 		Use:   "remove ADDRESS…",
 		Short: "End the trust of addresses",
 		Long: `Ends the trust of addresses: removes them from the trusted sets, on every
-configured port or on those of --port. An address that was not there is said,
-and is no error. Connections that stand are not cut, and the next login trusts
-the address anew: 'nftwl_trust=no' in the user database prevents that.` + addressesHelp + changeExit,
+configured port or on those of --port. Unknown addresses are reported but are
+not an error. Open connections stay open, and the next login trusts the address
+again: 'nftwl_trust=no' in the user database prevents that.` + addressesHelp + changeExit,
 		Example: `  nftwl remove 192.0.2.7
   nftwl remove --port 143 192.0.2.7 2001:db8::7`,
 		Args: cobra.MinimumNArgs(1),
@@ -371,13 +437,14 @@ the address anew: 'nftwl_trust=no' in the user database prevents that.` + addres
 	if l == banned {
 		cmd.Use, cmd.Short = "unban ADDRESS…", "End the ban of addresses"
 		cmd.Long = `Ends the ban of addresses: removes them from the banned sets, on every
-configured port or on those of --port. An address that was not there is said,
-and is no error. The firewall's own limit bans the whole /64 of an IPv6 address:
-where that is what is banned, the command that ends it is said.
+configured port or on those of --port. Unknown addresses are reported but are
+not an error. A ban of an IPv6 address's whole /64 stays: the command that ends
+it is printed.
 
 With --comment it removes only elements with that comment, so that one tool's
-unban leaves another's ban alone. Bans on ports that are not configured,
-which fail2ban's jails have, end with --port, or with 'fail2ban-client unban'.` + addressesHelp + changeExit
+unban leaves another's ban alone. Bans on ports that are
+not configured, which fail2ban's jails have, end with --port, or with
+'fail2ban-client unban'.` + addressesHelp + changeExit
 		cmd.Example = `  nftwl unban 198.51.100.66
   nftwl unban --comment postfix-sasl 198.51.100.66`
 	}
@@ -394,20 +461,24 @@ func (s *session) drop(l list, set *nftset.Set, addrs []netip.Addr, only portsFl
 	var keys []nftset.Key
 	for _, addr := range addrs {
 		keys = append(keys, trust.Keys(set, addr, ports)...)
+		if network := trust.Network(s.Config, addr); network != addr {
+			keys = append(keys, trust.Keys(set, network, ports)...)
+		}
+	}
+	removed, err := s.remove(set, keys, match)
+	if err != nil {
+		return err
 	}
 	gone := make(map[netip.Addr]bool)
-	for some := range slices.Chunk(keys, atOnce) {
-		s.conn.SetTimeout(patience)
-		removed, err := s.conn.Remove(set, some, match)
-		if err != nil {
-			return err
-		}
-		for _, e := range removed {
-			gone[e.Addr] = true
-		}
+	for _, e := range removed {
+		gone[e.Addr] = true
 	}
 	for _, addr := range addrs {
-		if !gone[addr] {
+		network := trust.NetworkOf(addr, l.prefix(s.Config)).Addr()
+		switch {
+		case gone[network] && network != addr:
+			printNote("%s was %s with its network %s", addr, l, l.name(s.Config, network))
+		case !gone[addr]:
 			how := ""
 			if match != nil {
 				how = " with that comment"
@@ -415,24 +486,29 @@ func (s *session) drop(l list, set *nftset.Set, addrs []netip.Addr, only portsFl
 			if len(only) > 0 {
 				how = " on " + joinPorts(only) + how
 			}
-			printNote("%s was not %s%s", addr, l, how)
-			s.noteNetwork(l, set, addr, ports)
+			printNote("%s was not %s%s", l.name(s.Config, addr), l, how)
+		}
+		if network != addr && network != trust.Network(s.Config, addr) {
+			// An error is no news: the set has just been read.
+			if found, err := s.conn.Lookup(set, trust.Keys(set, network, ports)...); err == nil && len(found) > 0 {
+				printNote("its network is %s: nftwl unban %s", l, l.name(s.Config, network))
+			}
 		}
 	}
 	return nil
 }
 
-// noteNetwork tells of an IPv6 address that is not banned itself that its /64
-// is, which is what the firewall bans for exceeding the limit.
-func (s *session) noteNetwork(l list, set *nftset.Set, addr netip.Addr, ports []uint16) {
-	if l != banned || addr.Is4() {
-		return
+// remove removes any number of elements, and returns those that were there.
+func (s *session) remove(set *nftset.Set, keys []nftset.Key, match func(nftset.Element) bool) (removed []nftset.Element, err error) {
+	for some := range slices.Chunk(keys, atOnce) {
+		s.conn.SetTimeout(patience)
+		of, err := s.conn.Remove(set, some, match)
+		if err != nil {
+			return removed, err
+		}
+		removed = append(removed, of...)
 	}
-	prefix, _ := addr.Prefix(64) // fails only for bits out of range
-	network := prefix.Addr()
-	if found, err := s.conn.Lookup(set, trust.Keys(set, network, ports)...); err == nil && len(found) > 0 && network != addr {
-		printNote("its network is banned: nftwl unban %s", network)
-	}
+	return removed, nil
 }
 
 func newCheck(configPath *string) *cobra.Command {
@@ -442,9 +518,9 @@ func newCheck(configPath *string) *cobra.Command {
 		Use:   "check ADDRESS",
 		Short: "Tell whether an address is trusted (or banned)",
 		Long: `Tells whether an address is trusted now, on every configured port or on those
-of --port, and for how long. --banned asks whether it is banned. The kernel is
-asked for these elements alone, so that it takes no time however large the sets
-are.
+of --port, and for how long. --banned asks whether it is banned. An IPv6 address
+is banned when its /64 is, and trusted when its network of ipv6_prefix is. It
+looks up single elements, so it is fast even with large sets.
 
 Exit status: 0 for yes, 1 for no, 2 for an error.`,
 		Example: `  nftwl check 192.0.2.7
@@ -461,7 +537,7 @@ Exit status: 0 for yes, 1 for no, 2 for an error.`,
 			if asBanned {
 				l = banned
 			}
-			addrs, ok := s.addresses(args, false)
+			addrs, ok := s.addresses(l, args, false)
 			if !ok || len(addrs) != 1 {
 				return &status{code: exitUsage}
 			}
@@ -486,19 +562,9 @@ Exit status: 0 for yes, 1 for no, 2 for an error.`,
 }
 
 func (s *session) check(l list, set *nftset.Set, addr netip.Addr, ports []uint16, quiet bool) (bool, error) {
-	keys := trust.Keys(set, addr, ports)
-	found, err := s.conn.Lookup(set, keys...)
+	there, missing, err := s.find(l, set, addr, ports)
 	if err != nil {
 		return false, err
-	}
-	var there []nftset.Element
-	var missing []uint16
-	for _, k := range keys {
-		if e, ok := found[k]; ok {
-			there = append(there, e)
-		} else {
-			missing = append(missing, k.Port)
-		}
 	}
 	on := func(ports []uint16) string {
 		if !set.Key.Port {
@@ -506,13 +572,19 @@ func (s *session) check(l list, set *nftset.Set, addr netip.Addr, ports []uint16
 		}
 		return " on " + joinPorts(ports)
 	}
+	name := l.name(s.Config, addr)
 	switch {
 	case quiet:
 	case len(missing) == 0:
-		fmt.Printf("%s is %s%s, time left: %s\n", addr, l, on(ports), timeLeft(there))
+		how := ""
+		for _, e := range there {
+			if e.Addr != addr {
+				how = " with its network " + l.name(s.Config, e.Addr)
+			}
+		}
+		fmt.Printf("%s is %s%s%s, time left: %s\n", name, l, on(ports), how, timeLeft(there))
 	default:
-		fmt.Printf("%s is not %s%s\n", addr, l, on(missing))
-		s.noteNetwork(l, set, addr, ports)
+		fmt.Printf("%s is not %s%s\n", name, l, on(missing))
 	}
 	return len(missing) == 0, nil
 }

@@ -30,6 +30,9 @@ differ) and the comments. Whoever logged in or was banned last comes first in
 each list; permanent elements, of which the kernel does not know since when they
 are there, come last.
 
+An IPv6 element that the rules take for a network is shown as
+one (2001:db8:1:2::/64); --json has its address as it is in the set.
+
 On a terminal, lines are made to fit: comments are cut, ports become their
 number ("all 5" are the configured ones), and columns are left out where that is
 not enough. Colour is for terminals alone; NO_COLOR=1 turns it off. Programs
@@ -95,6 +98,7 @@ Exit status: 0, or 1 when a set cannot be read; the others are listed then.`,
 type row struct {
 	list list
 	set  string
+	name string // of the address, or of the network that it stands for
 	nftset.Element
 }
 
@@ -118,7 +122,7 @@ func (s *session) rows(lists []list) (rows []row, errs []error) {
 				return cmp.Or(a.Addr.Compare(b.Addr), cmp.Compare(a.Port, b.Port))
 			})
 			for _, e := range elems {
-				rows = append(rows, row{l, name, e})
+				rows = append(rows, row{l, name, l.name(s.Config, e.Addr), e})
 			}
 		}
 	}
@@ -140,7 +144,7 @@ type element struct {
 func writeJSON(w io.Writer, rows []row) error {
 	elems := make([]element, len(rows))
 	for i, r := range rows {
-		elems[i] = element{List: r.list, Set: r.set, Address: r.Addr.String(), Port: r.Port, Comment: r.Comment}
+		elems[i] = element{List: r.list, Set: r.set, Address: nftset.Key{Addr: r.Addr}.String(), Port: r.Port, Comment: r.Comment}
 		if !r.Permanent() {
 			timeout, expires := r.Timeout.Seconds(), r.Expires.Seconds()
 			elems[i].Timeout, elems[i].Expires = &timeout, &expires
@@ -155,6 +159,7 @@ func writeJSON(w io.Writer, rows []row) error {
 type listed struct {
 	list  list
 	addr  netip.Addr
+	name  string
 	elems []nftset.Element // by port; never empty
 	age   time.Duration    // since an element was added or renewed last; the most where that is not known
 }
@@ -163,7 +168,7 @@ type listed struct {
 func byAddress(rows []row) (all []listed) {
 	for i, r := range rows {
 		if i == 0 || r.list != rows[i-1].list || r.Addr != rows[i-1].Addr {
-			all = append(all, listed{list: r.list, addr: r.Addr, age: math.MaxInt64})
+			all = append(all, listed{list: r.list, addr: r.Addr, name: r.name, age: math.MaxInt64})
 		}
 		c := &all[len(all)-1]
 		c.elems = append(c.elems, r.Element)
@@ -247,7 +252,7 @@ func table(all []listed, configured []uint16, width int, colour bool) []string {
 		if p := c.ports(); p != nil {
 			ports = joinPorts(p)
 		}
-		cells = append(cells, [inAll]string{string(c.list), c.addr.String(), ports, timeLeft(c.elems), c.comment()})
+		cells = append(cells, [inAll]string{string(c.list), c.name, ports, timeLeft(c.elems), c.comment()})
 	}
 	var wide [inAll]int
 	for column := range wide {

@@ -136,7 +136,7 @@ LIST     ADDRESS               PORTS                TIME LEFT  COMMENT
 trusted  2001:db8:1:2:3:4:5:6  993                  LIFE       漢字漢字漢字漢字
 trusted  192.0.2.8             143,465,587,993,995  20h        carol, of the office in Trier
 trusted  192.0.2.7             143,993,995          permanent
-banned   2001:db8::            all                  10d
+banned   2001:db8::/64         all                  10d
 banned   198.51.100.1          465                  8d         guessing
 `
 	for _, test := range []struct {
@@ -150,7 +150,7 @@ LIST     ADDRESS               PORTS                TIME LEFT  COMMENT
 trusted  2001:db8:1:2:3:4:5:6  993                  LIFE       漢字漢字漢字漢字
 trusted  192.0.2.8             143,465,587,993,995  20h        carol, of the of…
 trusted  192.0.2.7             143,993,995          permanent
-banned   2001:db8::            all                  10d
+banned   2001:db8::/64         all                  10d
 banned   198.51.100.1          465                  8d         guessing
 `},
 		{66, `
@@ -158,7 +158,7 @@ LIST     ADDRESS               PORTS    TIME LEFT  COMMENT
 trusted  2001:db8:1:2:3:4:5:6  993      LIFE       漢字漢字漢字漢…
 trusted  192.0.2.8             all 5    20h        carol, of the…
 trusted  192.0.2.7             3 ports  permanent
-banned   2001:db8::            all      10d
+banned   2001:db8::/64         all      10d
 banned   198.51.100.1          465      8d         guessing
 `},
 		{60, `
@@ -166,7 +166,7 @@ LIST     ADDRESS               PORTS    TIME LEFT
 trusted  2001:db8:1:2:3:4:5:6  993      LIFE
 trusted  192.0.2.8             all 5    20h
 trusted  192.0.2.7             3 ports  permanent
-banned   2001:db8::            all      10d
+banned   2001:db8::/64         all      10d
 banned   198.51.100.1          465      8d
 `},
 		{45, `
@@ -174,7 +174,7 @@ LIST     ADDRESS               TIME LEFT
 trusted  2001:db8:1:2:3:4:5:6  LIFE
 trusted  192.0.2.8             20h
 trusted  192.0.2.7             permanent
-banned   2001:db8::            10d
+banned   2001:db8::/64         10d
 banned   198.51.100.1          8d
 `},
 		{39, `
@@ -182,7 +182,7 @@ LIST     ADDRESS
 trusted  2001:db8:1:2:3:4:5:6
 trusted  192.0.2.8
 trusted  192.0.2.7
-banned   2001:db8::
+banned   2001:db8::/64
 banned   198.51.100.1
 `},
 		{10, `
@@ -190,7 +190,7 @@ ADDRESS
 2001:db8:1:2:3:4:5:6
 192.0.2.8
 192.0.2.7
-2001:db8::
+2001:db8::/64
 198.51.100.1
 `},
 	} {

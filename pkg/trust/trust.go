@@ -48,7 +48,7 @@ func Decide(c *config.Config, l Login) (*Grant, error) {
 	// A client at the server's own address is webmail, or a proxy that does
 	// not forward: whoever uses it would be trusted with everybody else. The
 	// same holds where the client's network has the server's address in it.
-	if local, err := ParseAddr(l.LocalIP); err == nil && network(c, addr).Contains(local) {
+	if local, err := ParseAddr(l.LocalIP); err == nil && NetworkOf(addr, c.IPv6Prefix).Contains(local) {
 		return nil, nil
 	}
 	switch l.Trust {
@@ -167,8 +167,25 @@ func ParseAddr(s string) (netip.Addr, error) {
 	return addr.Unmap().WithZone(""), nil
 }
 
-// Refuse says why an address belongs on no list, or returns nil.
-func Refuse(c *config.Config, addr netip.Addr) error {
+// Refuse says why an address must not be trusted, or returns nil.
+func Refuse(c *config.Config, addr netip.Addr) error { return refuse(c, addr, c.IPv6Prefix) }
+
+// RefuseBan says why an address must not be banned, or returns nil.
+func RefuseBan(c *config.Config, addr netip.Addr) error { return refuse(c, addr, BanPrefix(c)) }
+
+// BanPrefix is how many bits the networks have that the firewall's rules look up
+// in the banned and the limited sets, besides addresses. Those that it looks up
+// in the trusted sets have c.IPv6Prefix. See nftwl_ipv6_network in
+// contrib/nftables.
+func BanPrefix(c *config.Config) int {
+	if c.IPv6Prefix == 128 {
+		return 64
+	}
+	return c.IPv6Prefix
+}
+
+// refuse is Refuse for sets in which the rules look up networks of so many bits.
+func refuse(c *config.Config, addr netip.Addr, bits int) error {
 	switch {
 	case addr.IsUnspecified():
 		return fmt.Errorf("%s is the unspecified address", addr)
@@ -177,10 +194,12 @@ func Refuse(c *config.Config, addr netip.Addr) error {
 	case addr == broadcast:
 		return fmt.Errorf("%s is the broadcast address", addr)
 	}
-	network := network(c, addr)
-	// The rule that masks an address would take it for the whole network.
-	if cut, _ := addr.Prefix(c.IPv6Prefix); addr.Is6() && network != cut && addr == cut.Addr() {
-		return fmt.Errorf("%s stands for all of %s, which has NAT64 addresses in it", addr, cut)
+	network := NetworkOf(addr, c.IPv6Prefix)
+	// The rule that masks an address takes this one for the whole network.
+	if cut, _ := addr.Prefix(bits); addr.Is6() && addr == cut.Addr() {
+		if network = NetworkOf(addr, bits); network != cut {
+			return fmt.Errorf("%s stands for all of %s, which has NAT64 addresses in it", addr, cut)
+		}
 	}
 	for _, prefix := range c.Ignore {
 		switch {
@@ -203,14 +222,15 @@ var nat64 = []netip.Prefix{
 	netip.MustParsePrefix("64:ff9b:1::/48"),
 }
 
-// network returns the addresses that one address stands for. A network with
-// NAT64 addresses in it is not one client's: it can be all of IPv4.
-func network(c *config.Config, addr netip.Addr) netip.Prefix {
+// NetworkOf returns the network of so many bits that an IPv6 address is in, or the
+// address alone: where it is IPv4, and where the network has NAT64 addresses in
+// it, because that is not one client's: it can be all of IPv4.
+func NetworkOf(addr netip.Addr, bits int) netip.Prefix {
 	single := netip.PrefixFrom(addr, addr.BitLen())
 	if addr.Is4() {
 		return single
 	}
-	prefix, _ := addr.Prefix(c.IPv6Prefix) // fails only for bits out of range
+	prefix, _ := addr.Prefix(bits) // fails only for bits out of range
 	if slices.ContainsFunc(nat64, prefix.Overlaps) {
 		return single
 	}
@@ -221,7 +241,7 @@ func network(c *config.Config, addr netip.Addr) netip.Prefix {
 // or the first address of its network where the configuration has a shorter
 // ipv6_prefix. A NAT64 address stands for itself.
 func Network(c *config.Config, addr netip.Addr) netip.Addr {
-	return network(c, addr).Addr()
+	return NetworkOf(addr, c.IPv6Prefix).Addr()
 }
 
 // Quote makes a value from outside fit for a line of a log.

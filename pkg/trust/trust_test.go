@@ -74,6 +74,39 @@ func TestShortPrefixHasNAT64(t *testing.T) {
 	}
 }
 
+// The rules look up networks in the banned sets with ipv6_prefix: 128, too: an
+// address that stands for one is banned as that.
+func TestRefuseBan(t *testing.T) {
+	c := config.Default()
+	c.Ignore = []netip.Prefix{netip.MustParsePrefix("2001:db8:1:203::5/128")}
+	for _, test := range []struct {
+		prefix  int
+		addr    string
+		refused bool
+	}{
+		{128, "2001:db8:1:203::", true},
+		{128, "2001:db8:1:203::6", false},
+		{128, "2001:db8:1:200::", false},
+		{128, "64:ff9b::", true},
+		{128, "64:ff9b::192.0.2.7", false},
+		{128, "64:ff9b:1:c000::", true},
+		{128, "192.0.2.0", false},
+		{64, "2001:db8:1:203::6", true},
+		{56, "2001:db8:1:200::", true},
+		{56, "2001:db8:1:204::", true},
+		{56, "2001:db8:1:300::", false},
+	} {
+		c.IPv6Prefix = test.prefix
+		if err := RefuseBan(c, netip.MustParseAddr(test.addr)); (err != nil) != test.refused {
+			t.Errorf("ipv6_prefix %d, %s: %v", test.prefix, test.addr, err)
+		}
+		c.IPv6Prefix = 128
+		if err := Refuse(c, netip.MustParseAddr(test.addr)); err != nil {
+			t.Errorf("%s is not trusted: %v", test.addr, err)
+		}
+	}
+}
+
 // Nothing that comes in is trusted but an address that may be, and what is
 // said of it is one line that fits a log.
 func FuzzDecide(f *testing.F) {
