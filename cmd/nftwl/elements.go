@@ -279,7 +279,10 @@ refused.
 
 --timeout takes nft's notation: 1d12h, 90m, 30s. --timeout never makes permanent
 elements, which no later login and no add makes expire, and which stay until
-'nftwl remove'; like every element they need a set with the flag timeout.` + addressesHelp + changeExit,
+'nftwl remove'; like every element they need a set with the flag timeout.
+
+With --port it also trusts addresses on ports that are not configured. No login
+renews that, and 'nftwl remove' needs the same --port to end it.` + addressesHelp + changeExit,
 		Example: `  nftwl add 192.0.2.7 2001:db8::7
   nftwl add --timeout never --comment 'the office' 203.0.113.5
   nftwl add --port 465,587 --timeout 12h - <addresses.txt`,
@@ -302,6 +305,15 @@ elements, which no later login and no add makes expire, and which stay until
 			defer s.conn.Close()
 			if !cmd.Flags().Changed("timeout") {
 				e.Timeout = l.timeout(s.Config)
+			}
+			var others portsFlag
+			for _, port := range ports {
+				if !slices.Contains(s.Ports, port) {
+					others = append(others, port)
+				}
+			}
+			if l == trusted && len(others) > 0 {
+				printNote("ports not configured: %s; no login renews them, and 'nftwl remove' needs --port %[1]s", &others)
 			}
 			return s.change(l, args, true, func(set *nftset.Set, addrs []netip.Addr) error {
 				return s.put(l, set, addrs, ports, e)
@@ -363,7 +375,7 @@ func (s *session) put(l list, set *nftset.Set, addrs []netip.Addr, only portsFla
 }
 
 // noteTrusted tells of banned addresses that the firewall accepts all the
-// same, because the trusted come first.
+// same, because the trusted come first, and on which of the ports.
 func (s *session) noteTrusted(addrs []netip.Addr, ports []uint16) {
 	set, err := s.conn.Set(s.Table, s.Trusted.For(addrs[0]))
 	if err != nil {
@@ -371,12 +383,19 @@ func (s *session) noteTrusted(addrs []netip.Addr, ports []uint16) {
 	}
 	for _, addr := range addrs {
 		s.conn.SetTimeout(patience)
-		there, _, err := s.find(trusted, set, addr, ports)
+		there, missing, err := s.find(trusted, set, addr, ports)
 		switch {
 		case err != nil:
 			return
-		case len(there) > 0:
+		case len(there) == 0:
+		case len(missing) == 0:
 			printNote("%s is trusted too, which comes first; nftwl remove ends that", trusted.name(s.Config, addr))
+		default:
+			var on portsFlag
+			for _, e := range there {
+				on = append(on, e.Port)
+			}
+			printNote("%s is trusted too on %s, which comes first there; nftwl remove --port %[2]s ends that", trusted.name(s.Config, addr), &on)
 		}
 	}
 }
