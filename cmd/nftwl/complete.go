@@ -82,7 +82,7 @@ func addCompletions(root *cobra.Command, configPath *string) {
 		case "remove", "check":
 			cmd.ValidArgsFunction = completeAddresses(configPath, trusted)
 		case "unban":
-			cmd.ValidArgsFunction = completeAddresses(configPath, banned)
+			cmd.ValidArgsFunction = completeAddresses(configPath, banned, limited)
 		}
 		// An error is a command without that flag.
 		_ = cmd.RegisterFlagCompletionFunc("port", completePorts(configPath))
@@ -92,19 +92,19 @@ func addCompletions(root *cobra.Command, configPath *string) {
 // completionTime is how long a shell waits for what it completes.
 const completionTime = time.Second
 
-// completeAddresses offers the addresses of a list, with their comments: whom
+// completeAddresses offers the addresses of lists, with their comments: whom
 // one has to do with is mostly among the last. An error is no answer, since the
 // user is in the middle of a line.
-func completeAddresses(configPath *string, l list) cobra.CompletionFunc {
+func completeAddresses(configPath *string, lists ...list) cobra.CompletionFunc {
 	return func(cmd *cobra.Command, args []string, prefix string) ([]cobra.Completion, cobra.ShellCompDirective) {
 		const most = 1000
-		lists := []list{l}
+		lists := lists
 		if cmd.Name() == "check" {
 			if len(args) > 0 {
 				return nil, cobra.ShellCompDirectiveNoFileComp
 			}
 			if asBanned, err := cmd.Flags().GetBool("banned"); err == nil && asBanned {
-				lists[0] = banned
+				lists = []list{banned}
 			}
 		}
 		found := make(chan []listed)
@@ -118,11 +118,13 @@ func completeAddresses(configPath *string, l list) cobra.CompletionFunc {
 			found <- byAddress(rows)
 		}()
 		var offers []cobra.Completion
+		there := slices.Clone(args) // on the line, or offered
 		select {
 		case <-time.After(completionTime): // a set of a million elements takes a minute
 		case all := <-found:
 			for _, a := range all {
-				if strings.HasPrefix(a.name, prefix) && !slices.Contains(args, a.name) && len(offers) < most {
+				if strings.HasPrefix(a.name, prefix) && !slices.Contains(there, a.name) && len(offers) < most {
+					there = append(there, a.name)
 					offers = append(offers, cobra.CompletionWithDesc(a.name, a.comment()))
 				}
 			}

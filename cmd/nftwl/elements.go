@@ -17,17 +17,24 @@ import (
 	"nftwl/pkg/trust"
 )
 
-// list is one of the two that an address can be on.
+// list is one of those that an address can be on.
 type list string
 
 const (
 	trusted list = "trusted"
 	banned  list = "banned"
+	limited list = "limited" // by the shipped rules
 )
 
+// allLists are the lists in the order in which they are shown.
+var allLists = []list{trusted, banned, limited}
+
 func (l list) sets(c *config.Config) config.Names {
-	if l == banned {
+	switch l {
+	case banned:
 		return c.Banned
+	case limited:
+		return config.Limited
 	}
 	return c.Trusted
 }
@@ -460,8 +467,11 @@ configured port or on those of --port. Unknown addresses are reported but are
 not an error. A ban of an IPv6 address's whole /64 stays: the command that ends
 it is printed.
 
+It also ends what the limit of the shipped rules did to the address and, for
+IPv6, to its /64: on every port, or on those of --port.
+
 With --comment it removes only elements with that comment, so that one tool's
-unban leaves another's ban alone. Bans on ports that are
+unban leaves another's ban alone, and the limit's too. Bans on ports that are
 not configured, which fail2ban's jails have, end with --port, or with
 'fail2ban-client unban'.` + addressesHelp + changeExit
 		cmd.Example = `  nftwl unban 198.51.100.66
@@ -488,16 +498,23 @@ func (s *session) drop(l list, set *nftset.Set, addrs []netip.Addr, only portsFl
 	if err != nil {
 		return err
 	}
-	gone := make(map[netip.Addr]bool)
+	gone := make(map[netip.Addr]list)
+	if l == banned && match == nil {
+		var freed []nftset.Element
+		freed, err = s.free(addrs, only)
+		for _, e := range freed {
+			gone[e.Addr] = limited
+		}
+	}
 	for _, e := range removed {
-		gone[e.Addr] = true
+		gone[e.Addr] = l
 	}
 	for _, addr := range addrs {
 		network := trust.NetworkOf(addr, l.prefix(s.Config)).Addr()
-		switch {
-		case gone[network] && network != addr:
-			printNote("%s was %s with its network %s", addr, l, l.name(s.Config, network))
-		case !gone[addr]:
+		switch from, ok := gone[network]; {
+		case ok && network != addr:
+			printNote("%s was %s with its network %s", addr, from, from.name(s.Config, network))
+		case gone[addr] == "":
 			how := ""
 			if match != nil {
 				how = " with that comment"
@@ -514,7 +531,7 @@ func (s *session) drop(l list, set *nftset.Set, addrs []netip.Addr, only portsFl
 			}
 		}
 	}
-	return nil
+	return err
 }
 
 // remove removes any number of elements, and returns those that were there.
@@ -530,6 +547,67 @@ func (s *session) remove(set *nftset.Set, keys []nftset.Key, match func(nftset.E
 	return removed, nil
 }
 
+// rates are the sets in which the shipped rules count against the limit.
+var rates = config.Names{IPv4: "submission_rate_ipv4", IPv6: "submission_rate_ipv6"}
+
+// free ends what the limit of the shipped rules did to addresses of one family,
+// on some ports or on all. It returns the elements of the limited set that it
+// removed.
+func (s *session) free(addrs []netip.Addr, only portsFlag) ([]nftset.Element, error) {
+	set, err := s.conn.Set(s.Table, config.Limited.For(addrs[0]))
+	switch {
+	case errors.Is(err, nftset.ErrNoSet):
+		return nil, nil // the rules are others
+	case err != nil:
+		return nil, err
+	}
+	if err := only.fits(set); err != nil {
+		return nil, err
+	}
+	sources := make(map[netip.Addr]bool)
+	for _, addr := range addrs {
+		sources[addr] = true
+		sources[trust.NetworkOf(addr, trust.BanPrefix(s.Config)).Addr()] = true
+	}
+	var keys []nftset.Key
+	if set.Key.Port && len(only) == 0 {
+		// The limit has the ports that are written in the rules.
+		s.conn.SetTimeout(patience)
+		elems, err := s.conn.Elements(set)
+		if err != nil {
+			return nil, err
+		}
+		for _, e := range elems {
+			if sources[e.Addr] {
+				keys = append(keys, e.Key)
+			}
+		}
+	} else {
+		for addr := range sources {
+			keys = append(keys, trust.Keys(set, addr, only)...)
+		}
+	}
+	removed, err := s.remove(set, keys, nil)
+	if err != nil || len(removed) == 0 {
+		return removed, err
+	}
+	// Forget what has been counted too, or the next connection exceeds the limit
+	// again.
+	rate, err := s.conn.Set(s.Table, rates.For(addrs[0]))
+	switch {
+	case errors.Is(err, nftset.ErrNoSet):
+		return removed, nil
+	case err != nil:
+		return removed, err
+	}
+	keys = keys[:0]
+	for _, e := range removed {
+		keys = append(keys, e.Key)
+	}
+	_, err = s.remove(rate, keys, nil)
+	return removed, err
+}
+
 func newCheck(configPath *string) *cobra.Command {
 	var ports portsFlag
 	var asBanned, quiet bool
@@ -537,9 +615,10 @@ func newCheck(configPath *string) *cobra.Command {
 		Use:   "check ADDRESS",
 		Short: "Tell whether an address is trusted (or banned)",
 		Long: `Tells whether an address is trusted now, on every configured port or on those
-of --port, and for how long. --banned asks whether it is banned. An IPv6 address
-is banned when its /64 is, and trusted when its network of ipv6_prefix is. It
-looks up single elements, so it is fast even with large sets.
+of --port, and for how long. --banned asks whether it is banned, which does not
+include the limit of the shipped rules. An IPv6 address is banned when its /64
+is, and trusted when its network of ipv6_prefix is. It looks up single elements,
+so it is fast even with large sets.
 
 Exit status: 0 for yes, 1 for no, 2 for an error.`,
 		Example: `  nftwl check 192.0.2.7

@@ -22,15 +22,16 @@ func newList(configPath *string) *cobra.Command {
 	var asJSON bool
 	var interval string
 	cmd := &cobra.Command{
-		Use:   "list [trusted|banned]",
-		Short: "List the addresses that are trusted and banned",
-		Long: `Lists the addresses of both lists, or of one: a line for each address with its
+		Use:   "list [trusted|banned|limited]",
+		Short: "List the addresses that are trusted, banned and limited",
+		Long: `Lists the addresses of all lists, or of one: a line for each address with its
 ports, the time that is left (the shortest and the longest, where its ports
 differ) and the comments. Whoever logged in or was banned last comes first in
 each list; permanent elements, of which the kernel does not know since when they
 are there, come last.
 
-An IPv6 element that the rules take for a network is shown as
+limited are those that exceeded the limit of the shipped rules; with other rules
+there are none. An IPv6 element that the rules take for a network is shown as
 one (2001:db8:1:2::/64); --json has its address as it is in the set.
 
 On a terminal, lines are made to fit: comments are cut, ports become their
@@ -47,9 +48,9 @@ Exit status: 0, or 1 when a set cannot be read; the others are listed then.`,
   nftwl list --watch=5s banned
   nftwl list --json trusted`,
 		Args:      cobra.MatchAll(cobra.MaximumNArgs(1), cobra.OnlyValidArgs),
-		ValidArgs: []string{string(trusted), string(banned)},
+		ValidArgs: []string{string(trusted), string(banned), string(limited)},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			lists := []list{trusted, banned}
+			lists := allLists
 			if len(args) == 1 {
 				lists = []list{list(args[0])}
 			}
@@ -111,6 +112,9 @@ func (s *session) rows(lists []list) (rows []row, errs []error) {
 			var elems []nftset.Element
 			if err == nil {
 				elems, err = s.conn.Elements(set)
+			}
+			if l == limited && errors.Is(err, nftset.ErrNoSet) {
+				continue // the rules are others
 			}
 			if err != nil {
 				errs = append(errs, err)
@@ -177,8 +181,7 @@ func byAddress(rows []row) (all []listed) {
 		}
 	}
 	slices.SortFunc(all, func(a, b listed) int {
-		// Trusted before banned.
-		return cmp.Or(-cmp.Compare(a.list, b.list), cmp.Compare(a.age, b.age), a.addr.Compare(b.addr))
+		return cmp.Or(cmp.Compare(slices.Index(allLists, a.list), slices.Index(allLists, b.list)), cmp.Compare(a.age, b.age), a.addr.Compare(b.addr))
 	})
 	return all
 }
@@ -306,7 +309,7 @@ func table(all []listed, configured []uint16, width int, colour bool) []string {
 			case !colour || text == "":
 			case i == 0:
 				style = "1" // bold
-			case column == inList && all[i-1].list == banned:
+			case column == inList && all[i-1].list != trusted:
 				style = "31" // red
 			case column == inTime && all[i-1].ending():
 				style = "2" // dim

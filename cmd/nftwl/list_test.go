@@ -304,7 +304,7 @@ func TestListWatch(t *testing.T) {
 
 	t.Run("what changes", func(t *testing.T) {
 		cmd, y := watching(t, "--watch=50ms")
-		y.until(t, "a full screen", has("trusted: 20  banned: 0"))
+		y.until(t, "a full screen", has("trusted: 20  banned: 0  limited: 0"))
 		if text := y.written(); !strings.HasPrefix(text, enter) {
 			t.Errorf("it begins with %q", text[:min(len(text), 40)])
 		}

@@ -45,6 +45,10 @@ func (n Names) For(addr netip.Addr) string {
 // Both returns the two names, that of IPv4 first.
 func (n Names) Both() []string { return []string{n.IPv4, n.IPv6} }
 
+// Limited are the sets of those who exceed the limit of the shipped rules, which
+// alone have them, in the configured table.
+var Limited = Names{"limited_ipv4", "limited_ipv6"}
+
 // Config is the whole configuration, with the defaults where the file has
 // nothing.
 type Config struct {
