@@ -411,21 +411,21 @@ func (s *session) noteTrusted(addrs []netip.Addr, ports []uint16) {
 // network. For each port it returns the element that expires last, or the port
 // among those that are missing.
 func (s *session) find(l list, set *nftset.Set, addr netip.Addr, ports []uint16) (there []nftset.Element, missing []uint16, err error) {
-	single := trust.Keys(set, addr, ports)
-	network := trust.Keys(set, trust.NetworkOf(addr, l.prefix(s.Config)).Addr(), ports)
-	found, err := s.conn.Lookup(set, slices.Concat(single, network)...)
+	keys := trust.LookupKeys(set, addr, l.prefix(s.Config), ports)
+	found, err := s.conn.Lookup(set, keys...)
 	if err != nil {
 		return nil, nil, err
 	}
-	for i := range single {
-		e, ok := found[single[i]]
-		if of, too := found[network[i]]; too && (!ok || of.Outlives(e, 0)) {
+	n := len(trust.Keys(set, addr, ports))
+	for i, k := range keys[:n] {
+		e, ok := found[k]
+		if of, too := found[keys[len(keys)-n+i]]; too && (!ok || of.Outlives(e, 0)) {
 			e, ok = of, true
 		}
 		if ok {
 			there = append(there, e)
 		} else {
-			missing = append(missing, single[i].Port)
+			missing = append(missing, k.Port)
 		}
 	}
 	return there, missing, nil
@@ -489,10 +489,7 @@ func (s *session) drop(l list, set *nftset.Set, addrs []netip.Addr, only portsFl
 	ports := only.or(s.Ports)
 	var keys []nftset.Key
 	for _, addr := range addrs {
-		keys = append(keys, trust.Keys(set, addr, ports)...)
-		if network := trust.Network(s.Config, addr); network != addr {
-			keys = append(keys, trust.Keys(set, network, ports)...)
-		}
+		keys = append(keys, trust.LookupKeys(set, addr, s.IPv6Prefix, ports)...)
 	}
 	removed, err := s.remove(set, keys, match)
 	if err != nil {

@@ -407,18 +407,18 @@ func (s *Server) refuses(ctx context.Context, c *config.Config, r *report) (refu
 		}
 	}
 	conn.SetDeadline(deadline)
-	in := func(names config.Names) (bool, error) {
+	in := func(names config.Names, bits int) (bool, error) {
 		set, err := conn.Set(c.Table, names.For(addr))
 		if err != nil {
 			return false, err
 		}
-		there, err := conn.Lookup(set, trust.Keys(set, trust.Network(c, addr), c.Ports)...)
+		there, err := conn.Lookup(set, trust.LookupKeys(set, addr, bits, c.Ports)...)
 		return len(there) > 0, err
 	}
-	if banned, err := in(c.Banned); err != nil || !banned {
+	if banned, err := in(c.Banned, trust.BanPrefix(c)); err != nil || !banned {
 		return false, err
 	}
-	trusted, err := in(c.Trusted)
+	trusted, err := in(c.Trusted, c.IPv6Prefix)
 	return !trusted && err == nil, err
 }
 

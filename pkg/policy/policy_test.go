@@ -263,11 +263,11 @@ func TestAllow(t *testing.T) {
 	s := serve(t, "", "")
 	nstest.Nft(t, `add element inet filter banned_ipv4 { 192.0.2.1 . 587, 192.0.2.2 . 587 }
 		add element inet filter trusted_ipv4 { 192.0.2.2 . 143 }
-		add element inet filter banned_ipv6 { 2001:db8::1 . 143 }`)
+		add element inet filter banned_ipv6 { 2001:db8::1 . 143, 2001:db8:0:1:: . 143 }`)
 	for _, c := range []struct {
 		remote string
 		status int
-	}{{"192.0.2.1", -1}, {"192.0.2.2", 0}, {"192.0.2.3", 0}, {"2001:db8::1", -1}, {"2001:db8::2", 0}, {"", 0}, {"127.0.0.1", 0}, {"junk", 0}} {
+	}{{"192.0.2.1", -1}, {"192.0.2.2", 0}, {"192.0.2.3", 0}, {"2001:db8::1", -1}, {"2001:db8::2", 0}, {"2001:db8:0:1::2", -1}, {"", 0}, {"127.0.0.1", 0}, {"junk", 0}} {
 		w := s.send("allow", report{Login: "alice", Remote: c.remote})
 		var answer struct{ Status int }
 		if err := json.Unmarshal(w.Body.Bytes(), &answer); err != nil || w.Code != http.StatusOK || answer.Status != c.status {

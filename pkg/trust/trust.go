@@ -157,6 +157,17 @@ func Keys(set *nftset.Set, addr netip.Addr, ports []uint16) []nftset.Key {
 	return keys
 }
 
+// LookupKeys returns the keys by which the rules look an address up in a set: its
+// own and, where they look up networks of so many bits, then those of its
+// network.
+func LookupKeys(set *nftset.Set, addr netip.Addr, bits int, ports []uint16) []nftset.Key {
+	keys := Keys(set, addr, ports)
+	if network := NetworkOf(addr, bits).Addr(); network != addr {
+		keys = append(keys, Keys(set, network, ports)...)
+	}
+	return keys
+}
+
 // ParseAddr reads a client's address. An IPv4-mapped one is IPv4; a zone,
 // which no set can hold, is dropped.
 func ParseAddr(s string) (netip.Addr, error) {
