@@ -6,6 +6,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"nftwl/pkg/config"
 	"nftwl/pkg/nftset"
 )
 
@@ -102,7 +103,7 @@ func (m *metrics) trust(o nftset.Outcome, late bool) {
 	}
 }
 
-// sets collects how full the four sets are.
+// sets collects how full the sets are.
 type sets struct {
 	server *Server
 
@@ -152,7 +153,7 @@ func (s *sets) read() map[string]count {
 	}
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(5 * time.Second))
-	for _, name := range c.Sets() {
+	for _, name := range append(c.Sets(), config.Limited.Both()...) {
 		set, err := conn.Set(c.Table, name)
 		if err != nil {
 			continue

@@ -456,6 +456,12 @@ func TestMetrics(t *testing.T) {
 	if got := counts["trusted_ipv4"]; len(counts) != 4 || got.elements != 5 || got.size == 0 {
 		t.Errorf("%+v", counts)
 	}
+	// Those of the limit, with rules that have it.
+	nstest.Nft(t, "table inet filter { set limited_ipv4 { type ipv4_addr . inet_service; size 9; flags timeout; elements = { 192.0.2.3 . 465 }; }; }")
+	counts = (&sets{server: s.Server}).read()
+	if got := counts["limited_ipv4"]; len(counts) != 5 || got.elements != 1 || got.size != 9 {
+		t.Errorf("%+v", counts)
+	}
 }
 
 // Logins that wait together keep the longest timeout and all names.
