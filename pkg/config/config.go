@@ -3,8 +3,6 @@
 package config
 
 import (
-	"bytes"
-	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -13,12 +11,9 @@ import (
 	"strconv"
 	"strings"
 	"time"
-	"unicode/utf8"
 
-	"github.com/goccy/go-yaml/ast"
-	"github.com/goccy/go-yaml/parser"
-	"github.com/goccy/go-yaml/token"
 	"golang.org/x/sys/unix"
+	"gopkg.in/yaml.v3"
 
 	"nftwl/pkg/nftset"
 )
@@ -192,170 +187,98 @@ func ignoringEINTR(call func() (int, error)) (int, error) {
 	}
 }
 
-// screen refuses what no configuration has, and what takes the parser seconds
-// or gigabytes, since its time grows with the square of some things' number: a
-// login waits for it.
-func screen(text string) error {
-	const most = 64
-	brackets, number := 0, 0
-	for line := range strings.Lines(text) {
-		number++
-		line, _, _ = strings.Cut(line, "#")
-		line = strings.TrimSpace(line)
-		brackets += strings.Count(line, "[") + strings.Count(line, "{")
-		inside := strings.Count(line, "- ") + strings.Count(line, "? ") + strings.Count(line, ": ")
-		end := strings.TrimRight(line, "-+0123456789")
-		block := strings.HasSuffix(end, "|") || strings.HasSuffix(end, ">")
-		switch {
-		case brackets > most:
-			return &lineError{number, fmt.Errorf("more than %d brackets", most)}
-		case inside > most:
-			return &lineError{number, fmt.Errorf("more than %d keys or items in a line", most)}
-		case block:
-			return &lineError{number, errors.New("a block of text, which no key takes")}
-		}
-	}
-	return nil
-}
-
 // Parse reads the text of a configuration. An error begins with the number
 // of the line.
 func Parse(data []byte) (*Config, error) {
 	c := Default()
-	if !utf8.Valid(data) {
-		return nil, fmt.Errorf("%d: not UTF-8", 1+strings.Count(string(data[:invalidAt(data)]), "\n"))
-	}
-	data = bytes.TrimPrefix(data, []byte("\ufeff")) // a mark that some editors put first
-	if err := screen(string(data)); err != nil {
+	root, err := document(data)
+	if err != nil {
 		return nil, err
 	}
-	file, err := parser.ParseBytes(data, 0)
-	if err != nil {
-		return nil, syntaxError(err)
-	}
-	switch len(file.Docs) {
-	case 0:
+	if root == nil {
 		return c, nil
-	case 1:
-	default:
-		return nil, at(file.Docs[1], errors.New("a second YAML document begins; there must be one"))
 	}
-	root := file.Docs[0].Body
-	switch root.(type) {
-	case nil, *ast.NullNode, *ast.CommentGroupNode:
-		return c, nil // nothing but comments
-	}
-	if err := mapping(root, c.set); err != nil {
+	if err := mapping(root,
+		key{"table", value(&c.Table, nftset.ParseTable)},
+		key{"trusted", c.Trusted.read},
+		key{"banned", c.Banned.read},
+		key{"ports", list(&c.Ports, ParsePort)},
+		key{"timeout", value(&c.Timeout, nftset.ParseTimeout)},
+		key{"ban_timeout", value(&c.BanTimeout, nftset.ParseTimeout)},
+		key{"ipv6_prefix", value(&c.IPv6Prefix, number(128))},
+		key{"ignore", list(&c.Ignore, parsePrefix)},
+		key{"comment", value(&c.Comment, parseBool)},
+		key{"deadline", value(&c.Deadline, atMost(maxDeadline))},
+		key{"snapshot", value(&c.Snapshot, parsePath)},
+		key{"policy", c.readPolicy},
+		key{"failures", c.readFailures},
+	); err != nil {
 		return nil, at(root, err)
 	}
-	if err := c.distinct(root); err != nil {
-		return nil, err
-	}
-	return c, nil
+	return c, c.check(root)
 }
 
-// distinct reports two lists that share a set: who is banned would be
-// trusted, or the other way round.
-func (c *Config) distinct(root ast.Node) error {
-	seen := make(map[string]bool)
-	for _, name := range []string{c.Trusted.IPv4, c.Trusted.IPv6, c.Banned.IPv4, c.Banned.IPv6} {
-		if !seen[name] {
-			seen[name] = true
-			continue
+const (
+	// maxDeadline is less than the 60 s that Dovecot gives a post-login program.
+	maxDeadline = 30 * time.Second
+	// maxFailures bounds what nftwld must remember of one address.
+	maxFailures = 1000
+	// maxWithin is a week. Who guesses more slowly does no harm.
+	maxWithin = 7 * 24 * time.Hour
+)
+
+// check reports a lack of ports, and ports and sets that stand twice. A set that
+// two lists share would trust who is banned.
+func (c *Config) check(root *yaml.Node) error {
+	if len(c.Ports) == 0 {
+		return within(root, errors.New("at least one port is needed"), "ports")
+	}
+	ports := make(map[uint16]bool)
+	for _, p := range c.Ports {
+		if ports[p] {
+			return within(root, fmt.Errorf("port %d stands twice", p), "ports")
 		}
-		for _, v := range root.(*ast.MappingNode).Values {
-			if key, _ := scalar(v.Key); key == "trusted" || key == "banned" {
-				return in(v, key, fmt.Errorf("set %s is named twice; the four sets must differ", name))
-			}
+		ports[p] = true
+	}
+	sets := make(map[string]bool)
+	for _, name := range c.Sets() {
+		if sets[name] {
+			return within(root, fmt.Errorf("set %s is named twice; the four sets must differ", name), "trusted", "banned")
 		}
-		return at(root, fmt.Errorf("set %s is named twice; the four sets must differ", name))
+		sets[name] = true
 	}
 	return nil
 }
 
-// maxDeadline is less than the 60 s that Dovecot gives a post-login program.
-const maxDeadline = 30 * time.Second
-
-// set reads the value of one key.
-func (c *Config) set(key string, v ast.Node) (err error) {
-	switch key {
-	case "table":
-		var s string
-		if s, err = scalar(v); err == nil {
-			c.Table, err = nftset.ParseTable(s)
-		}
-	case "trusted":
-		return c.Trusted.set(key, v)
-	case "banned":
-		return c.Banned.set(key, v)
-	case "ports":
-		c.Ports, err = list(key, v, ParsePort)
-		if err == nil && len(c.Ports) == 0 {
-			err = errors.New("at least one port is needed")
-		}
-		if err == nil {
-			err = unique(c.Ports)
-		}
-	case "timeout":
-		c.Timeout, err = timeout(v)
-	case "ban_timeout":
-		c.BanTimeout, err = timeout(v)
-	case "ipv6_prefix":
-		var s string
-		if s, err = scalar(v); err == nil {
-			c.IPv6Prefix, err = strconv.Atoi(s)
-			if err != nil || c.IPv6Prefix < 1 || c.IPv6Prefix > 128 {
-				err = fmt.Errorf("%q is not a number from 1 to 128", s)
-			}
-		}
-	case "ignore":
-		c.Ignore, err = list(key, v, parsePrefix)
-	case "comment":
-		var s string
-		if s, err = scalar(v); err == nil {
-			c.Comment = s == "true"
-			if s != "true" && s != "false" {
-				err = fmt.Errorf("%q is not true or false", s)
-			}
-		}
-	case "deadline":
-		c.Deadline, err = timeout(v)
-		if err == nil && c.Deadline > maxDeadline {
-			err = fmt.Errorf("it must be at most %s, since Dovecot gives up after a minute", nftset.FormatTimeout(maxDeadline))
-		}
-	case "snapshot":
-		c.Snapshot, err = path(v)
-	case "policy":
-		p := DefaultPolicy
-		c.Policy = &p
-		return p.set(key, v)
-	case "failures":
-		f := defaultFailures
-		c.Failures = &f
-		return f.set(key, v)
-	default:
-		return at(v, fmt.Errorf("unknown key %q; the keys are table, trusted, banned, ports, timeout, ban_timeout, ipv6_prefix, ignore, comment, deadline, snapshot, policy and failures", key))
-	}
-	return in(v, key, err)
+func (n *Names) read(v *yaml.Node) error {
+	return mapping(v, key{"ipv4", value(&n.IPv4, parseSet)}, key{"ipv6", value(&n.IPv6, parseSet)})
 }
 
-func (n *Names) set(outer string, v ast.Node) error {
-	return in(v, outer, mapping(v, func(key string, v ast.Node) (err error) {
-		var s string
-		switch key {
-		case "ipv4":
-			if s, err = scalar(v); err == nil {
-				n.IPv4, err = s, nftset.CheckName(s)
-			}
-		case "ipv6":
-			if s, err = scalar(v); err == nil {
-				n.IPv6, err = s, nftset.CheckName(s)
-			}
-		default:
-			return at(v, fmt.Errorf("%s: unknown key %q; the keys are ipv4 and ipv6", outer, key))
-		}
-		return in(v, outer+"."+key, err)
-	}))
+func (c *Config) readPolicy(v *yaml.Node) error {
+	p := DefaultPolicy
+	c.Policy = &p
+	return mapping(v, key{"listen", value(&p.Listen, parseListen)}, key{"key_file", value(&p.KeyFile, parsePath)})
+}
+
+func (c *Config) readFailures(v *yaml.Node) error {
+	f := defaultFailures
+	c.Failures = &f
+	err := mapping(v,
+		key{"limit", value(&f.Limit, number(maxFailures))},
+		key{"within", value(&f.Within, atMost(maxWithin))},
+		key{"ban", value(&f.Ban, nftset.ParseTimeout)},
+		key{"longest", value(&f.Longest, nftset.ParseTimeout)},
+		key{"trusted_limit", value(&f.TrustedLimit, number(maxFailures))},
+	)
+	switch {
+	case err != nil:
+		return err
+	case f.Longest < f.Ban:
+		return fmt.Errorf("longest (%s) is shorter than ban (%s)", nftset.FormatTimeout(f.Longest), nftset.FormatTimeout(f.Ban))
+	case f.TrustedLimit < f.Limit:
+		return fmt.Errorf("trusted_limit (%d) is less than limit (%d)", f.TrustedLimit, f.Limit)
+	}
+	return nil
 }
 
 // ReadKey returns the key in a file such as Policy.KeyFile: one word, without the
@@ -373,192 +296,6 @@ func ReadKey(path string) (string, error) {
 	return key, nil
 }
 
-func (p *Policy) set(outer string, v ast.Node) error {
-	return in(v, outer, mapping(v, func(key string, v ast.Node) (err error) {
-		var s string
-		switch key {
-		case "listen":
-			if s, err = scalar(v); err == nil {
-				p.Listen, err = netip.ParseAddrPort(s)
-				if err != nil || p.Listen.Port() == 0 {
-					err = fmt.Errorf("%q is not an address with a port, such as 127.0.0.1:8085 or [::1]:8085", s)
-				}
-			}
-		case "key_file":
-			p.KeyFile, err = path(v)
-		default:
-			return at(v, fmt.Errorf("%s: unknown key %q; the keys are listen and key_file", outer, key))
-		}
-		return in(v, outer+"."+key, err)
-	}))
-}
-
-func (f *Failures) set(outer string, v ast.Node) error {
-	return in(v, outer, cmp.Or(mapping(v, func(key string, v ast.Node) (err error) {
-		switch key {
-		case "limit":
-			f.Limit, err = failures(v)
-		case "within":
-			f.Within, err = timeout(v)
-			if err == nil && f.Within > maxWithin {
-				err = fmt.Errorf("it must be at most %s", nftset.FormatTimeout(maxWithin))
-			}
-		case "ban":
-			f.Ban, err = timeout(v)
-		case "longest":
-			f.Longest, err = timeout(v)
-		case "trusted_limit":
-			f.TrustedLimit, err = failures(v)
-		default:
-			return at(v, fmt.Errorf("%s: unknown key %q; the keys are limit, within, ban, longest and trusted_limit", outer, key))
-		}
-		return in(v, outer+"."+key, err)
-	}), f.check()))
-}
-
-// check reports values that do not fit each other.
-func (f *Failures) check() error {
-	switch {
-	case f.Longest < f.Ban:
-		return fmt.Errorf("longest (%s) is shorter than ban (%s)", nftset.FormatTimeout(f.Longest), nftset.FormatTimeout(f.Ban))
-	case f.TrustedLimit < f.Limit:
-		return fmt.Errorf("trusted_limit (%d) is less than limit (%d)", f.TrustedLimit, f.Limit)
-	}
-	return nil
-}
-
-const (
-	// maxFailures bounds what nftwld must remember of one address.
-	maxFailures = 1000
-	// maxWithin is a week: whoever guesses more slowly than that does not guess.
-	maxWithin = 7 * 24 * time.Hour
-)
-
-func failures(v ast.Node) (int, error) {
-	s, err := scalar(v)
-	if err != nil {
-		return 0, err
-	}
-	n, err := strconv.Atoi(s)
-	if err != nil || n < 1 || n > maxFailures {
-		return 0, fmt.Errorf("%q is not a number from 1 to %d", s, maxFailures)
-	}
-	return n, nil
-}
-
-// lineError is an error whose line is known.
-type lineError struct {
-	line int
-	err  error
-}
-
-func (e *lineError) Error() string { return fmt.Sprintf("%d: %v", e.line, e.err) }
-func (e *lineError) Unwrap() error { return e.err }
-
-// at adds the line of a node to an error, unless it has one already.
-func at(v ast.Node, err error) error {
-	var known *lineError
-	if err == nil || errors.As(err, &known) {
-		return err
-	}
-	return &lineError{line(v), err}
-}
-
-// in adds the name of a key and its line to an error.
-func in(v ast.Node, key string, err error) error {
-	var known *lineError
-	if err == nil || errors.As(err, &known) {
-		return err
-	}
-	return &lineError{line(v), fmt.Errorf("%s: %w", key, err)}
-}
-
-func line(v ast.Node) int {
-	if d, ok := v.(*ast.DocumentNode); ok && d.Body == nil {
-		if d.Start == nil {
-			return 1
-		}
-		return d.Start.Position.Line
-	}
-	if t := v.GetToken(); t != nil && t.Position != nil {
-		return t.Position.Line
-	}
-	return 1
-}
-
-// mapping calls set for every key of a node. The parser has refused a key that
-// stands twice.
-func mapping(v ast.Node, set func(key string, v ast.Node) error) error {
-	m, ok := v.(*ast.MappingNode)
-	if !ok {
-		return errors.New("keys with values are needed, such as timeout: 1d")
-	}
-	for _, pair := range m.Values {
-		key, err := scalar(pair.Key)
-		if err != nil {
-			return at(pair, errors.New("a key must be a plain word"))
-		}
-		if err := set(key, pair.Value); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// scalar returns the text of a single value. Anchors, aliases and tags have no
-// use in a file of this size.
-func scalar(v ast.Node) (string, error) {
-	switch v := v.(type) {
-	case *ast.StringNode:
-		if v.Value == "" {
-			return "", errors.New("the value is empty")
-		}
-		return v.Value, nil
-	case *ast.IntegerNode, *ast.FloatNode, *ast.BoolNode:
-		return v.GetToken().Value, nil
-	case *ast.NullNode:
-		return "", errors.New("the value is missing")
-	}
-	return "", fmt.Errorf("a single plain value is needed, not a YAML %s", strings.ToLower(v.Type().YAMLName()))
-}
-
-func path(v ast.Node) (string, error) {
-	s, err := scalar(v)
-	if err == nil && !strings.HasPrefix(s, "/") {
-		err = fmt.Errorf("%q is not an absolute path", s)
-	}
-	return s, err
-}
-
-func timeout(v ast.Node) (time.Duration, error) {
-	s, err := scalar(v)
-	if err != nil {
-		return 0, err
-	}
-	return nftset.ParseTimeout(s)
-}
-
-// list returns the values of a list. An error names the item's line.
-func list[T any](key string, v ast.Node, parse func(string) (T, error)) ([]T, error) {
-	seq, ok := v.(*ast.SequenceNode)
-	if !ok {
-		return nil, errors.New("a list is needed, such as [a, b]")
-	}
-	var values []T
-	for _, item := range seq.Values {
-		s, err := scalar(item)
-		if err != nil {
-			return nil, in(item, key, err)
-		}
-		value, err := parse(s)
-		if err != nil {
-			return nil, in(item, key, err)
-		}
-		values = append(values, value)
-	}
-	return values, nil
-}
-
 // ParsePort reads the number of a port, 1 to 65535.
 func ParsePort(s string) (uint16, error) {
 	n, err := strconv.ParseUint(s, 10, 16)
@@ -568,15 +305,50 @@ func ParsePort(s string) (uint16, error) {
 	return uint16(n), nil
 }
 
-func unique(ports []uint16) error {
-	seen := make(map[uint16]bool)
-	for _, p := range ports {
-		if seen[p] {
-			return fmt.Errorf("port %d stands twice", p)
-		}
-		seen[p] = true
+func parseSet(s string) (string, error) { return s, nftset.CheckName(s) }
+
+func parsePath(s string) (string, error) {
+	if !strings.HasPrefix(s, "/") {
+		return "", fmt.Errorf("%q is not an absolute path", s)
 	}
-	return nil
+	return s, nil
+}
+
+func parseBool(s string) (bool, error) {
+	if s != "true" && s != "false" {
+		return false, fmt.Errorf("%q is not true or false", s)
+	}
+	return s == "true", nil
+}
+
+// number returns a parser of the numbers from 1 to most.
+func number(most int) func(string) (int, error) {
+	return func(s string) (int, error) {
+		n, err := strconv.Atoi(s)
+		if err != nil || n < 1 || n > most {
+			return 0, fmt.Errorf("%q is not a number from 1 to %d", s, most)
+		}
+		return n, nil
+	}
+}
+
+// atMost returns a parser of timeouts up to most.
+func atMost(most time.Duration) func(string) (time.Duration, error) {
+	return func(s string) (time.Duration, error) {
+		d, err := nftset.ParseTimeout(s)
+		if err == nil && d > most {
+			err = fmt.Errorf("it must be at most %s", nftset.FormatTimeout(most))
+		}
+		return d, err
+	}
+}
+
+func parseListen(s string) (netip.AddrPort, error) {
+	a, err := netip.ParseAddrPort(s)
+	if err != nil || a.Port() == 0 {
+		return a, fmt.Errorf("%q is not an address with a port, such as 127.0.0.1:8085 or [::1]:8085", s)
+	}
+	return a, nil
 }
 
 // parsePrefix reads a prefix, or an address as the prefix that it alone is in.
@@ -595,28 +367,4 @@ func parsePrefix(s string) (netip.Prefix, error) {
 		return p, fmt.Errorf("%q has bits set past its length; did you mean %s?", s, p.Masked())
 	}
 	return p, nil
-}
-
-// syntaxError makes one line of the parser's error, which is a drawing of the
-// place.
-func syntaxError(err error) error {
-	var located interface {
-		GetToken() *token.Token
-		GetMessage() string
-	}
-	if errors.As(err, &located) && located.GetToken() != nil {
-		return &lineError{located.GetToken().Position.Line, errors.New(located.GetMessage())}
-	}
-	return &lineError{1, err}
-}
-
-func invalidAt(data []byte) int {
-	for i := 0; i < len(data); {
-		r, n := utf8.DecodeRune(data[i:])
-		if r == utf8.RuneError && n == 1 {
-			return i
-		}
-		i += n
-	}
-	return len(data)
 }
