@@ -87,15 +87,16 @@ func newRestore(configPath *string) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "restore [FILE…]",
 		Short: "Merge saved sets into the kernel",
-		Long: `Merges snapshots, or files that 'nft list set' or 'nft list ruleset' printed,
-into the kernel: all of them, or nothing where one has an error. A table or set
-that is missing is created as the file defines it. What the kernel holds already
-is never shortened.
+		Long: `Merges files into the kernel: all of them, or none if one has an error. A file
+is a snapshot, or what 'nft list set' or 'nft list ruleset' printed; nft itself
+reads the latter, in a network namespace of its own, which only root can make.
+Of a file, restore takes the four sets alone. It creates a table or set that is
+missing as the file defines it, and never shortens what the kernel holds.
 
 Without FILE it restores the snapshot file of the configuration, and does
-nothing where that does not exist yet. "-" is standard input.
+nothing if that does not exist yet. "-" is standard input.
 
-Exit status: 0, or 1 when something failed; nothing is changed then.`,
+Exit status: 0, or 1 if something failed; nothing is changed then.`,
 		Example: "  nftwl restore -v\n  nft list ruleset | ssh mail2.example.org nftwl restore -",
 		RunE: func(_ *cobra.Command, args []string) error {
 			s, err := open(*configPath)

@@ -7,7 +7,9 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"nftwl/pkg/nftset"
 	"nftwl/pkg/nstest"
 )
 
@@ -28,10 +30,10 @@ func TestReadTooLarge(t *testing.T) {
 }
 
 func TestParseTooMany(t *testing.T) {
-	const n = maxElements + 1
-	text := "table inet filter {\nset trusted_ipv4 {\ntype ipv4_addr\nelements = {" + strings.Repeat("1.1.1.1,", n) + "}\n}\n}\n"
+	start := "table inet filter {\n\tset trusted_ipv4 {\n\t\ttype ipv4_addr\n\t\telements = {\n"
+	text := header(time.Now(), nftset.Instance{}) + start + strings.Repeat("1\n", maxElements+1) + "\t\t}\n\t}\n}\n" + trailer(maxElements+1)
 	_, err := Parse(text, ours)
-	if err == nil || err.Error() != "line 4: more than 16777216 elements" {
+	if err == nil || err.Error() != "line 5: more than 16777216 elements" {
 		t.Errorf("%v", err)
 	}
 }

@@ -482,7 +482,7 @@ func TestCommandErrors(t *testing.T) {
 	bad := file("bad.nft", list("trusted_ipv4", "type ipv4_addr . inet_service; flags timeout", "192.0.2.1 . 993", "192.0.2.300 . 993"))
 	foreign := file("foreign.nft", "table ip nat {\n\tset x {\n\t\ttype ipv4_addr\n\t}\n}\n")
 	nothing := file("nothing.nft", "")
-	short := file("short.nft", header(time.Now(), nftset.Instance{})+list("trusted_ipv4", "type ipv4_addr"))
+	short := file("short.nft", header(time.Now(), nftset.Instance{})+"table inet filter {\n\tset trusted_ipv4 {\n")
 	for _, test := range []struct {
 		args  []string
 		code  int
@@ -495,10 +495,10 @@ func TestCommandErrors(t *testing.T) {
 		{[]string{"save", "a", "b"}, 2, []string{"accepts at most 1 arg(s), received 2"}},
 		{[]string{"restore", dir}, 1, []string{dir + " is a directory, not a file"}},
 		{[]string{"restore", dir + "/missing"}, 1, []string{dir + "/missing: no such file or directory"}},
-		{[]string{"restore", bad}, 1, []string{bad + `: line 6: "192.0.2.300" is not an address`}},
-		{[]string{"restore", foreign}, 1, []string{"nftwl: " + foreign + ": line 2: set x: passed over", foreign + ": none of the sets in it is one of table inet filter that the configuration names"}},
+		{[]string{"restore", bad}, 1, []string{bad + `: line 6: nft: Could not resolve hostname`}},
+		{[]string{"restore", foreign}, 1, []string{foreign + ": none of the sets in it is one of table inet filter that the configuration names"}},
 		{[]string{"restore", nothing}, 1, []string{nothing + ": none of the sets in it"}},
-		{[]string{"restore", short}, 1, []string{short + ": line 7: it was cut short: its last line is missing"}},
+		{[]string{"restore", short}, 1, []string{short + ": line 4: it was cut short: its last line is missing"}},
 		{[]string{"restore", "--nonsense"}, 2, []string{"unknown flag: --nonsense"}},
 	} {
 		var stdout, stderr strings.Builder

@@ -382,33 +382,19 @@ func TestSaveSorted(t *testing.T) {
 	}
 }
 
-// Names of other programs that nft lists and its grammar does not take.
-func TestRestoreBesideOddNames(t *testing.T) {
-	c := dial(t, "")
-	text := "table ip .foo {\n\tset 10-nat {\n\t\ttype ipv4_addr\n\t}\n}\ntable inet foo:bar {\n\tchain 4 {\n\t}\n}\n" +
-		list("trusted_ipv4", "type ipv4_addr . inet_service; flags timeout", "192.0.2.1 . 993 timeout 1h")
-	f := parse(t, text)
-	if r := mustRestore(t, c, f); r.Restored != 1 || len(f.Passed) != 2 {
-		t.Errorf("%+v, %q", r, f.Passed)
-	}
-	if tables := run(t, "nft", "list", "tables"); tables != "table inet filter\n" {
-		t.Errorf("made %q", tables)
-	}
-}
-
-// A file with a key twice, as an editor leaves it: the later end counts.
+// A snapshot with a key twice: the one that expires last counts.
 func TestRestoreTwiceInSnapshot(t *testing.T) {
-	for _, lines := range [][]string{
-		{"192.0.2.1 . 993 timeout 9h", "192.0.2.1 . 993 timeout 1h"},
-		{"192.0.2.1 . 993 timeout 1h", "192.0.2.1 . 993 timeout 9h", "192.0.2.1 . 993 timeout 2h"},
-		{"192.0.2.1 . 993 timeout 1h", "192.0.2.0 . 993 timeout 1h", "192.0.2.1 . 993 timeout 9h"},
+	hours := func(key string, n time.Duration) nftset.Element { return element(key, n*time.Hour, n*time.Hour, "") }
+	for _, elems := range [][]nftset.Element{
+		{hours("192.0.2.1 . 993", 9), hours("192.0.2.1 . 993", 1)},
+		{hours("192.0.2.1 . 993", 1), hours("192.0.2.1 . 993", 9), hours("192.0.2.1 . 993", 2)},
+		{hours("192.0.2.1 . 993", 1), hours("192.0.2.0 . 993", 1), hours("192.0.2.1 . 993", 9)},
 	} {
 		c := dial(t, empty)
-		text := header(time.Now(), nftset.Instance{}) + list("trusted_ipv4", "type ipv4_addr . inet_service; flags timeout", lines...) + trailer(len(lines))
-		mustRestore(t, c, parse(t, text))
+		mustRestore(t, c, parse(t, whole(section("trusted_ipv4", elems...))))
 		e := elements(t, c, "trusted_ipv4")[nftset.Key{Addr: netip.MustParseAddr("192.0.2.1"), Port: 993}]
 		if e.Timeout != 9*time.Hour {
-			t.Errorf("%q: %s", lines, show(e))
+			t.Errorf("%+v: %s", elems, show(e))
 		}
 	}
 }
