@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -35,6 +36,7 @@ func load(text string, table nftset.Table, names []string) (*File, error) {
 			if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 				return fmt.Errorf("it is no snapshot, and only root can have nft read it: %w", err)
 			}
+			defer makeDevices(text)()
 			if err := nft(text); err != nil {
 				return err
 			}
@@ -66,6 +68,40 @@ func load(text string, table nftset.Table, names []string) (*File, error) {
 	return &f, nil
 }
 
+// ofDevices finds the names of interfaces that nft and the kernel want to be
+// there: of iif, oif, chains and flowtables, one or a list.
+var ofDevices = regexp.MustCompile(`\b(?:[io]if|devices?)\b[ !=]+(?:\{[^}]*\}|[^\s;]+)`)
+
+// makeDevices makes the interfaces that a file names, in the network namespace
+// of this thread. Of one that cannot be made nft says that it is missing.
+func makeDevices(text string) (remove func()) {
+	var names []string
+	for _, found := range ofDevices.FindAllString(text, -1) {
+		words := strings.FieldsFunc(found, func(r rune) bool { return strings.ContainsRune(" \t\n!={},\"", r) })
+		names = append(names, words[1:]...)
+	}
+	slices.Sort(names)
+	var fds []int
+	for _, name := range slices.Compact(names) {
+		req, err := unix.NewIfreq(name)
+		if err != nil {
+			continue // too long for one
+		}
+		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
+		if err != nil {
+			break
+		}
+		fds = append(fds, fd)
+		req.SetUint16(unix.IFF_TUN)
+		_ = unix.IoctlIfreq(fd, unix.TUNSETIFF, req) // it may be there
+	}
+	return func() {
+		for _, fd := range fds {
+			unix.Close(fd)
+		}
+	}
+}
+
 // nftError is the first line of what nft prints of a file that it refuses.
 var nftError = regexp.MustCompile(`^[^:\s]*:(\d+):[-\d]+: Error: (.*)`)
 
@@ -74,8 +110,12 @@ func nft(text string) error {
 	const patience = time.Minute // it takes seconds for a million elements
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "nft", "-f", "-")
-	cmd.Env = append(cmd.Environ(), "LC_ALL=C", "PATH=/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local/bin")
+	program, err := exec.LookPath("nft")
+	if err != nil {
+		program = "/usr/sbin/nft" // often not in PATH, such as cron's
+	}
+	cmd := exec.CommandContext(ctx, program, "-f", "-")
+	cmd.Env = append(cmd.Environ(), "LC_ALL=C")
 	cmd.Stdin = strings.NewReader(text)
 	out, err := cmd.CombinedOutput()
 	var exit *exec.ExitError

@@ -235,6 +235,28 @@ func TestLoadRuleset(t *testing.T) {
 	}
 }
 
+// The rules of another machine, with interfaces that this one lacks.
+func TestLoadDevices(t *testing.T) {
+	nstest.New(t)
+	text := list("trusted_ipv4", "type ipv4_addr", "192.0.2.7") + `table inet filter {
+	chain input {
+		type filter hook input priority filter; policy drop;
+		iif "eth7" accept
+		iif != { "lo", "eth8", "wg0" } ip saddr 192.0.2.1 drop
+		oifname "eth9" accept comment "device "
+		iif "eth7" accept
+	}
+	chain dev {
+		type filter hook ingress device "eth10" priority filter; policy accept;
+	}
+}
+`
+	f, err := load(text, filter, []string{"trusted_ipv4"})
+	if err != nil || len(f.Sets) != 1 {
+		t.Errorf("%+v, %v", f, err)
+	}
+}
+
 // What nft refuses is an error in its words, with the line.
 func TestLoadErrors(t *testing.T) {
 	nstest.New(t)
