@@ -370,9 +370,9 @@ func (s *session) put(l list, set *nftset.Set, addrs []netip.Addr, only portsFla
 	}
 	kept := make(map[netip.Addr]bool)
 	for i, o := range outcomes {
-		if addr := elems[i].Addr; o == nftset.Kept && !kept[addr] {
+		if addr := elems[i].Addr; o == nftset.Unchanged && !kept[addr] {
 			kept[addr] = true
-			printNote("%s is %s for as long already", l.name(s.Config, addr), l)
+			printNote("%s is unchanged: %s for as long already", l.name(s.Config, addr), l)
 		}
 	}
 	if l == banned {

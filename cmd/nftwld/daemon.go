@@ -75,7 +75,7 @@ func (d *daemon) run() error {
 	d.server = policy.New(c, key, registry)
 	d.server.Problem = d.quiet.problem
 	d.server.Trusted = func(g *trust.Grant, o nftset.Outcome) {
-		if o != nftset.Kept {
+		if o != nftset.Unchanged {
 			d.log.Debug("trusted", "address", g.Addr, "for", nftset.FormatTimeout(g.Timeout), "user", g.Comment)
 		}
 	}

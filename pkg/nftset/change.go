@@ -11,10 +11,12 @@ type Outcome int
 
 // The outcomes.
 const (
-	Kept     Outcome = iota // its time left is long enough
-	Added                   // it was not there
-	Extended                // it was there, and has more time left now
+	Unchanged Outcome = iota // its time left is long enough
+	Added                    // it was not there
+	Renewed                  // it was there, and has more time left now
 )
+
+func (o Outcome) String() string { return [...]string{"unchanged", "added", "renewed"}[o] }
 
 // Extend makes sure that every element is in the set and expires no sooner than
 // asked: it adds those that are missing, gives those that would expire sooner
@@ -79,7 +81,7 @@ func (c *Conn) extendUnique(s *Set, elems []Element, slack time.Duration, commen
 	// What was there, and was to expire later.
 	there := func() (some []Element) {
 		for i, e := range elems {
-			if outcomes[i] == Extended {
+			if outcomes[i] == Renewed {
 				some = append(some, e)
 			}
 		}
@@ -141,7 +143,7 @@ func (c *Conn) extend(s *Set, elems []Element, slack time.Duration, comment func
 			case kept && old.Outlives(e, 0): // it gets the comment alone
 				e.Timeout, e.Expires = old.Timeout, old.Expires
 			}
-			outcomes[i] = Extended
+			outcomes[i] = Renewed
 			if !inPlace || e.Permanent() || old.Comment != e.Comment {
 				replace = append(replace, e)
 				continue

@@ -281,7 +281,7 @@ func TestPermanent(t *testing.T) {
 		}
 		// It stays so, whatever a login asks for.
 		e.Timeout = time.Hour
-		if o, err := c.Extend(s, []Element{e}, 0, nil); err != nil || o[0] != Kept {
+		if o, err := c.Extend(s, []Element{e}, 0, nil); err != nil || o[0] != Unchanged {
 			t.Errorf("%v, %v", o, err)
 		}
 		if got := nftList(t, set)["192.0.2.7 . 993"]; got.Expires != 0 {
@@ -301,15 +301,15 @@ func TestExtend(t *testing.T) {
 		timeout int
 		comment string
 	}{
-		{"same timeout, part of it gone", "timeout 1h expires 10m", Element{Timeout: time.Hour}, Extended, 3590, 3600, ""},
-		{"the set's default, part of it gone", "expires 10m", Element{Timeout: 24 * time.Hour}, Extended, 86390, 86400, ""},
-		{"a shorter timeout", "timeout 10m", Element{Timeout: time.Hour}, Extended, 3590, 3600, ""},
-		{"a longer timeout, little of it left", "timeout 30d expires 10m", Element{Timeout: time.Hour}, Extended, 3590, 3600, ""},
-		{"a longer trust", "timeout 30d expires 29d", Element{Timeout: time.Hour}, Kept, 29*86400 - 10, 30 * 86400, ""},
-		{"another comment", `timeout 1h expires 10m comment "alice"`, Element{Timeout: time.Hour, Comment: "bob"}, Extended, 3590, 3600, "bob"},
-		{"a longer trust with another comment", `timeout 1h comment "alice"`, Element{Timeout: time.Minute, Comment: "bob"}, Kept, 3590, 3600, "alice"},
-		{"the same comment", `timeout 1h expires 10m comment "alice"`, Element{Timeout: time.Hour, Comment: "alice"}, Extended, 3590, 3600, "alice"},
-		{"permanent from now on", "timeout 1h", Element{}, Extended, 0, 0, ""},
+		{"same timeout, part of it gone", "timeout 1h expires 10m", Element{Timeout: time.Hour}, Renewed, 3590, 3600, ""},
+		{"the set's default, part of it gone", "expires 10m", Element{Timeout: 24 * time.Hour}, Renewed, 86390, 86400, ""},
+		{"a shorter timeout", "timeout 10m", Element{Timeout: time.Hour}, Renewed, 3590, 3600, ""},
+		{"a longer timeout, little of it left", "timeout 30d expires 10m", Element{Timeout: time.Hour}, Renewed, 3590, 3600, ""},
+		{"a longer trust", "timeout 30d expires 29d", Element{Timeout: time.Hour}, Unchanged, 29*86400 - 10, 30 * 86400, ""},
+		{"another comment", `timeout 1h expires 10m comment "alice"`, Element{Timeout: time.Hour, Comment: "bob"}, Renewed, 3590, 3600, "bob"},
+		{"a longer trust with another comment", `timeout 1h comment "alice"`, Element{Timeout: time.Minute, Comment: "bob"}, Unchanged, 3590, 3600, "alice"},
+		{"the same comment", `timeout 1h expires 10m comment "alice"`, Element{Timeout: time.Hour, Comment: "alice"}, Renewed, 3590, 3600, "alice"},
+		{"permanent from now on", "timeout 1h", Element{}, Renewed, 0, 0, ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			c := dial(t, rules)
@@ -462,10 +462,10 @@ func TestSlack(t *testing.T) {
 	s := describe(t, c, "v4port")
 	nstest.Nft(t, "add element inet filter v4port { 192.0.2.7 . 993 timeout 1h expires 3590s }")
 	e := []Element{{Key: key("192.0.2.7 . 993"), Timeout: time.Hour}}
-	if o, err := c.Extend(s, e, 20*time.Second, nil); err != nil || o[0] != Kept {
+	if o, err := c.Extend(s, e, 20*time.Second, nil); err != nil || o[0] != Unchanged {
 		t.Errorf("within the slack: %v, %v", o, err)
 	}
-	if o, err := c.Extend(s, e, 2*time.Second, nil); err != nil || o[0] != Extended {
+	if o, err := c.Extend(s, e, 2*time.Second, nil); err != nil || o[0] != Renewed {
 		t.Errorf("past the slack: %v, %v", o, err)
 	}
 }
@@ -788,7 +788,7 @@ func TestExtendTwice(t *testing.T) {
 			{Key: k, Timeout: time.Duration(round+2) * time.Hour, Comment: "b"},
 			{Key: k, Timeout: time.Minute, Comment: "c"},
 		}, 0, both)
-		if err != nil || outcomes[0] != outcomes[1] || outcomes[1] != outcomes[2] || outcomes[0] != []Outcome{Added, Extended}[round] {
+		if err != nil || outcomes[0] != outcomes[1] || outcomes[1] != outcomes[2] || outcomes[0] != []Outcome{Added, Renewed}[round] {
 			t.Errorf("round %d: %v, %v", round, outcomes, err)
 		}
 		if e := nftList(t, "v4port")[k.String()]; e.Timeout != (round+2)*3600 || e.Comment != want {

@@ -90,14 +90,7 @@ func (m *metrics) report(r *report) {
 }
 
 func (m *metrics) trust(o nftset.Outcome, late bool) {
-	outcome := "unchanged"
-	switch o {
-	case nftset.Added:
-		outcome = "added"
-	case nftset.Extended:
-		outcome = "renewed"
-	}
-	m.trusted.WithLabelValues(outcome).Inc()
+	m.trusted.WithLabelValues(o.String()).Inc()
 	if late {
 		m.late.Inc()
 	}

@@ -37,10 +37,10 @@ func TestApplyOutcomes(t *testing.T) {
 		grants = append(grants, &Grant{Addr: netip.MustParseAddr(ip), Timeout: 24 * time.Hour})
 	}
 	got, err := Apply(conn, c, grants...)
-	if want := []nftset.Outcome{nftset.Kept, nftset.Extended, nftset.Added, nftset.Added}; err != nil || !slices.Equal(got, want) {
+	if want := []nftset.Outcome{nftset.Unchanged, nftset.Renewed, nftset.Added, nftset.Added}; err != nil || !slices.Equal(got, want) {
 		t.Errorf("%v, %v; want %v", got, err, want)
 	}
-	all := []nftset.Outcome{nftset.Kept, nftset.Kept, nftset.Kept, nftset.Kept}
+	all := []nftset.Outcome{nftset.Unchanged, nftset.Unchanged, nftset.Unchanged, nftset.Unchanged}
 	if got, err := Apply(conn, c, grants...); err != nil || !slices.Equal(got, all) {
 		t.Errorf("again: %v, %v; want %v", got, err, all)
 	}

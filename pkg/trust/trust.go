@@ -75,7 +75,7 @@ func Decide(c *config.Config, l Login) (*Grant, error) {
 // Apply has the kernel trust the addresses of grants, which are of one family,
 // for every configured port: in one transaction, or none where all are trusted
 // for long enough already. It returns what became of each grant: Added where
-// its address was not trusted on each port, else Extended where it was to be
+// its address was not trusted on each port, else Renewed where it was to be
 // trusted for longer.
 func Apply(conn *nftset.Conn, c *config.Config, grants ...*Grant) ([]nftset.Outcome, error) {
 	set, err := conn.Set(c.Table, c.Trusted.For(grants[0].Addr))
@@ -101,8 +101,8 @@ func Apply(conn *nftset.Conn, c *config.Config, grants ...*Grant) ([]nftset.Outc
 		switch {
 		case slices.Contains(part, nftset.Added):
 			outcomes[i] = nftset.Added
-		case slices.Contains(part, nftset.Extended):
-			outcomes[i] = nftset.Extended
+		case slices.Contains(part, nftset.Renewed):
+			outcomes[i] = nftset.Renewed
 		}
 	}
 	return outcomes, nil
