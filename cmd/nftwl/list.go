@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"math"
 	"net/netip"
 	"os"
@@ -20,78 +19,53 @@ import (
 
 func newList(configPath *string) *cobra.Command {
 	var asJSON bool
-	var interval string
 	cmd := &cobra.Command{
 		Use:   "list [trusted|banned|limited]",
 		Short: "List the addresses that are trusted, banned and limited",
 		Long: `Lists the addresses of all lists, or of one: a line for each address with its
-ports, the time that is left (the shortest and the longest, where its ports
-differ) and the comments. Whoever logged in or was banned last comes first in
-each list; permanent elements, of which the kernel does not know since when they
-are there, come last.
+ports, the time left (the shortest and the longest, if its ports differ) and the
+comments. Each list begins with the address that was added or renewed last, and
+ends with the permanent ones.
 
-limited are those that exceeded the limit of the shipped rules; with other rules
-there are none. An IPv6 element that the rules take for a network is shown as
-one (2001:db8:1:2::/64); --json has its address as it is in the set.
+limited are the addresses that exceeded the limit of the shipped rules. An IPv6
+element that the rules take for a network is shown as one (2001:db8:1:2::/64).
 
-On a terminal, lines are made to fit: comments are cut, ports become their
-number ("all 5" are the configured ones), and columns are left out where that is
-not enough. Colour is for terminals alone; NO_COLOR=1 turns it off. Programs
-read --json: an array with an object for each element, ordered by list, address
-and port, with the seconds that are left in "expires".
+On a terminal, lines are made to fit: comments are cut, and ports are counted
+("all 5" are the configured ones) or left out. NO_COLOR=1 turns colour off.
 
---watch shows the lists anew every two seconds, or at the INTERVAL that is given
-after an equals sign, until Ctrl-C.
+For programs there is --json: an array with an object for each element, ordered
+by list, address and port; "expires" is the time left in seconds.
 
-Exit status: 0, or 1 when a set cannot be read; the others are listed then.`,
+'watch -n 5 nftwl list' shows the lists anew every five seconds.
+
+Exit status: 0, or 1 if a set cannot be read; the others are still listed.`,
 		Example: `  nftwl list
-  nftwl list --watch=5s banned
   nftwl list --json trusted`,
-		Args:      cobra.MatchAll(cobra.MaximumNArgs(1), cobra.OnlyValidArgs),
-		ValidArgs: []string{string(trusted), string(banned), string(limited)},
-		RunE: func(cmd *cobra.Command, args []string) error {
+		RunE: withSession(configPath, func(s *session, args []string) error {
 			lists := allLists
 			if len(args) == 1 {
 				lists = []list{list(args[0])}
 			}
-			if cmd.Flags().Changed("watch") {
-				every, err := nftset.ParseTimeout(interval)
-				switch {
-				case err != nil:
-					return fmt.Errorf("--watch: %w", err)
-				case asJSON:
-					return errors.New("--watch and --json exclude each other")
-				case !terminal().redraws:
-					return errors.New("--watch: standard output is not a terminal that can be redrawn")
-				}
-				return watch(*configPath, lists, every)
-			}
-			s, err := open(*configPath)
-			if err != nil {
-				return err
-			}
-			defer s.conn.Close()
 			rows, errs := s.rows(lists)
 			for _, err := range errs {
 				printError(err)
 			}
-			if asJSON {
-				err = writeJSON(os.Stdout, rows)
-			} else {
-				t := terminal()
-				if lines := table(byAddress(rows), s.Ports, t.width, t.colour); len(lines) > 0 {
-					_, err = fmt.Println(strings.Join(lines, "\n"))
-				}
+			var err error
+			switch on := terminal(); {
+			case asJSON:
+				err = writeJSON(rows)
+			case len(rows) > 0:
+				_, err = fmt.Println(strings.Join(table(byAddress(rows), s.Ports, on.width, on.colour), "\n"))
+			case on.there && len(errs) == 0:
+				printNote("no address is %s", cmp.Or(strings.Join(args, ""), "trusted, banned or limited"))
 			}
 			if err == nil && len(errs) > 0 {
-				return &status{code: exitFailed}
+				err = &status{code: exitFailed}
 			}
-			return failed(err)
-		},
+			return err
+		}),
 	}
-	cmd.Flags().BoolVar(&asJSON, "json", false, "one object per element, for programs")
-	cmd.Flags().StringVar(&interval, "watch", "", "show the lists anew every `INTERVAL`, such as 5s")
-	cmd.Flags().Lookup("watch").NoOptDefVal = "2s"
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print one object per element, for programs")
 	return cmd
 }
 
@@ -103,8 +77,8 @@ type row struct {
 	nftset.Element
 }
 
-// rows reads all elements of the lists, ordered by list, address and port,
-// but for the sets that cannot be read.
+// rows reads all elements of the lists, ordered by list, address and port. It
+// returns an error for each set that it cannot read.
 func (s *session) rows(lists []list) (rows []row, errs []error) {
 	for _, l := range lists {
 		for _, name := range l.sets(s.Config).Both() {
@@ -113,18 +87,13 @@ func (s *session) rows(lists []list) (rows []row, errs []error) {
 			if err == nil {
 				elems, err = s.conn.Elements(set)
 			}
-			if l == limited && errors.Is(err, nftset.ErrNoSet) {
-				continue // the rules are others
-			}
-			if err != nil {
+			switch {
+			case l == limited && errors.Is(err, nftset.ErrNoSet): // the rules are others
+			case errors.Is(err, nftset.ErrNoTable), errors.Is(err, nftset.ErrPermission):
+				return rows, append(errs, err) // the other sets fail too
+			case err != nil:
 				errs = append(errs, err)
-				if errors.Is(err, nftset.ErrNoTable) || errors.Is(err, nftset.ErrPermission) {
-					return rows, errs // the other sets fail alike
-				}
 			}
-			slices.SortFunc(elems, func(a, b nftset.Element) int {
-				return cmp.Or(a.Addr.Compare(b.Addr), cmp.Compare(a.Port, b.Port))
-			})
 			for _, e := range elems {
 				rows = append(rows, row{l, name, l.name(s.Config, e.Addr), e})
 			}
@@ -133,30 +102,26 @@ func (s *session) rows(lists []list) (rows []row, errs []error) {
 	return rows, errs
 }
 
-// element is a row as JSON has it. Absent fields are those that the element
-// has not.
+// element is a row in JSON. Fields that the element does not have are absent.
 type element struct {
-	List    list     `json:"list"`
-	Set     string   `json:"set"`
-	Address string   `json:"address"`
-	Port    uint16   `json:"port,omitempty"`
-	Timeout *float64 `json:"timeout,omitempty"` // seconds
-	Expires *float64 `json:"expires,omitempty"` // seconds
-	Comment string   `json:"comment,omitempty"`
+	List    list    `json:"list"`
+	Set     string  `json:"set"`
+	Address string  `json:"address"`
+	Port    uint16  `json:"port,omitempty"`
+	Timeout float64 `json:"timeout,omitempty"` // seconds
+	Expires float64 `json:"expires,omitempty"` // seconds
+	Comment string  `json:"comment,omitempty"`
 }
 
-func writeJSON(w io.Writer, rows []row) error {
-	elems := make([]element, len(rows))
-	for i, r := range rows {
-		elems[i] = element{List: r.list, Set: r.set, Address: nftset.Key{Addr: r.Addr}.String(), Port: r.Port, Comment: r.Comment}
-		if !r.Permanent() {
-			timeout, expires := r.Timeout.Seconds(), r.Expires.Seconds()
-			elems[i].Timeout, elems[i].Expires = &timeout, &expires
-		}
+func writeJSON(rows []row) error {
+	elems := []element{}
+	for _, r := range rows {
+		address := nftset.Key{Addr: r.Addr}.String()
+		elems = append(elems, element{r.list, r.set, address, r.Port, r.Timeout.Seconds(), r.Expires.Seconds(), r.Comment})
 	}
-	enc := json.NewEncoder(w)
+	enc := json.NewEncoder(os.Stdout)
 	enc.SetEscapeHTML(false)
-	return failed(enc.Encode(elems))
+	return enc.Encode(elems)
 }
 
 // listed is what a list has of an address.
@@ -165,7 +130,8 @@ type listed struct {
 	addr  netip.Addr
 	name  string
 	elems []nftset.Element // by port; never empty
-	age   time.Duration    // since an element was added or renewed last; the most where that is not known
+	ports []uint16         // none if the set's keys have none
+	age   time.Duration    // since an element was added or renewed last; the most for permanent ones
 }
 
 // byAddress groups rows by list and address, within a list the youngest first.
@@ -174,10 +140,13 @@ func byAddress(rows []row) (all []listed) {
 		if i == 0 || r.list != rows[i-1].list || r.Addr != rows[i-1].Addr {
 			all = append(all, listed{list: r.list, addr: r.Addr, name: r.name, age: math.MaxInt64})
 		}
-		c := &all[len(all)-1]
-		c.elems = append(c.elems, r.Element)
+		a := &all[len(all)-1]
+		a.elems = append(a.elems, r.Element)
+		if r.Port != 0 {
+			a.ports = append(a.ports, r.Port)
+		}
 		if !r.Permanent() {
-			c.age = min(c.age, r.Timeout-r.Expires)
+			a.age = min(a.age, r.Timeout-r.Expires)
 		}
 	}
 	slices.SortFunc(all, func(a, b listed) int {
@@ -186,20 +155,11 @@ func byAddress(rows []row) (all []listed) {
 	return all
 }
 
-func (c *listed) ports() (ports []uint16) {
-	for _, e := range c.elems {
-		if e.Port != 0 {
-			ports = append(ports, e.Port)
-		}
-	}
-	return ports
-}
-
-// comment joins the different comments of the elements. Whoever else writes to
-// the set may have noted anything.
-func (c *listed) comment() string {
+// comment joins the different comments of the elements, which any tool may have
+// written.
+func (a *listed) comment() string {
 	var comments []string
-	for _, e := range c.elems {
+	for _, e := range a.elems {
 		if text := printable(nftset.CleanComment(e.Comment)); text != "" && !slices.Contains(comments, text) {
 			comments = append(comments, text)
 		}
@@ -207,133 +167,85 @@ func (c *listed) comment() string {
 	return strings.Join(comments, ", ")
 }
 
-// ending tells that nothing of the address outlives the last tenth of its
-// timeout, or that it has no end: the lines that ask for the least attention.
-func (c *listed) ending() bool {
-	return !slices.ContainsFunc(c.elems, func(e nftset.Element) bool {
-		return !e.Permanent() && e.Expires >= e.Timeout/10
-	})
-}
-
-// timeLeft says how long elements live: the shortest and the longest, where
-// they differ by a second or more.
+// timeLeft is how long elements live: the shortest and the longest, if they differ
+// by a second or more.
 func timeLeft(elems []nftset.Element) string {
-	left := func(e nftset.Element) time.Duration {
+	shortest, longest := time.Duration(math.MaxInt64), time.Duration(0)
+	for _, e := range elems {
+		left := e.Expires
 		if e.Permanent() {
-			return math.MaxInt64
+			left = math.MaxInt64
 		}
-		return e.Expires
+		shortest, longest = min(shortest, left), max(longest, left)
 	}
-	order := func(a, b nftset.Element) int { return cmp.Compare(left(a), left(b)) }
-	shortest, longest := left(slices.MinFunc(elems, order)), left(slices.MaxFunc(elems, order))
 	if longest-shortest < time.Second {
 		return life(shortest)
 	}
 	return life(shortest) + " to " + life(longest)
 }
 
-// The columns of the table.
-const (
-	inList = iota
-	inAddress
-	inPorts
-	inTime
-	inComment
-	inAll
-)
-
 // table lays addresses out in columns below a header. A width that is not 0 is a
-// terminal's: what is wider than that is cut, abbreviated and left out, in this
-// order, but never the address.
+// terminal's: ports are counted or left out until comments have some room, and
+// longer lines are cut.
 func table(all []listed, configured []uint16, width int, colour bool) []string {
-	if len(all) == 0 {
-		return nil
+	const least = 10 // columns for a comment
+	lists, addresses, times := []string{"LIST"}, []string{"ADDRESS"}, []string{"TIME LEFT"}
+	ports, counts, comments := []string{"PORTS"}, []string{"PORTS"}, []string{"COMMENT"}
+	for _, a := range all {
+		lists = append(lists, string(a.list))
+		addresses = append(addresses, a.name)
+		times = append(times, timeLeft(a.elems))
+		ports = append(ports, cmp.Or(joinPorts(a.ports), "all"))
+		counts = append(counts, countPorts(a.ports, configured))
+		comments = append(comments, a.comment())
 	}
-	cells := [][inAll]string{{"LIST", "ADDRESS", "PORTS", "TIME LEFT", "COMMENT"}}
-	for _, c := range all {
-		ports := "all"
-		if p := c.ports(); p != nil {
-			ports = joinPorts(p)
+	var lines []string
+	for _, ports := range [][]string{ports, counts, nil} {
+		lines = sideBySide(lists, addresses, ports, times)
+		if width == 0 || len(lines[0])+least <= width {
+			break
 		}
-		cells = append(cells, [inAll]string{string(c.list), c.name, ports, timeLeft(c.elems), c.comment()})
 	}
-	var wide [inAll]int
-	for column := range wide {
-		for _, line := range cells {
-			wide[column] = max(wide[column], columns(line[column]))
+	for i, line := range lines {
+		line = strings.TrimRight(line+comments[i], " ")
+		if width > 0 {
+			line = cut(line, width)
 		}
+		switch {
+		case !colour:
+		case i == 0:
+			line = "\x1b[1m" + line + "\x1b[0m" // bold
+		case lists[i] != string(trusted):
+			line = strings.Replace(line, lists[i], "\x1b[31m"+lists[i]+"\x1b[0m", 1) // red
+		}
+		lines[i] = line
 	}
+	return lines
+}
 
-	const gap = 2
-	shown := []int{inList, inAddress, inPorts, inTime, inComment}
-	if width > 0 {
-		// The width of all, where comments are cut to what still says something.
-		least := func() int {
-			sum := -gap
-			for _, column := range shown {
-				sum += gap + wide[column]
-				if column == inComment {
-					sum -= max(0, wide[column]-10)
-				}
-			}
-			return sum
+// sideBySide makes lines of columns, each two spaces wider than its widest cell.
+func sideBySide(columns ...[]string) []string {
+	lines := make([]string, len(columns[0]))
+	for _, cells := range columns {
+		wide := 0
+		for _, cell := range cells {
+			wide = max(wide, len(cell))
 		}
-		if least() > width {
-			wide[inPorts] = len(cells[0][inPorts])
-			for i, c := range all {
-				cells[i+1][inPorts] = countPorts(c.ports(), configured)
-				wide[inPorts] = max(wide[inPorts], len(cells[i+1][inPorts]))
-			}
+		for i, cell := range cells {
+			lines[i] += fmt.Sprintf("%-*s", wide+2, cell)
 		}
-		for _, column := range []int{inComment, inPorts, inTime, inList} {
-			if least() > width {
-				shown = slices.DeleteFunc(shown, func(c int) bool { return c == column })
-			}
-		}
-		room := width
-		for _, column := range shown[:len(shown)-1] {
-			room -= wide[column] + gap
-		}
-		for i := range cells {
-			cells[i][inComment] = cut(cells[i][inComment], room)
-		}
-	}
-
-	lines := make([]string, len(cells))
-	for i, line := range cells {
-		var b strings.Builder
-		for _, column := range shown {
-			text := line[column]
-			style := ""
-			switch {
-			case !colour || text == "":
-			case i == 0:
-				style = "1" // bold
-			case column == inList && all[i-1].list != trusted:
-				style = "31" // red
-			case column == inTime && all[i-1].ending():
-				style = "2" // dim
-			}
-			padding := strings.Repeat(" ", gap+wide[column]-columns(text))
-			if style != "" {
-				text = "\x1b[" + style + "m" + text + "\x1b[0m"
-			}
-			b.WriteString(text + padding)
-		}
-		lines[i] = strings.TrimRight(b.String(), " ")
 	}
 	return lines
 }
 
 // countPorts is short for a list of ports.
 func countPorts(ports, configured []uint16) string {
-	switch {
-	case len(ports) == 0:
-		return "all"
-	case len(ports) == 1:
-		return joinPorts(ports)
+	switch n := len(ports); {
+	case n < 2:
+		return cmp.Or(joinPorts(ports), "all")
 	case slices.Equal(ports, slices.Sorted(slices.Values(configured))):
-		return fmt.Sprint("all ", len(ports))
+		return fmt.Sprintf("all %d", n)
+	default:
+		return fmt.Sprintf("%d ports", n)
 	}
-	return fmt.Sprint(len(ports), " ports")
 }

@@ -17,12 +17,10 @@ import (
 	"nftwl/pkg/trust"
 )
 
-// login trusts the client that has just logged in and becomes the command,
-// which is Dovecot's: whatever happens here, the command must be executed, or
-// a user cannot read their mail. So everything that can fail does so inside
-// trustClient, which prints at most one line on stderr and does nothing more. The client
-// reads what is written to stdout, and writes what is read from stdin: both
-// stay untouched.
+// login trusts the client that has just logged in and becomes the command, which
+// is Dovecot's. The command must be executed whatever happens, or a user cannot
+// read their mail: what can fail is in trustClient, which at most prints one line
+// on stderr. Stdin and stdout are the client's, and stay untouched.
 func login(configPath string, command []string) int {
 	if len(command) == 0 {
 		complain("login: the command to execute is missing")
@@ -30,9 +28,8 @@ func login(configPath string, command []string) int {
 	}
 	trustClient(configPath)
 
-	// Dovecot ignores SIGPIPE, and what it starts inherits that. Go's runtime
-	// has put a handler in its place, which exec would turn into the default,
-	// and cannot tell any more what was there.
+	// Dovecot ignores SIGPIPE, and its children inherit that. Go's runtime has
+	// replaced it by a handler, which exec would turn into the default.
 	signal.Ignore(unix.SIGPIPE)
 	return execute(command)
 }
@@ -40,7 +37,7 @@ func login(configPath string, command []string) int {
 func trustClient(configPath string) {
 	defer func() {
 		if p := recover(); p != nil {
-			complain(fmt.Sprintf("login: a defect of nftwl's: %v", p))
+			complain(fmt.Sprintf("login: internal error: %v", p))
 		}
 	}()
 	ip := os.Getenv("IP")
@@ -73,7 +70,7 @@ func trustClient(configPath string) {
 	}
 }
 
-// nameOf returns what an error calls the client whose address is ip.
+// nameOf is the client whose address is ip, in an error.
 func nameOf(ip string) string {
 	addr, err := trust.ParseAddr(ip)
 	switch {
@@ -85,16 +82,12 @@ func nameOf(ip string) string {
 	return trust.Quote(ip)
 }
 
-// complain writes an error to stderr, which is Dovecot's log: an error there,
-// whatever it says.
-func complain(text string) { logLine("nftwl: error: " + text) }
-
-// logLine writes one line to stderr. It gives the line up rather than wait for
-// a reader who is not reading. It writes to the descriptor itself, since a
-// write through os.Stderr whose reader is gone ends the process.
-func logLine(text string) {
+// complain writes an error as one line to stderr, which is Dovecot's log. If the
+// reader is not reading, it gives the line up rather than wait. It writes to the
+// descriptor, because os.Stderr ends the process if the reader is gone.
+func complain(text string) {
 	const most = 1000 // less than PIPE_BUF, so that a pipe takes all or nothing
-	line := []byte(printable(text))
+	line := []byte("nftwl: error: " + printable(text))
 	if len(line) > most {
 		line = append(bytes.ToValidUTF8(line[:most], nil), "…"...)
 	}
@@ -104,12 +97,12 @@ func logLine(text string) {
 	}
 }
 
-// execute becomes the command, found as execvp(3) finds it. It returns only
-// where that fails, with the exit code that a shell would give.
+// execute becomes the command, found as execvp(3) finds it. It returns only if
+// that fails, with the exit code that a shell would give.
 //
-// The environment is what came in, but that Go drops a variable's second
-// definition, of which Dovecot's has none. The limit of open files is what
-// came in too: syscall.Exec puts back what Go's runtime raised.
+// The environment is what came in, except that Go drops the second definition of
+// a variable, which Dovecot's has not. syscall.Exec restores the limit of open
+// files, which Go's runtime raised.
 func execute(command []string) int {
 	name, env := command[0], os.Environ()
 	paths := []string{name}
@@ -148,24 +141,22 @@ func execute(command []string) int {
 	return exitNotExecutable
 }
 
-// loginHelp is login for those who ask for help with it; main has taken the
-// others.
+// loginHelp is the help of login; main runs it.
 func loginHelp() *cobra.Command {
 	return &cobra.Command{
 		Use:   "login COMMAND [ARG…]",
 		Short: "Trust $IP, then become COMMAND (for Dovecot's post-login hook)",
-		Long: `Trusts the address in $IP for the configured ports, and executes COMMAND with
-its arguments, the environment and the open files as they came. An error never
-keeps COMMAND from being executed: it is one line on stderr.
+		Long: `Trusts the address in $IP for the configured ports, then executes COMMAND with
+its arguments; environment and open files stay as they are. COMMAND is executed
+whatever happens: an error is one line on stderr.
 
 Everything after the word login is the command; --config FILE stands before it.
 
 From the user database, through Dovecot's extra fields:
-  nftwl_trust=no      this user's addresses are never trusted
-  nftwl_timeout=7d    they are trusted for so long
+  nftwl_trust=no      never trust this user's addresses
+  nftwl_timeout=7d    trust them for this time
 
-Exit status: COMMAND's; 127 where it is not found, 126 where it cannot be
-executed.`,
+Exit status: COMMAND's; 127 if it is not found, 126 if it cannot be executed.`,
 		DisableFlagParsing: true,
 		// Whatever led here, stdout may be a client's, and is not for help.
 		RunE: func(*cobra.Command, []string) error {

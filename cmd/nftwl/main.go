@@ -13,6 +13,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -37,8 +39,8 @@ const (
 	exitNotFound      = 127
 )
 
-// status ends the program with an exit code. The error in it is printed first,
-// unless it is nil: all has been said then.
+// status ends the program with an exit code. The error in it is printed first;
+// nil if everything has been printed.
 type status struct {
 	code int
 	err  error
@@ -47,11 +49,12 @@ type status struct {
 func (s *status) Error() string { return fmt.Sprint(s.err) }
 func (s *status) Unwrap() error { return s.err }
 
-// failed makes an error of a command's the reason to exit with 1. What it is
-// not applied to came from the command line, and exits with 2.
+// failed gives an error the exit code 1, unless it has a code. An error without
+// a code came from the command line, and exits with 2.
 func failed(err error) error {
-	if err == nil {
-		return nil
+	var s *status
+	if err == nil || errors.As(err, &s) {
+		return err
 	}
 	return &status{exitFailed, err}
 }
@@ -76,31 +79,100 @@ func run(args []string) int {
 
 func newRoot() *cobra.Command {
 	var configPath string
+	var showVersion bool
 	root := &cobra.Command{
 		Use:   "nftwl",
 		Short: "Trust the addresses of a mail server's users in nftables",
-		Long: `nftwl lets a mail server's firewall know its own users. Dovecot runs it after
-each login; it adds the client's address to nftables sets for the mail ports,
-with a timeout, and lets the login go on.
+		Long: `nftwl tells a mail server's firewall which addresses its users log in from.
+Dovecot runs it after each login; it adds the client's address to nftables sets
+for the mail ports, with a timeout, and lets the login go on.
 
-Exit status: 0 when all went well, 1 when something failed, 2 when the command
-line was wrong.`,
-		SilenceErrors: true,
-		SilenceUsage:  true,
-		Args:          cobra.NoArgs,
-		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+Exit status: 0 if all went well, 1 if something failed, 2 if the command line was
+wrong.`,
+		SilenceErrors:              true,
+		SilenceUsage:               true,
+		SuggestionsMinimumDistance: 2, // cobra's default
+		Args:                       noSuchCommand,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if showVersion {
+				return printVersion()
+			}
+			return cmd.Help()
+		},
 	}
 	root.PersistentFlags().StringVar(&configPath, "config", "", "read `FILE`, not "+config.Path+" (which need not exist)")
+	root.Flags().BoolVar(&showVersion, "version", false, "print the version")
 	root.AddCommand(
 		loginHelp(),
-		newPut(&configPath, trusted), newDrop(&configPath, trusted),
-		newPut(&configPath, banned), newDrop(&configPath, banned),
+		newAdd(&configPath, trusted), newRemove(&configPath, trusted),
+		newAdd(&configPath, banned), newRemove(&configPath, banned),
 		newList(&configPath), newCheck(&configPath), newFlush(&configPath),
 		newSave(&configPath), newRestore(&configPath),
 		newSetup(&configPath), newDoctor(&configPath),
-		newVersion(), newCompletion(),
+		newVersion(),
 	)
-	root.SetHelpCommand(newHelp())
+	root.InitDefaultCompletionCmd()
+	root.InitDefaultHelpCmd()
+	for _, cmd := range root.Commands() {
+		switch cmd.Name() {
+		case "login":
+			continue
+		case "help":
+			cmd.Args = func(_ *cobra.Command, args []string) error {
+				about, rest, _ := root.Find(args) // the error is that of about's Args
+				return noSuchCommand(about, rest)
+			}
+			continue
+		case "completion":
+			cmd.Use += " bash|fish|powershell|zsh"
+			cmd.Run = func(*cobra.Command, []string) {} // so that cobra checks the arguments
+		default:
+			cmd.ValidArgs = choices(cmd)
+		}
+		cmd.Args = checkArgs
+	}
 	addCompletions(root, &configPath)
 	return root
+}
+
+// noSuchCommand is for a word that stands where a command should.
+func noSuchCommand(parent *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	err := fmt.Errorf("unknown command %q", args[0])
+	if near := parent.SuggestionsFor(args[0]); len(near) > 0 {
+		err = fmt.Errorf("%w; did you mean %s?", err, strings.Join(near, " or "))
+	}
+	return err
+}
+
+// checkArgs checks arguments against the command's usage line, which has one
+// word at most: ADDRESS, ADDRESS…, [FILE], or the choices a|b.
+func checkArgs(cmd *cobra.Command, args []string) error {
+	_, usage, _ := strings.Cut(cmd.Use, " ")
+	choices := choices(cmd)
+	needed := "an " + strings.TrimSuffix(usage, "…")
+	if choices != nil {
+		needed = "one of " + strings.Join(choices, ", ")
+	}
+	most := min(1, len(usage))
+	switch {
+	case len(args) < most && usage[0] != '[':
+		return fmt.Errorf("%s: %s is needed", cmd.Name(), needed)
+	case len(args) > most && !strings.Contains(usage, "…"):
+		return fmt.Errorf("%s: %q is one argument too many", cmd.Name(), args[most])
+	case choices != nil && len(args) > 0 && !slices.Contains(choices, args[0]):
+		return fmt.Errorf("%s: %q is not %s", cmd.Name(), args[0], needed)
+	}
+	return nil
+}
+
+// choices returns the words of which a command takes one; nil if it takes any.
+func choices(cmd *cobra.Command) []string {
+	_, usage, _ := strings.Cut(cmd.Use, " ")
+	if words := strings.Split(strings.Trim(usage, "[]"), "|"); len(words) > 1 {
+		return words
+	}
+	return nil
 }

@@ -24,7 +24,9 @@ func TestManCommands(t *testing.T) {
 	}
 	var commands strings.Builder
 	for _, cmd := range root.Commands() {
-		manpage.Command(&commands, cmd)
+		if name := cmd.Name(); name != "help" && name != "completion" { // cobra's
+			manpage.Command(&commands, cmd)
+		}
 	}
 	want := strings.NewReplacer("@about@\n", manpage.Text(about), "@exit@\n", manpage.Text(exit), "@commands@\n", commands.String()).Replace(manFrame)
 	manpage.Golden(t, filepath.Join(nstest.Root(t), "contrib/man/nftwl.8"), want)
@@ -43,14 +45,14 @@ nftwl \- trust the addresses of a mail server\(aqs users in nftables
 .SH DESCRIPTION
 @about@
 .PP
-Who is trusted and who is banned is in four sets, one of each list for each
-family, which the firewall\(aqs rules look into.
+Trusted and banned addresses are in four sets, two for each family, in which the
+firewall\(aqs rules look them up;
 .BR nftwl.yaml (5)
-names them.
-In nftables nothing but these sets is written; where
+names the sets.
+nftwl changes nothing else in nftables, and no rules.
+Only
 .B restore
-finds one missing, it is made.
-Rules are never touched.
+makes a set that is missing.
 .SH OPTIONS
 .TP
 .BI \-\-config\~ FILE
@@ -67,20 +69,28 @@ it stands before that word.
 Show what a command does; after
 .BR login ,
 it is an argument of the command that is executed.
+.TP
+.B \-\-version
+Print the version.
 .SH COMMANDS
 @commands@
+.SS nftwl completion bash|fish|powershell|zsh
+Prints the script that has a shell complete commands, flags, ports, and the
+addresses that are on the lists now.
+.B nftwl completion bash \-\-help
+tells where to put it.
 .SH EXIT STATUS
 @exit@
 .PP
-.BR login ,
-.B check
+.B login
 and
-.B completion
-have their own, which stands above.
+.B check
+have their own, see above.
 An error is a line on standard error that begins with
-.BR "nftwl: error:" ;
-what to do about it, where that is known, follows after
-.BR "nftwl: hint:" .
+.BR "nftwl: error:" .
+A line that begins with
+.B nftwl: hint:
+says what to do about it.
 .SH ENVIRONMENT
 .B nftwl login
 reads these, which Dovecot sets for a post\-login script:
@@ -96,32 +106,28 @@ The user\(aqs name, which becomes the comment of the elements.
 .TP
 .B NFTWL_TRUST
 .B no
-trusts no address of this user\(aqs; from the extra field
+if this user\(aqs addresses are never trusted; from the extra field
 .I nftwl_trust
 of the user database.
 .TP
 .B NFTWL_TIMEOUT
-For how long to trust this user\(aqs addresses; from the extra field
+How long to trust this user\(aqs addresses; from the extra field
 .IR nftwl_timeout .
 .TP
 .B PATH
-Where
+Where to look for
 .I COMMAND
-is looked for, where it has no slash. Dovecot sets none.
+if it has no slash. Dovecot sets none.
 .PP
 The others read:
 .TP
 .B NO_COLOR
-Where it is set and not empty,
-.B nftwl list
-shows no colour.
+If it is not empty, there is no colour.
 .TP
 .B TERM
-Where it is not set, or
+If it is empty or
 .BR dumb ,
-.B nftwl list
-shows no colour and cannot
-.BR \-\-watch .
+there is no colour either.
 .SH FILES
 .TP
 .I /etc/nftwl.yaml
@@ -191,8 +197,8 @@ func TestManConfig(t *testing.T) {
 func TestManPages(t *testing.T) {
 	root := nstest.Root(t)
 	manpage.Check(t, filepath.Join(root, "contrib/man/nftwl.8"), "nftwl - trust the addresses of a mail server's users in nftables",
-		"nftwl [--config FILE] COMMAND [ARGUMENT…]", "nftwl login COMMAND [ARG…]", "nftwl_trust=no      this user's addresses",
-		"--watch[=INTERVAL]", "-q, --quiet", "nftwl check -q --banned 198.51.100.66 && echo banned")
+		"nftwl [--config FILE] COMMAND [ARGUMENT…]", "nftwl login COMMAND [ARG…]", "nftwl_timeout=7d    trust them",
+		"--timeout LONG", "-q, --quiet", "nftwl check -q --banned 198.51.100.66 && echo banned")
 	manpage.Check(t, filepath.Join(root, "contrib/man/nftwl.yaml.5"), "nftwl.yaml - configuration of nftwl",
 		`Default: [127.0.0.0/8, "::1/128", "fe80::/10"].`, "ipv6_prefix: 64")
 }

@@ -351,7 +351,7 @@ func TestSetupProblems(t *testing.T) {
 func TestSetupUsage(t *testing.T) {
 	h := newHost(t)
 	h.refuses(2, []string{`nftwl: error: setup: "postfix" is not one of `}, "postfix", "--write")
-	h.refuses(2, []string{"accepts 1 arg"})
+	h.refuses(2, []string{"is needed"})
 	h.write("/etc/nftwl.yaml", "tabel: x\n")
 	h.refuses(1, []string{`nftwl: error: config: /etc/nftwl.yaml:1: unknown key "tabel"`}, "dovecot", "--write")
 	h.write("/etc/nftwl.yaml", "table: ip6 filter\n")

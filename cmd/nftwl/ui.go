@@ -5,13 +5,11 @@ import (
 	"fmt"
 	"math"
 	"os"
-	"runtime"
-	"runtime/debug"
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
-	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
 	"nftwl/pkg/config"
@@ -79,12 +77,11 @@ func printable(s string) string {
 	}, s)
 }
 
-// screen is where standard output shows. It is empty where that is not a
-// terminal.
+// screen is where standard output shows.
 type screen struct {
-	width, height int  // 0 where the terminal does not say
-	redraws       bool // it obeys control sequences
-	colour        bool
+	there  bool // standard output is a terminal
+	width  int  // 0 if it is not, or does not say
+	colour bool
 }
 
 func terminal() screen {
@@ -93,40 +90,22 @@ func terminal() screen {
 		return screen{}
 	}
 	term := os.Getenv("TERM")
-	redraws := term != "" && term != "dumb"
-	return screen{int(size.Col), int(size.Row), redraws, redraws && os.Getenv("NO_COLOR") == ""}
+	return screen{true, int(size.Col), term != "" && term != "dumb" && os.Getenv("NO_COLOR") == ""}
 }
 
-// columns is how many columns of a terminal text takes, or some more: signs
-// that are put on others count as well.
-func columns(text string) (n int) {
-	for _, r := range text {
-		n++
-		// The blocks of East Asian scripts and pictures, whose signs are wide
-		// (Unicode's EastAsianWidth.txt).
-		if r >= 0x1100 && r < 0x1160 || r >= 0x2e80 && r < 0xa4d0 || r >= 0xac00 && r < 0xd7a4 ||
-			r >= 0xf900 && r < 0xfb00 || r >= 0xff00 && r < 0xff61 || r >= 0x1f300 && r < 0x40000 {
-			n++
-		}
-	}
-	return n
-}
+// columns is how many columns of a terminal text takes. Wide characters count as
+// one.
+func columns(text string) int { return utf8.RuneCountInString(text) }
 
-// cut shortens text to columns of a terminal.
+// cut shortens text to columns of a terminal; at least 1.
 func cut(text string, most int) string {
 	if columns(text) <= most {
 		return text
 	}
-	n := 1 // the ellipsis
-	for i, r := range text {
-		if n += columns(string(r)); n > most {
-			return strings.TrimRight(text[:i], " ") + "…"
-		}
-	}
-	return text
+	return strings.TrimRight(string([]rune(text)[:most-1]), " ") + "…"
 }
 
-// life puts the life that is left into words, no more exact than useful.
+// life is the time left in words, no more exact than useful.
 func life(d time.Duration) string {
 	switch {
 	case d == math.MaxInt64:
@@ -139,33 +118,4 @@ func life(d time.Duration) string {
 		d = d.Truncate(time.Second)
 	}
 	return nftset.FormatTimeout(d)
-}
-
-func newVersion() *cobra.Command {
-	return &cobra.Command{
-		Use:   "version",
-		Short: "Print the version",
-		Long:  "Prints the version, or the commit, that nftwl was built from, and that of Go.",
-		Args:  cobra.NoArgs,
-		RunE: func(*cobra.Command, []string) error {
-			_, err := fmt.Println("nftwl " + version())
-			return failed(err)
-		},
-	}
-}
-
-// release is the version that contrib/packaging/build.sh was given; empty where
-// it was given none.
-var release string
-
-// version is the release, or what go build noted: a tag, or the commit.
-func version() string {
-	if release != "" {
-		return release + " " + runtime.Version()
-	}
-	info, ok := debug.ReadBuildInfo()
-	if !ok || info.Main.Version == "" {
-		return "(devel)"
-	}
-	return info.Main.Version + " " + info.GoVersion
 }

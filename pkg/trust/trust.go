@@ -168,6 +168,30 @@ func LookupKeys(set *nftset.Set, addr netip.Addr, bits int, ports []uint16) []nf
 	return keys
 }
 
+// Find looks an address up as the rules do that look up networks of so many bits:
+// as itself and as its network. For each port it returns the element that expires
+// last, or the port among those that are missing.
+func Find(conn *nftset.Conn, set *nftset.Set, addr netip.Addr, bits int, ports []uint16) (there []nftset.Element, missing []uint16, err error) {
+	keys := LookupKeys(set, addr, bits, ports)
+	found, err := conn.Lookup(set, keys...)
+	if err != nil {
+		return nil, nil, err
+	}
+	n := len(Keys(set, addr, ports))
+	for i, k := range keys[:n] {
+		e, ok := found[k]
+		if of, too := found[keys[len(keys)-n+i]]; too && (!ok || of.Outlives(e, 0)) {
+			e, ok = of, true
+		}
+		if ok {
+			there = append(there, e)
+		} else {
+			missing = append(missing, k.Port)
+		}
+	}
+	return there, missing, nil
+}
+
 // ParseAddr reads a client's address. An IPv4-mapped one is IPv4; a zone,
 // which no set can hold, is dropped.
 func ParseAddr(s string) (netip.Addr, error) {

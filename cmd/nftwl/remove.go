@@ -1,0 +1,168 @@
+package main
+
+import (
+	"errors"
+	"net/netip"
+	"slices"
+
+	"github.com/spf13/cobra"
+
+	"nftwl/pkg/config"
+	"nftwl/pkg/nftset"
+	"nftwl/pkg/trust"
+)
+
+// newRemove is remove and unban.
+func newRemove(configPath *string, l list) *cobra.Command {
+	var ports portsFlag
+	var comment string
+	cmd := &cobra.Command{
+		Use:   "remove ADDRESS…",
+		Short: "End the trust of addresses",
+		Long: `Ends the trust of addresses: removes them from the trusted sets, on every
+configured port or on those of --port. Unknown addresses are reported but are
+not an error. Open connections stay open, and the next login trusts the address
+again: 'nftwl_trust=no' in the user database prevents that.` + addressesHelp,
+		Example: `  nftwl remove 192.0.2.7
+  nftwl remove --port 143 192.0.2.7 2001:db8::7`,
+	}
+	cmd.RunE = withSession(configPath, func(s *session, args []string) error {
+		var match func(nftset.Element) bool
+		if cmd.Flags().Changed("comment") {
+			match = func(e nftset.Element) bool { return trust.HasName(e.Comment, comment) }
+		}
+		return s.change(l, args, nil, func(set *nftset.Set, addrs []netip.Addr) error {
+			return s.remove(l, set, addrs, ports, match)
+		})
+	})
+	if l == banned {
+		cmd.Use, cmd.Short = "unban ADDRESS…", "End the ban of addresses"
+		cmd.Long = `Ends the ban of addresses: removes them from the banned sets, on every
+configured port or on those of --port. Unknown addresses are reported but are
+not an error. If the whole /64 of an IPv6 address is banned, that ban stays, and
+the command that ends it is printed.
+
+It also removes the addresses, and the /64 of IPv6 addresses, from what the
+limit of the shipped rules bans: on every port, or on those of --port.
+
+--comment removes only bans with that comment, so that one tool's unban leaves
+another's ban alone. Bans on ports that are not configured, such as those of
+fail2ban's jails, end with --port, or with 'fail2ban-client unban'.` + addressesHelp
+		cmd.Example = `  nftwl unban 198.51.100.66
+  nftwl unban --comment postfix-sasl 198.51.100.66`
+	}
+	cmd.Flags().VarP(&ports, "port", "", portHelp)
+	cmd.Flags().StringVar(&comment, "comment", "", "only elements whose comment is `TEXT`, or names that user")
+	return cmd
+}
+
+func (s *session) remove(l list, set *nftset.Set, addrs []netip.Addr, only portsFlag, match func(nftset.Element) bool) error {
+	if err := only.fits(set); err != nil {
+		return err
+	}
+	ports := only.or(s.Ports)
+	var keys []nftset.Key
+	for _, addr := range addrs {
+		keys = append(keys, trust.LookupKeys(set, addr, s.IPv6Prefix, ports)...)
+	}
+	gone := make(map[netip.Addr]list) // the list that an address was on
+	removed, err := s.removeKeys(set, keys, match)
+	if err != nil {
+		return err
+	}
+	if l == banned && match == nil {
+		var freed []nftset.Element
+		freed, err = s.free(addrs, only)
+		for _, e := range freed {
+			gone[e.Addr] = limited
+		}
+	}
+	for _, e := range removed {
+		gone[e.Addr] = l
+	}
+	how := ""
+	if len(only) > 0 {
+		how = " on " + joinPorts(only)
+	}
+	if match != nil {
+		how += " with that comment"
+	}
+	for _, addr := range addrs {
+		network := trust.NetworkOf(addr, l.prefix(s.Config)).Addr()
+		switch from := gone[network]; {
+		case from != "" && network != addr:
+			printNote("%s was %s with its network %s", addr, from, from.name(s.Config, network))
+		case gone[addr] == "":
+			printNote("%s was not %s%s", l.name(s.Config, addr), l, how)
+		}
+		if network != addr && network != trust.Network(s.Config, addr) {
+			// The set has just been read, so this hardly fails; then there is no note.
+			if found, err := s.conn.Lookup(set, trust.Keys(set, network, ports)...); err == nil && len(found) > 0 {
+				printNote("its network is %s: nftwl unban %s", l, l.name(s.Config, network))
+			}
+		}
+	}
+	return err
+}
+
+// removeKeys removes any number of elements, and returns those that were there.
+func (s *session) removeKeys(set *nftset.Set, keys []nftset.Key, match func(nftset.Element) bool) (removed []nftset.Element, err error) {
+	for some := range slices.Chunk(keys, atOnce) {
+		s.conn.SetTimeout(patience)
+		of, err := s.conn.Remove(set, some, match)
+		if err != nil {
+			return removed, err
+		}
+		removed = append(removed, of...)
+	}
+	return removed, nil
+}
+
+// rates are the sets in which the shipped rules count against the limit.
+var rates = config.Names{IPv4: "submission_rate_ipv4", IPv6: "submission_rate_ipv6"}
+
+// free removes addresses of one family from what the limit of the shipped rules
+// bans, on some ports or on all. It returns the elements that it removed.
+func (s *session) free(addrs []netip.Addr, only portsFlag) ([]nftset.Element, error) {
+	set, err := s.conn.Set(s.Table, config.Limited.For(addrs[0]))
+	if errors.Is(err, nftset.ErrNoSet) {
+		return nil, nil // the rules are others
+	}
+	if err == nil {
+		err = only.fits(set)
+	}
+	if err != nil {
+		return nil, err
+	}
+	sources := make(map[netip.Addr]bool)
+	for _, addr := range addrs {
+		sources[addr] = true
+		sources[trust.NetworkOf(addr, trust.BanPrefix(s.Config)).Addr()] = true
+	}
+	// The ports of the limit are those in the rules, so look which there are.
+	s.conn.SetTimeout(patience)
+	elems, err := s.conn.Elements(set)
+	if err != nil {
+		return nil, err
+	}
+	var keys []nftset.Key
+	for _, e := range elems {
+		if sources[e.Addr] && (len(only) == 0 || slices.Contains(only, e.Port)) {
+			keys = append(keys, e.Key)
+		}
+	}
+	removed, err := s.removeKeys(set, keys, nil)
+	if err != nil || len(removed) == 0 {
+		return removed, err
+	}
+	// Forget what the rules have counted, or the next connection exceeds the limit
+	// again.
+	rate, err := s.conn.Set(s.Table, rates.For(addrs[0]))
+	if errors.Is(err, nftset.ErrNoSet) {
+		return removed, nil
+	}
+	if err == nil {
+		_, err = s.removeKeys(rate, keys, nil)
+	}
+	return removed, err
+}
