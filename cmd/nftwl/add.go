@@ -63,7 +63,7 @@ one of the whole /64.
   nftwl ban --timeout 7d --comment 'password guessing' 198.51.100.66`
 	}
 	cmd.Flags().VarP(&ports, "port", "", portHelp)
-	cmd.Flags().Func("timeout", "for how `LONG`, such as 12h, or never", func(text string) (err error) {
+	cmd.Flags().Func("timeout", "the `TIMEOUT`, such as 12h, or never", func(text string) (err error) {
 		timed = true
 		e.Timeout = 0
 		if text != "never" {

@@ -198,7 +198,7 @@ func TestManPages(t *testing.T) {
 	root := nstest.Root(t)
 	manpage.Check(t, filepath.Join(root, "contrib/man/nftwl.8"), "nftwl - trust the addresses of a mail server's users in nftables",
 		"nftwl [--config FILE] COMMAND [ARGUMENT…]", "nftwl login COMMAND [ARG…]", "nftwl_timeout=7d    trust them",
-		"--timeout LONG", "-q, --quiet", "nftwl check -q --banned 198.51.100.66 && echo banned")
+		"--timeout TIMEOUT", "-q, --quiet", "nftwl check -q --banned 198.51.100.66 && echo banned")
 	manpage.Check(t, filepath.Join(root, "contrib/man/nftwl.yaml.5"), "nftwl.yaml - configuration of nftwl",
 		`Default: [127.0.0.0/8, "::1/128", "fe80::/10"].`, "ipv6_prefix: 64")
 }

@@ -48,32 +48,12 @@ func (l list) prefix(c *config.Config) int {
 	return trust.BanPrefix(c)
 }
 
-// name is the address of an element, or the network that the rules take it for.
 func (l list) name(c *config.Config, addr netip.Addr) string {
-	if n := trust.NetworkOf(addr, l.prefix(c)); n.IsValid() && n.Addr() == addr && !n.IsSingleIP() {
-		return n.String()
-	}
-	return nftset.Key{Addr: addr}.String()
+	return trust.Name(addr, l.prefix(c))
 }
 
-// parse reads an address, or a network that an element can stand for, which it
-// returns as the address of that element.
 func (l list) parse(c *config.Config, text string) (netip.Addr, error) {
-	addr, notAddr := trust.ParseAddr(text)
-	p, err := netip.ParsePrefix(text)
-	if err != nil {
-		return addr, notAddr
-	}
-	bits := l.prefix(c)
-	switch {
-	case p.Addr().Is4() || bits == 128:
-		return addr, fmt.Errorf("%s is a prefix; the sets hold single addresses", text)
-	case p.Bits() != bits:
-		return addr, fmt.Errorf("%s is a prefix; the sets hold single addresses and networks of /%d", text, bits)
-	case p != p.Masked():
-		return addr, fmt.Errorf("%s has bits set past its length; did you mean %s?", text, p.Masked())
-	}
-	return p.Addr(), nil
+	return trust.ParseElement(text, l.prefix(c))
 }
 
 // session is the configuration and a connection to the kernel.

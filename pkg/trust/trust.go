@@ -202,6 +202,33 @@ func ParseAddr(s string) (netip.Addr, error) {
 	return addr.Unmap().WithZone(""), nil
 }
 
+// ParseElement reads an address, or a network of so many bits, which it returns as
+// the address of the element that stands for it.
+func ParseElement(s string, bits int) (netip.Addr, error) {
+	p, err := netip.ParsePrefix(s)
+	if err != nil {
+		return ParseAddr(s)
+	}
+	switch {
+	case p.Addr().Is4() || bits == 128:
+		err = fmt.Errorf("%s is a prefix; the sets hold single addresses", s)
+	case p.Bits() != bits:
+		err = fmt.Errorf("%s is a prefix; the sets hold single addresses and networks of /%d", s, bits)
+	case p != p.Masked():
+		err = fmt.Errorf("%s has bits set past its length; did you mean %s?", s, p.Masked())
+	}
+	return p.Addr(), err
+}
+
+// Name is the address of an element, or the network of so many bits that the rules
+// take it for.
+func Name(addr netip.Addr, bits int) string {
+	if n := NetworkOf(addr, bits); n.IsValid() && n.Addr() == addr && !n.IsSingleIP() {
+		return n.String()
+	}
+	return nftset.Key{Addr: addr}.String()
+}
+
 // Refuse says why an address must not be trusted, or returns nil.
 func Refuse(c *config.Config, addr netip.Addr) error { return refuse(c, addr, c.IPv6Prefix) }
 
