@@ -79,7 +79,7 @@ one of the whole /64.
 }
 
 func (s *session) add(l list, set *nftset.Set, addrs []netip.Addr, only portsFlag, e nftset.Element) error {
-	if err := only.fits(set); err != nil {
+	if err := trust.CheckPorts(set, only); err != nil {
 		return err
 	}
 	ports := only.or(s.Ports)

@@ -1,13 +1,12 @@
 package main
 
 import (
-	"errors"
+	"cmp"
 	"net/netip"
 	"slices"
 
 	"github.com/spf13/cobra"
 
-	"nftwl/pkg/config"
 	"nftwl/pkg/nftset"
 	"nftwl/pkg/trust"
 )
@@ -57,7 +56,7 @@ fail2ban's jails, end with --port, or with 'fail2ban-client unban'.` + addresses
 }
 
 func (s *session) remove(l list, set *nftset.Set, addrs []netip.Addr, only portsFlag, match func(nftset.Element) bool) error {
-	if err := only.fits(set); err != nil {
+	if err := trust.CheckPorts(set, only); err != nil {
 		return err
 	}
 	ports := only.or(s.Ports)
@@ -66,19 +65,24 @@ func (s *session) remove(l list, set *nftset.Set, addrs []netip.Addr, only ports
 		keys = append(keys, trust.LookupKeys(set, addr, s.IPv6Prefix, ports)...)
 	}
 	gone := make(map[netip.Addr]list) // the list that an address was on
-	removed, err := s.removeKeys(set, keys, match)
-	if err != nil {
-		return err
-	}
-	if l == banned && match == nil {
-		var freed []nftset.Element
-		freed, err = s.free(addrs, only)
-		for _, e := range freed {
-			gone[e.Addr] = limited
+	for some := range slices.Chunk(keys, atOnce) {
+		s.conn.SetTimeout(patience)
+		removed, err := s.conn.Remove(set, some, match)
+		if err != nil {
+			return err
+		}
+		for _, e := range removed {
+			gone[e.Addr] = l
 		}
 	}
-	for _, e := range removed {
-		gone[e.Addr] = l
+	var err error
+	if l == banned && match == nil {
+		var freed []nftset.Element
+		s.conn.SetTimeout(patience)
+		freed, err = trust.Unlimit(s.conn, s.Config, addrs, only)
+		for _, e := range freed {
+			gone[e.Addr] = cmp.Or(gone[e.Addr], limited)
+		}
 	}
 	how := ""
 	if len(only) > 0 {
@@ -103,66 +107,4 @@ func (s *session) remove(l list, set *nftset.Set, addrs []netip.Addr, only ports
 		}
 	}
 	return err
-}
-
-// removeKeys removes any number of elements, and returns those that were there.
-func (s *session) removeKeys(set *nftset.Set, keys []nftset.Key, match func(nftset.Element) bool) (removed []nftset.Element, err error) {
-	for some := range slices.Chunk(keys, atOnce) {
-		s.conn.SetTimeout(patience)
-		of, err := s.conn.Remove(set, some, match)
-		if err != nil {
-			return removed, err
-		}
-		removed = append(removed, of...)
-	}
-	return removed, nil
-}
-
-// rates are the sets in which the shipped rules count against the limit.
-var rates = config.Names{IPv4: "submission_rate_ipv4", IPv6: "submission_rate_ipv6"}
-
-// free removes addresses of one family from what the limit of the shipped rules
-// bans, on some ports or on all. It returns the elements that it removed.
-func (s *session) free(addrs []netip.Addr, only portsFlag) ([]nftset.Element, error) {
-	set, err := s.conn.Set(s.Table, config.Limited.For(addrs[0]))
-	if errors.Is(err, nftset.ErrNoSet) {
-		return nil, nil // the rules are others
-	}
-	if err == nil {
-		err = only.fits(set)
-	}
-	if err != nil {
-		return nil, err
-	}
-	sources := make(map[netip.Addr]bool)
-	for _, addr := range addrs {
-		sources[addr] = true
-		sources[trust.NetworkOf(addr, trust.BanPrefix(s.Config)).Addr()] = true
-	}
-	// The ports of the limit are those in the rules, so look which there are.
-	s.conn.SetTimeout(patience)
-	elems, err := s.conn.Elements(set)
-	if err != nil {
-		return nil, err
-	}
-	var keys []nftset.Key
-	for _, e := range elems {
-		if sources[e.Addr] && (len(only) == 0 || slices.Contains(only, e.Port)) {
-			keys = append(keys, e.Key)
-		}
-	}
-	removed, err := s.removeKeys(set, keys, nil)
-	if err != nil || len(removed) == 0 {
-		return removed, err
-	}
-	// Forget what the rules have counted, or the next connection exceeds the limit
-	// again.
-	rate, err := s.conn.Set(s.Table, rates.For(addrs[0]))
-	if errors.Is(err, nftset.ErrNoSet) {
-		return removed, nil
-	}
-	if err == nil {
-		_, err = s.removeKeys(rate, keys, nil)
-	}
-	return removed, err
 }

@@ -194,15 +194,6 @@ func (p portsFlag) or(configured []uint16) []uint16 {
 	return configured
 }
 
-// fits returns an error for a set without ports in its keys: the flag would
-// change the address on every port.
-func (p portsFlag) fits(set *nftset.Set) error {
-	if len(p) > 0 && !set.Key.Port {
-		return fmt.Errorf("--port: set %s has addresses without ports", set.Name)
-	}
-	return nil
-}
-
 // without returns ports that are not among others.
 func without(ports, others []uint16) []uint16 {
 	return slices.DeleteFunc(slices.Clone(ports), func(p uint16) bool { return slices.Contains(others, p) })

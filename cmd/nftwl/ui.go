@@ -12,7 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"nftwl/pkg/config"
+	"nftwl/pkg/install"
 	"nftwl/pkg/nftset"
 	"nftwl/pkg/snapshot"
 )
@@ -35,35 +35,15 @@ func printNote(format string, args ...any) {
 // hintFor returns the remedy for an error, or "".
 func hintFor(err error) string {
 	var owner *snapshot.OwnerError
+	var old *snapshot.NotRestoredError
 	if errors.As(err, &owner) {
 		return "see who wrote it; 'nftwl restore " + owner.Path + "' restores it all the same"
 	}
-	var old *snapshot.NotRestoredError
-	var e *nftset.Error
-	switch {
-	case errors.Is(err, nftset.ErrBusy):
-		return "run it again"
-	case errors.As(err, &e):
-	case errors.As(err, &old):
-		return "repair it, or move it away (mv " + old.Path + " " + old.Path + ".bad), and save again"
-	default:
-		return ""
+	hint := install.Remedy(err)
+	if hint == "" && errors.As(err, &old) {
+		hint = "repair it, or move it away (mv " + old.Path + " " + old.Path + ".bad), and save again"
 	}
-	switch e.Err {
-	case nftset.ErrNoTable, nftset.ErrNoSet:
-		file := "sets.nft"
-		if e.Table.Name == "nftwl" {
-			file = "standalone.nft"
-		}
-		return "load the set definitions (nft -f /etc/nftwl/" + file + "), or name the right table and sets in " + config.Path
-	case nftset.ErrKeyType, nftset.ErrInterval, nftset.ErrMap, nftset.ErrConstant, nftset.ErrNoTimeout:
-		return "define it as: type ipv4_addr . inet_service (or ipv6_addr); flags dynamic,timeout"
-	case nftset.ErrFull:
-		return fmt.Sprintf("give set %s a larger size in the ruleset, or a shorter timeout", e.Set)
-	case nftset.ErrPermission:
-		return "run it as root"
-	}
-	return ""
+	return hint
 }
 
 // printable keeps text on one line of a terminal or log, and as it is: not

@@ -5,6 +5,8 @@ import (
 	"os"
 	"sync"
 	"time"
+
+	"nftwl/pkg/install"
 )
 
 // newLog returns a log on standard error. The journal has the time already.
@@ -78,7 +80,7 @@ func (q *quiet) write(reason string, p *problem, err error) {
 	if p.more > 0 {
 		args = append(args, "more", p.more)
 	}
-	if hint := hintFor(err); hint != "" {
+	if hint := install.Remedy(err); hint != "" {
 		args = append(args, "hint", hint)
 	}
 	q.log.Error(reason, args...)

@@ -11,7 +11,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"nftwl/pkg/config"
-	"nftwl/pkg/nftset"
 )
 
 func main() { os.Exit(run(os.Args[1:])) }
@@ -81,23 +80,4 @@ was wrong.`,
 	root.Flags().BoolVarP(&d.verbose, "verbose", "v", false, "log each address that becomes trusted")
 	root.AddCommand(newStatus(&d.configPath))
 	return root
-}
-
-// hintFor returns the remedy for an error of the kernel's, or "".
-func hintFor(err error) string {
-	var e *nftset.Error
-	if !errors.As(err, &e) {
-		return ""
-	}
-	switch e.Err {
-	case nftset.ErrNoTable, nftset.ErrNoSet:
-		return "load the set definitions, or name the right table and sets in " + config.Path
-	case nftset.ErrKeyType, nftset.ErrInterval, nftset.ErrMap, nftset.ErrConstant, nftset.ErrNoTimeout:
-		return "define it as: type ipv4_addr . inet_service (or ipv6_addr); flags dynamic,timeout"
-	case nftset.ErrFull:
-		return fmt.Sprintf("give set %s a larger size in the ruleset, or a shorter timeout", e.Set)
-	case nftset.ErrPermission:
-		return "run it as root, or with CAP_NET_ADMIN"
-	}
-	return ""
 }

@@ -157,6 +157,15 @@ func Keys(set *nftset.Set, addr netip.Addr, ports []uint16) []nftset.Key {
 	return keys
 }
 
+// CheckPorts returns an error if some ports are asked for, and the set's keys have
+// none: a change would be one on every port.
+func CheckPorts(set *nftset.Set, ports []uint16) error {
+	if len(ports) > 0 && !set.Key.Port {
+		return fmt.Errorf("set %s has addresses without ports, and cannot take some ports alone", set.Name)
+	}
+	return nil
+}
+
 // LookupKeys returns the keys by which the rules look an address up in a set: its
 // own and, where they look up networks of so many bits, then those of its
 // network.

@@ -1,0 +1,34 @@
+package install
+
+import (
+	"errors"
+	"fmt"
+
+	"nftwl/pkg/config"
+	"nftwl/pkg/nftset"
+)
+
+// Remedy says what to do about an error of the kernel's; empty if nobody knows.
+func Remedy(err error) string {
+	var e *nftset.Error
+	if !errors.As(err, &e) {
+		return ""
+	}
+	switch e.Err {
+	case nftset.ErrNoTable, nftset.ErrNoSet:
+		file := "sets.nft"
+		if e.Table.Name == "nftwl" {
+			file = "standalone.nft"
+		}
+		return "load the set definitions (nft -f /etc/nftwl/" + file + "), or name the right table and sets in " + config.Path
+	case nftset.ErrKeyType, nftset.ErrInterval, nftset.ErrMap, nftset.ErrConstant, nftset.ErrNoTimeout:
+		return "define it as: type ipv4_addr . inet_service (or ipv6_addr); flags dynamic,timeout"
+	case nftset.ErrFull:
+		return fmt.Sprintf("give set %s a larger size in the ruleset, or a shorter timeout", e.Set)
+	case nftset.ErrPermission:
+		return "run it as root, or with CAP_NET_ADMIN"
+	case nftset.ErrBusy:
+		return "run it again"
+	}
+	return ""
+}

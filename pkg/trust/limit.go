@@ -1,0 +1,59 @@
+package trust
+
+import (
+	"errors"
+	"net/netip"
+	"slices"
+
+	"nftwl/pkg/config"
+	"nftwl/pkg/nftset"
+)
+
+// rates are the sets in which the shipped rules count against their limit.
+var rates = config.Names{IPv4: "submission_rate_ipv4", IPv6: "submission_rate_ipv6"}
+
+// Unlimit removes addresses of one family, and the networks that they are in, from
+// what the limit of the shipped rules bans: on some ports, or with none on all. It
+// returns the elements that it removed; none if the rules are others.
+func Unlimit(conn *nftset.Conn, c *config.Config, addrs []netip.Addr, ports []uint16) ([]nftset.Element, error) {
+	set, err := conn.Set(c.Table, config.Limited.For(addrs[0]))
+	if errors.Is(err, nftset.ErrNoSet) {
+		return nil, nil
+	}
+	if err == nil {
+		err = CheckPorts(set, ports)
+	}
+	if err != nil {
+		return nil, err
+	}
+	sources := make(map[netip.Addr]bool)
+	for _, addr := range addrs {
+		sources[addr] = true
+		sources[NetworkOf(addr, BanPrefix(c)).Addr()] = true
+	}
+	// The ports of the limit are those in the rules, so look which there are.
+	elems, err := conn.Elements(set)
+	if err != nil {
+		return nil, err
+	}
+	var keys []nftset.Key
+	for _, e := range elems {
+		if sources[e.Addr] && (len(ports) == 0 || slices.Contains(ports, e.Port)) {
+			keys = append(keys, e.Key)
+		}
+	}
+	removed, err := conn.Remove(set, keys, nil)
+	if err != nil || len(removed) == 0 {
+		return nil, err
+	}
+	// Forget what the rules have counted, or the next connection exceeds the limit
+	// again.
+	rate, err := conn.Set(c.Table, rates.For(addrs[0]))
+	if errors.Is(err, nftset.ErrNoSet) {
+		return removed, nil
+	}
+	if err == nil {
+		_, err = conn.Remove(rate, keys, nil)
+	}
+	return removed, err
+}
