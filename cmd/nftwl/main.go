@@ -124,7 +124,7 @@ wrong.`,
 			}
 			continue
 		case "completion":
-			cmd.Use += " bash|fish|powershell|zsh"
+			cmd.Use, cmd.Short = "completion bash|fish|powershell|zsh", "Print a shell's completion script"
 			cmd.Run = func(*cobra.Command, []string) {} // so that cobra checks the arguments
 		default:
 			cmd.ValidArgs = choices(cmd)
