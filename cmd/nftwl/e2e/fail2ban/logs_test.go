@@ -1,0 +1,323 @@
+package fail2ban
+
+import (
+	"bufio"
+	"crypto/tls"
+	"encoding/base64"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"nftwl/pkg/nstest"
+)
+
+// A visit is a conversation with a server, and how often each jail counts it.
+type visit struct {
+	name string
+	port string
+	tls  bool     // from the first byte
+	talk []string // in turn, how a line of the server's begins, and what the client sends
+	end  ending
+	want counts
+}
+
+type counts map[string]int
+
+// What counts: the jails, and "dovecot" with "mode = aggressive".
+const (
+	failed  = "dovecot"
+	probed  = "dovecot, aggressive"
+	guessed = "dovecot-auth"
+	sasled  = "postfix-sasl"
+	lost    = "postfix-lost"
+	spammed = "postfix-spam"
+)
+
+type ending int
+
+const (
+	reset  ending = iota // as attackers do, and people whose network is gone
+	finish               // a close without a goodbye
+	leave                // the server closes, after a goodbye
+)
+
+func b64(text string) string { return base64.StdEncoding.EncodeToString([]byte(text)) }
+
+func plain(user, password string) string { return b64("\x00" + user + "\x00" + password) }
+
+// hello is the first half of a TLS client's first record.
+const hello = "\x16\x03\x01\x02\x00\x01\x00"
+
+// dial connects from a client's address, on the calling goroutine's thread.
+func dial(from netip.Addr, port string) (*net.TCPConn, error) {
+	server := server4
+	if from.Is6() {
+		server = server6
+	}
+	dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0)), Timeout: patience}
+	conn, err := dialer.Dial("tcp", net.JoinHostPort(server, port))
+	if err != nil {
+		return nil, err
+	}
+	return conn.(*net.TCPConn), conn.SetDeadline(time.Now().Add(patience))
+}
+
+// hold has the visit's conversation, and ends it.
+func (v visit) hold(raw *net.TCPConn) error {
+	defer raw.Close()
+	conn := net.Conn(raw)
+	if v.tls {
+		conn = tls.Client(raw, &tls.Config{InsecureSkipVerify: true})
+	}
+	lines := bufio.NewReader(conn)
+	for i, text := range v.talk {
+		if i%2 == 1 {
+			if _, err := conn.Write([]byte(text)); err != nil {
+				return err
+			}
+			continue
+		}
+		for text != "" {
+			line, err := lines.ReadString('\n')
+			if err != nil {
+				return fmt.Errorf("waiting for %q: %w", text, err)
+			}
+			if strings.HasPrefix(line, text) {
+				break
+			}
+		}
+	}
+	switch v.end {
+	case reset:
+		return raw.SetLinger(0)
+	case leave:
+		for {
+			if _, err := lines.ReadString('\n'); err != nil {
+				break
+			}
+		}
+	}
+	return nil
+}
+
+var visits = []visit{
+	{"IMAP: login", "143", false, []string{"* OK", "a LOGIN alice secret\r\n", "a OK", "b LOGOUT\r\n"}, leave, nil},
+	{"IMAP: login, reset", "143", false, []string{"* OK", "a LOGIN alice secret\r\n", "a OK"}, reset, nil},
+	{"IMAP: reset after the greeting", "143", false, []string{"* OK"}, reset, counts{probed: 1}},
+	{"IMAP: close after the greeting", "143", false, []string{"* OK"}, finish, counts{probed: 1}},
+	{"IMAP: wrong password, logout", "143", false, []string{"* OK", "a LOGIN alice wrong\r\n", "a NO", "b LOGOUT\r\n"}, leave, counts{failed: 1, guessed: 1}},
+	{"IMAP: wrong password, close", "143", false, []string{"* OK", "a LOGIN alice wrong\r\n", "a NO"}, finish, counts{failed: 1, guessed: 1}},
+	{"IMAP: wrong password, reset", "143", false, []string{"* OK", "a LOGIN alice wrong\r\n", "a NO"}, reset, counts{failed: 1, guessed: 1}},
+	{"IMAP: wrong password, no wait", "143", false, []string{"* OK", "a LOGIN alice wrong\r\n"}, reset, counts{failed: 1, guessed: 1}},
+	{"IMAP: 3 wrong passwords, reset", "143", false, []string{"* OK", "a LOGIN alice a\r\n", "a NO", "a LOGIN alice b\r\n", "a NO", "a LOGIN alice c\r\n", "a NO"}, reset, counts{failed: 1, guessed: 3}},
+	{"IMAP: unknown user, reset", "143", false, []string{"* OK", "a LOGIN info wrong\r\n", "a NO"}, reset, counts{failed: 1, guessed: 1}},
+	{"IMAP: PAM, wrong password, reset", "143", false, []string{"* OK", "a LOGIN root wrong\r\n", "a NO"}, reset, counts{failed: 1, guessed: 2}},
+	{"IMAP: PAM, unknown user, reset", "143", false, []string{"* OK", "a LOGIN pam-info wrong\r\n", "a NO"}, reset, counts{failed: 1, guessed: 2}},
+	{"IMAP: wrong, then right password", "143", false, []string{"* OK", "a LOGIN alice wrong\r\n", "a NO", "b LOGIN alice secret\r\n", "b OK", "b LOGOUT\r\n"}, leave, counts{guessed: 1}},
+	{"IMAP: wrong, then right password, reset", "143", false, []string{"* OK", "a LOGIN alice wrong\r\n", "a NO", "b LOGIN alice secret\r\n", "b OK"}, reset, counts{guessed: 1}},
+	{"IMAP: AUTHENTICATE, reset", "143", false, []string{"* OK", "a AUTHENTICATE PLAIN\r\n", "+"}, reset, counts{probed: 1}},
+	{"IMAP: AUTHENTICATE, aborted", "143", false, []string{"* OK", "a AUTHENTICATE PLAIN\r\n", "+", "*\r\n", "a "}, reset, counts{probed: 1}},
+	{"IMAP: AUTHENTICATE PLAIN", "143", false, []string{"* OK", "a AUTHENTICATE PLAIN\r\n", "+", plain("alice", "wrong") + "\r\n", "a NO"}, reset, counts{failed: 1, guessed: 1}},
+	{"IMAP: CRAM-MD5", "143", false, []string{"* OK", "a AUTHENTICATE CRAM-MD5\r\n", "+", b64("alice 0123456789abcdef0123456789abcdef") + "\r\n", "a NO"}, reset, counts{failed: 1, guessed: 1}},
+	{"IMAP: reset in STARTTLS", "143", false, []string{"* OK", "a STARTTLS\r\n", "a OK", hello}, reset, counts{probed: 1}},
+	{"IMAPS: reset in the handshake", "993", false, []string{"", hello}, reset, counts{probed: 1}},
+	{"IMAPS: no TLS", "993", false, []string{"", "a LOGIN alice wrong\r\n"}, leave, counts{probed: 1}},
+	{"IMAPS: login", "993", true, []string{"* OK", "a LOGIN alice secret\r\n", "a OK", "b LOGOUT\r\n"}, leave, nil},
+	{"IMAPS: reset after the greeting", "993", true, []string{"* OK"}, reset, counts{probed: 1}},
+	{"IMAPS: wrong password, reset", "993", true, []string{"* OK", "a LOGIN alice wrong\r\n", "a NO"}, reset, counts{failed: 1, guessed: 1}},
+	{"IMAPS: wrong password, close", "993", true, []string{"* OK", "a LOGIN alice wrong\r\n", "a NO"}, finish, counts{failed: 1, guessed: 1}},
+
+	{"POP3: no password without TLS, reset", "110", false, []string{"+OK", "USER alice\r\n", "-ERR"}, reset, counts{failed: 1}},
+	{"POP3: no password without TLS, logout", "110", false, []string{"+OK", "USER alice\r\n", "-ERR", "QUIT\r\n"}, leave, counts{failed: 1}},
+	{"POP3S: login", "995", true, []string{"+OK", "USER alice\r\n", "+OK", "PASS secret\r\n", "+OK", "QUIT\r\n"}, leave, nil},
+	{"POP3S: wrong password, reset", "995", true, []string{"+OK", "USER alice\r\n", "+OK", "PASS wrong\r\n", "-ERR"}, reset, counts{failed: 1, guessed: 1}},
+	{"POP3S: wrong password, logout", "995", true, []string{"+OK", "USER alice\r\n", "+OK", "PASS wrong\r\n", "-ERR", "QUIT\r\n"}, leave, counts{failed: 1, guessed: 1}},
+	{"POP3S: unknown user, close", "995", true, []string{"+OK", "USER info\r\n", "+OK", "PASS wrong\r\n", "-ERR"}, finish, counts{failed: 1, guessed: 1}},
+	{"POP3: reset after the greeting", "110", false, []string{"+OK"}, reset, counts{probed: 1}},
+
+	{"submission of Dovecot: wrong password, reset", "2587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + plain("alice", "wrong") + "\r\n", "535"}, reset, counts{failed: 1, guessed: 1}},
+	{"submission of Dovecot: wrong password, quit", "2587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + plain("alice", "wrong") + "\r\n", "535", "QUIT\r\n"}, leave, counts{failed: 1, guessed: 1}},
+	{"submission of Dovecot: unknown user, close", "2587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + plain("info", "wrong") + "\r\n", "535"}, finish, counts{failed: 1, guessed: 1}},
+	{"submission of Dovecot: reset after EHLO", "2587", false, []string{"220", "EHLO x\r\n", "250 "}, reset, counts{probed: 1}},
+
+	{"ManageSieve: login", "4190", false, []string{"OK", `AUTHENTICATE "PLAIN" "` + plain("alice", "secret") + "\"\r\n", "OK", "LOGOUT\r\n"}, leave, nil},
+	{"ManageSieve: wrong password, reset", "4190", false, []string{"OK", `AUTHENTICATE "PLAIN" "` + plain("alice", "wrong") + "\"\r\n", "NO"}, reset, counts{failed: 1, guessed: 1}},
+	{"ManageSieve: wrong password, logout", "4190", false, []string{"OK", `AUTHENTICATE "PLAIN" "` + plain("alice", "wrong") + "\"\r\n", "NO", "LOGOUT\r\n"}, leave, counts{failed: 1, guessed: 1}},
+	{"ManageSieve: reset after the greeting", "4190", false, []string{"OK"}, reset, counts{probed: 1}},
+
+	{"Postfix: login", "587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + plain("alice", "secret") + "\r\n", "235", "QUIT\r\n"}, leave, nil},
+	{"Postfix: wrong password, quit", "587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + plain("alice", "wrong") + "\r\n", "535", "QUIT\r\n"}, leave, counts{sasled: 1, guessed: 1}},
+	{"Postfix: wrong password, reset", "587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + plain("alice", "wrong") + "\r\n", "535"}, reset, counts{sasled: 1, lost: 1, guessed: 1}},
+	{"Postfix: LOGIN, close", "25", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH LOGIN\r\n", "334", b64("alice") + "\r\n", "334", b64("wrong") + "\r\n", "535"}, finish, counts{sasled: 1, lost: 1, guessed: 1}},
+	{"Postfix: CRAM-MD5, quit", "25", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH CRAM-MD5\r\n", "334", b64("alice 0123456789abcdef0123456789abcdef") + "\r\n", "535", "QUIT\r\n"}, leave, counts{sasled: 1, guessed: 1}},
+	{"Postfix: unknown user, quit", "587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + plain("info", "wrong") + "\r\n", "535", "QUIT\r\n"}, leave, counts{sasled: 1, guessed: 1}},
+	{"Postfix: unknown mechanism, quit", "587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH NTLM\r\n", "535", "QUIT\r\n"}, leave, nil},
+	{"Postfix: AUTH, aborted", "587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH LOGIN\r\n", "334", "*\r\n", "501", "QUIT\r\n"}, leave, nil},
+	{"Postfix: reset in AUTH", "587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH LOGIN\r\n", "334"}, reset, counts{lost: 1}},
+	{"Postfix: reset after the greeting", "587", false, []string{"220"}, reset, nil},
+	{"Postfix: reset after EHLO", "587", false, []string{"220", "EHLO x\r\n", "250 "}, reset, counts{lost: 1}},
+	{"Postfix: close after EHLO", "25", false, []string{"220", "EHLO x\r\n", "250 "}, finish, counts{lost: 1}},
+	{"Postfix: reset after nonsense", "25", false, []string{"220", "EHLO x\r\n", "250 ", "FOO\r\n", "5"}, reset, counts{lost: 1}},
+	{"Postfix: reset in STARTTLS", "587", false, []string{"220", "EHLO x\r\n", "250 ", "STARTTLS\r\n", "220", hello}, reset, nil},
+	{"Postfix: a milter takes it for spam", "25", false, []string{"220", "EHLO x\r\n", "250 ", "MAIL FROM:<a@example.net>\r\n", "250", "RCPT TO:<alice@mail.example.org>\r\n", "250", "DATA\r\n", "354", "Subject: x\r\n\r\nx\r\n.\r\n", "550", "QUIT\r\n"}, leave, counts{spammed: 1}},
+	{"Postfix: a milter greylists", "2525", false, []string{"220", "EHLO x\r\n", "250 ", "MAIL FROM:<a@example.net>\r\n", "250", "RCPT TO:<alice@mail.example.org>\r\n", "250", "DATA\r\n", "354", "Subject: x\r\n\r\nx\r\n.\r\n", "451", "QUIT\r\n"}, leave, nil},
+}
+
+const victim = "203.0.113.5"
+
+// hostile are names of users that look like a part of the log's line.
+var hostile = []string{
+	"<", ">", "a>b", "<a>", "a b", "a,b", "a)b", "a(b", "a:b", "a\tb", "é", "%u",
+	victim, "a," + victim, "a," + victim + ",<S>", "a," + victim + "): unknown user", "a," + victim + ",sasl:plain",
+	"a," + victim + ",<S>): Password mismatch",
+	"a," + victim + ",sasl:plain)<S>: passwd-file: unknown user", "a," + victim + ",sasl:plain): x: unknown user (y",
+	"a," + victim + "): x: pam_authenticate() failed: Permission denied",
+	"a>, method=PLAIN, rip=" + victim + ", lip=192.0.2.1, session=<a",
+	"a>, method=PLAIN, rip=" + victim + ", lip=192.0.2.1, session=<a>",
+	"a>, method=PLAIN, rip=" + victim + ", lip=192.0.2.1",
+	"a> rip=" + victim,
+	"a(auth failed, 1 attempts): user=<x>, rip=" + victim,
+	"a rhost=" + victim, "pam-a rhost=" + victim, "pam-a rhost=" + victim + "  user=root",
+	"a[" + victim + "]: SASL LOGIN authentication failed: x",
+	strings.Repeat("a", 200) + ">," + victim,
+}
+
+// withHostile adds the visits of clients with hostile names. Those with a
+// parenthesis, or a space before PAM, are what the filter leaves out.
+func withHostile(visits []visit) []visit {
+	for _, name := range hostile {
+		n := 1
+		if strings.ContainsAny(name, "()") {
+			n = 0
+		}
+		visits = append(visits,
+			visit{"IMAP: " + name, "143", false, []string{"* OK", "a AUTHENTICATE PLAIN\r\n", "+", plain(name, "wrong") + "\r\n", "a NO"}, reset, counts{failed: 1, guessed: n}},
+			visit{"Postfix: " + name, "587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + plain(name, "wrong") + "\r\n", "5", "QUIT\r\n"}, leave, counts{sasled: 1, guessed: n}})
+	}
+	return visits
+}
+
+// The filters count what the programs log today: clients of every kind talk to
+// a real Dovecot and a real Postfix, each from an address of its own. A release
+// that words a line anew fails this.
+func TestRealLogs(t *testing.T) {
+	each(t, func(t *testing.T, root string) {
+		for _, log := range []string{"syslog", dir + "/dovecot.log"} {
+			t.Run(filepath.Base(log), func(t *testing.T) {
+				t.Parallel()
+				d := startDaemons(t, root, log)
+				clients := make(map[netip.Addr]visit)
+				for i, v := range withHostile(visits) {
+					clients[addr(fmt.Sprintf("192.0.2.%d", i+1))] = v
+				}
+				for i, v := range visits {
+					clients[addr(fmt.Sprintf("2001:db8::%x", i+1))] = v
+				}
+				var wg sync.WaitGroup
+				// A login process of Dovecot's serves one client.
+				slots := make(chan bool, 20)
+				for from, v := range clients {
+					slots <- true
+					conn, err := dial(from, v.port)
+					if err != nil {
+						t.Fatalf("%s: %v", v.name, err)
+					}
+					wg.Go(func() {
+						defer func() { <-slots }()
+						if err := v.hold(conn); err != nil {
+							t.Errorf("%s: %v", v.name, err)
+						}
+					})
+				}
+				wg.Wait()
+				d.write("log", d.stop(), 0o644)
+
+				for _, jail := range []string{failed, probed, guessed, sasled, lost, spammed} {
+					got := d.count(jail)
+					delete(got, addr(server4)) // that both are up was tried from there
+					for from, v := range clients {
+						want := v.want[jail]
+						if jail == probed {
+							want += v.want[failed]
+						}
+						if got[from] != want {
+							t.Errorf("%s counts %d, want %d: %s:\n%s", jail, got[from], want, v.name, d.linesOf(from))
+						}
+						delete(got, from)
+					}
+					if len(got) > 0 {
+						t.Errorf("%s counts %v, which have not connected", jail, got)
+					}
+				}
+			})
+		}
+	})
+}
+
+// linesOf returns the lines of the log that name an address.
+func (d *daemons) linesOf(who netip.Addr) string {
+	return strings.Join(regexp.MustCompile(`(?m)^.*\b`+regexp.QuoteMeta(who.String())+`\b.*$`).FindAllString(d.read("log"), -1), "\n")
+}
+
+// count returns how often a jail's filter finds each address in the log.
+func (d *daemons) count(jail string) map[netip.Addr]int {
+	d.Helper()
+	found := make(map[netip.Addr]int)
+	for _, f := range d.failures(jail) {
+		found[f.address]++
+	}
+	return found
+}
+
+// A failure is a line that a filter finds.
+type failure struct {
+	address netip.Addr
+	line    string
+}
+
+// failures has fail2ban-regex find a jail's failures in the log.
+func (d *daemons) failures(jail string) (found []failure) {
+	d.Helper()
+	config := filepath.Join(dir, "fail2ban")
+	if _, err := os.Stat(config); err != nil {
+		d.must(os.CopyFS(config, os.DirFS(filepath.Join(d.root, "etc/fail2ban"))))
+		d.run("cp", "-r", filepath.Join(nstest.Root(d), "contrib/fail2ban")+"/.", config)
+	}
+	mode := "normal" // as in fail2ban's jail.conf
+	if jail == probed {
+		jail, mode = failed, "aggressive"
+	}
+	filter := strings.ReplaceAll(filterOf(d, jail), "%(mode)s", mode)
+	out := d.chroot("fail2ban-regex", "--config", config, "--out", "<ip> <matches>", dir+"/log", filter)
+	for line := range strings.Lines(out) {
+		who, line, _ := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
+		address, err := netip.ParseAddr(who)
+		if err != nil {
+			d.Fatalf("fail2ban-regex: %s", out)
+		}
+		found = append(found, failure{address, line})
+	}
+	return found
+}
+
+// filterOf returns the filter that contrib has for a jail.
+func filterOf(t testing.TB, jail string) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(nstest.Root(t), "contrib/fail2ban/jail.d/nftwl.conf"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(text), "\n["+jail+"]\n")
+	section, _, _ = strings.Cut(section, "\n[")
+	if m := regexp.MustCompile(`(?m)^filter = (.*)$`).FindStringSubmatch(section); m != nil {
+		return m[1]
+	}
+	return jail // as in fail2ban's jail.conf
+}
