@@ -16,6 +16,7 @@ var (
 	sasl = []int{25, 110, 143, 465, 587, 993, 995}
 	all  = []int{25, 110, 143, 465, 587, 993, 995, 4190}
 	imap = []int{110, 143, 465, 587, 993, 995, 4190}
+	smtp = []int{25, 465, 587}
 )
 
 // A set-up is one that people describe: a line, for an address, after so many
@@ -52,6 +53,9 @@ var setUps = []setUp{
 	{"Dovecot 2.3 with PAM, auth_verbose",
 		"dovecot: auth-worker(2711): pam(tester,%s,<ybIwVMJgYc3AAAIH>): pam_authenticate() failed: Authentication failure (password mismatch?)",
 		"", "dovecot-auth", 5, 10 * time.Minute, imap},
+	{"Dovecot 2.4, auth_verbose",
+		"dovecot: auth(tester,%s,sasl:plain)<r28vVcJg/b3AAAIH>: passwd-file: Password mismatch",
+		"", "dovecot-auth", 5, 10 * time.Minute, imap},
 	{"Dovecot 2.0",
 		"dovecot: pop3-login: Aborted login (auth failed, 1 attempts): user=<tester>, method=PLAIN, rip=%s, lip=192.0.2.1",
 		"", "dovecot", 3, time.Hour, imap},
@@ -64,6 +68,12 @@ var setUps = []setUp{
 	{"Postfix, Cyrus and SASL: SASL",
 		"postfix/smtpd[3325]: warning: host.example.net[%s]: SASL CRAM-MD5 authentication failed: authentication failure",
 		"", "postfix-sasl", 3, time.Hour, sasl},
+	{"Postfix, Cyrus and SASL: SASL without a reason",
+		"postfix/smtpd[3325]: warning: host.example.net[%s]: SASL LOGIN authentication failed",
+		"", "postfix-sasl", 3, time.Hour, sasl},
+	{"SpamAssassin's milter",
+		"postfix/cleanup[3325]: EB9DBAE: milter-reject: END-OF-MESSAGE from unknown[%s]: 5.7.1 Blocked by SpamAssassin; from=<a@example.net> to=<tester@example.com> proto=ESMTP helo=<x>",
+		"", "postfix-spam", 5, 10 * time.Minute, smtp},
 	{"Postfix, Cyrus and SASL: IMAP",
 		"cyrus/imap[18541]: badlogin: host.example.net[%s] plaintext tester SASL(-13): authentication failure: checkpass failed",
 		"", "cyrus-imap", 3, 10 * time.Minute, imap},
@@ -185,7 +195,7 @@ func TestOneAttemptCountsOnce(t *testing.T) {
 		postfix:   {"postfix-sasl": 1, "postfix-lost": 1},
 		dovecot23: {"dovecot": 1, "dovecot-auth": 1},
 		pam:       {"dovecot": 1, "dovecot-auth": 1},
-		dovecot24: {"dovecot": 1},
+		dovecot24: {"dovecot": 1, "dovecot-auth": 1},
 	}
 	each(t, func(t *testing.T, root string) {
 		m := boot(t, root, with{})
@@ -200,7 +210,7 @@ func TestOneAttemptCountsOnce(t *testing.T) {
 		// Who comes last in the log shows that every jail has read it all.
 		end := m.endOfLog()
 		for who, jails := range counts {
-			for _, jail := range []string{"postfix-sasl", "postfix-lost", "dovecot", "dovecot-auth", "cyrus-imap"} {
+			for _, jail := range []string{"postfix-sasl", "postfix-lost", "postfix-spam", "dovecot", "dovecot-auth", "cyrus-imap"} {
 				if got, want := m.found(jail, who), tries*jails[jail]; got != want {
 					t.Errorf("%s has counted %d failures of %s, want %d", jail, got, who, want)
 				}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -284,6 +285,49 @@ func TestRestarts(t *testing.T) {
 		// fail2ban can unban what it has restored.
 		m.run("fail2ban-client", "set", "dovecot", "unbanip", v4.String())
 		m.pass(v4, 993)
+	})
+}
+
+// Who fails again after the firewall has lost the ban is banned again, and so
+// is everybody else who does, though fail2ban has them all as banned.
+func TestFlushedRuleset(t *testing.T) {
+	each(t, func(t *testing.T, root string) {
+		m := boot(t, root, with{})
+		v4, v6, later := addr("198.51.100.66"), addr("2001:db8:a:66::1"), addr("198.51.100.67")
+		banned := func(who netip.Addr) ban { return ban{setOf(who), who.String(), "dovecot", time.Hour} }
+		// Failures of the same moment are those that the ban came too late for.
+		long := time.Now().Add(-10 * time.Second)
+		fail := func(who netip.Addr, when time.Time) {
+			m.logAt(when, slices.Repeat([]string{fmt.Sprintf(wrongPassword, who)}, 3)...)
+		}
+		fail(v4, long)
+		fail(v6, long)
+		m.banned(bans{banned(v4): imap, banned(v6): imap})
+
+		m.run("nft", "-f", "/etc/nftables.conf")
+		m.banned(bans{})
+		fail(later, long)
+		m.banned(bans{banned(later): imap})
+		for _, who := range []netip.Addr{v4, v6} {
+			fail(who, time.Now())
+			m.poll("the ban, again", func() bool {
+				n := 0
+				for _, e := range m.list() {
+					// fail2ban counts it from the last failure.
+					if e.Address == who.String() && e.Comment == "dovecot" && seconds(e.Timeout) > time.Hour-patience && seconds(e.Timeout) <= time.Hour {
+						n++
+					}
+				}
+				return n == len(imap)
+			})
+			m.drop(who, 993)
+		}
+
+		// fail2ban logs that as an error, once for all of a jail's bans.
+		if n := strings.Count(m.said(), "Invariant check failed. Trying to restore a sane environment\n"); n != 1 {
+			t.Errorf("fail2ban has found %d times that the firewall was loaded anew", n)
+		}
+		m.must(os.Truncate(m.path(journal), 0)) // so that stop finds no complaint
 	})
 }
 

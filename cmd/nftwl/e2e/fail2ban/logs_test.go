@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"encoding/base64"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -240,8 +241,15 @@ func TestRealLogs(t *testing.T) {
 				d.write("log", d.stop(), 0o644)
 
 				for _, jail := range []string{failed, probed, guessed, sasled, lost, spammed} {
-					got := d.count(jail)
+					got := d.count(jail, "file")
 					delete(got, addr(server4)) // that both are up was tried from there
+					if log == "syslog" {
+						journal := d.count(jail, "journal")
+						delete(journal, addr(server4))
+						if !maps.Equal(journal, got) {
+							t.Errorf("%s counts %v, and from the journal %v", jail, got, journal)
+						}
+					}
 					for from, v := range clients {
 						want := v.want[jail]
 						if jail == probed {
@@ -267,10 +275,10 @@ func (d *daemons) linesOf(who netip.Addr) string {
 }
 
 // count returns how often a jail's filter finds each address in the log.
-func (d *daemons) count(jail string) map[netip.Addr]int {
+func (d *daemons) count(jail, logtype string) map[netip.Addr]int {
 	d.Helper()
 	found := make(map[netip.Addr]int)
-	for _, f := range d.failures(jail) {
+	for _, f := range d.failures(jail, logtype) {
 		found[f.address]++
 	}
 	return found
@@ -282,8 +290,9 @@ type failure struct {
 	line    string
 }
 
-// failures has fail2ban-regex find a jail's failures in the log.
-func (d *daemons) failures(jail string) (found []failure) {
+// failures has fail2ban-regex find a jail's failures in the log, as they are in
+// a file or from the journal.
+func (d *daemons) failures(jail, logtype string) (found []failure) {
 	d.Helper()
 	config := filepath.Join(dir, "fail2ban")
 	if _, err := os.Stat(config); err != nil {
@@ -294,7 +303,9 @@ func (d *daemons) failures(jail string) (found []failure) {
 	if jail == probed {
 		jail, mode = failed, "aggressive"
 	}
-	filter := strings.ReplaceAll(filterOf(d, jail), "%(mode)s", mode)
+	filter, options, _ := strings.Cut(strings.TrimSuffix(filterOf(d, jail), "]"), "[")
+	options = strings.ReplaceAll(options, "%(mode)s", mode)
+	filter += "[" + strings.TrimPrefix(options+",logtype="+logtype, ",") + "]"
 	out := d.chroot("fail2ban-regex", "--config", config, "--out", "<ip> <matches>", dir+"/log", filter)
 	for line := range strings.Lines(out) {
 		who, line, _ := strings.Cut(strings.TrimSuffix(line, "\n"), " ")

@@ -52,6 +52,8 @@ enabled = false
 enabled = true
 [postfix-lost]
 enabled = true
+[postfix-spam]
+enabled = true
 [dovecot]
 enabled = true
 [dovecot-auth]

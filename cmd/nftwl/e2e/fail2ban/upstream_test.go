@@ -103,7 +103,7 @@ func TestUpstreamLogs(t *testing.T) {
 			d.write("log", log.String(), 0o644)
 			found := make(map[string][]netip.Addr)
 			for _, jail := range c.jails {
-				for _, f := range d.failures(jail) {
+				for _, f := range d.failures(jail, "file") {
 					found[f.line] = append(found[f.line], f.address)
 				}
 			}
