@@ -5,7 +5,7 @@ set -eu
 cd "$(dirname "$0")/.."
 
 packages='nftables netbase iproute2 systemd dovecot-core dovecot-imapd dovecot-pop3d
-	dovecot-submissiond dovecot-sqlite postfix fail2ban ipcalc-ng iputils-ping debootstrap util-linux
+	dovecot-submissiond dovecot-managesieved dovecot-sqlite postfix fail2ban ipcalc-ng iputils-ping debootstrap util-linux
 	git lintian rpm man-db bash-completion strace'
 
 missing=

@@ -31,7 +31,7 @@ var setups = []struct {
 	{[]string{"dovecot"}, "/etc/dovecot/conf.d", "dovecot", 1},
 	{[]string{"nftables"}, "/etc/nftwl", "nftables", 8},
 	{[]string{"systemd"}, "/etc/systemd/system", "systemd", 5},
-	{[]string{"fail2ban"}, "/etc/fail2ban", "fail2ban", 4},
+	{[]string{"fail2ban"}, "/etc/fail2ban", "fail2ban", 5},
 }
 
 // A host has the folders /etc and /run to itself, and the nftwl that was just
@@ -622,7 +622,7 @@ service hello {
 		h.write("/etc/fail2ban/jail.local", "[sshd]\nenabled = false\n[postfix-lost]\nenabled = true\nbackend = auto\nlogpath = /etc/mail.log\n")
 		out := h.run(client, "-d")
 		for _, words := range []string{
-			"'ignorecommand', '" + command + " check -q <ip>'",
+			"'ignorecommand', '" + command + " check -q -- <ip>'",
 			`\n` + command + " ban --timeout ",
 			`\n` + command + " unban ",
 		} {

@@ -2,16 +2,15 @@ package doctor
 
 import (
 	"context"
-	"errors"
-	"io/fs"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 )
 
 func (d *Doctor) checkFail2ban(ctx context.Context) {
-	const check, action = "fail2ban", "/etc/fail2ban/action.d/nftwl.conf"
+	const check = "fail2ban"
 	client := find("fail2ban-client")
 	if client == "" {
 		d.skip(check, "fail2ban is not installed")
@@ -21,22 +20,35 @@ func (d *Doctor) checkFail2ban(ctx context.Context) {
 		d.skip(check, "only root can ask fail2ban")
 		return
 	}
-	_, err := os.Stat(action)
-	installed := !errors.Is(err, fs.ErrNotExist)
-	status, err := output(ctx, client, "status")
-	switch {
-	case err != nil && installed:
-		d.warn(check, remedy{"start it; nobody is banned for wrong passwords meanwhile", "systemctl start fail2ban"}, "fail2ban does not answer, and %s is there", action)
+	// setup's, and nftwl.local, which enables the jails.
+	files, err := filepath.Glob("/etc/fail2ban/*.d/nftwl*")
+	if err != nil {
+		d.skip(check, "%v", err)
 		return
-	case err != nil:
+	}
+	status, err := output(ctx, client, "status")
+	if err != nil && len(files) == 0 {
 		d.skip(check, "fail2ban does not run")
+		return
+	}
+	// A file can be missing, or a jail that is enabled.
+	if why := refused(ctx, client); why != "" {
+		report, words := d.fail, "fail2ban does not start, so nobody is banned for wrong passwords: %s"
+		if err == nil {
+			report, words = d.warn, "fail2ban runs, but will not start again: %s"
+		}
+		report(check, remedy{"put nftwl's files back; if that does not help, fix what `fail2ban-client -t` reports", "nftwl setup fail2ban --write"}, words, why)
+	} else if err != nil {
+		d.warn(check, remedy{"start it; nobody is banned for wrong passwords meanwhile", "systemctl start fail2ban"}, "fail2ban does not answer, and %s is there", files[0])
+	}
+	if err != nil {
 		return
 	}
 	_, list, _ := strings.Cut(string(status), "Jail list:")
 	jails := strings.FieldsFunc(list, func(r rune) bool { return strings.ContainsRune(", \t\n", r) })
 	jails = slices.DeleteFunc(jails, func(jail string) bool { return !isMail(jail) })
 	if len(jails) == 0 {
-		d.skip(check, "fail2ban runs, and has no jail for mail; contrib/fail2ban/jail.d/nftwl.conf says how to enable some")
+		d.skip(check, "fail2ban runs, and has no jail for mail; `nftwl setup fail2ban` says how to enable some")
 		return
 	}
 	for _, jail := range jails {
@@ -44,6 +56,22 @@ func (d *Doctor) checkFail2ban(ctx context.Context) {
 			d.skip("fail2ban."+jail, "%v", err)
 		}
 	}
+}
+
+// refused returns the first error that fail2ban finds in its configuration, with
+// which it would not start; "" if there is none.
+func refused(ctx context.Context, client string) string {
+	out, errs, err := run(ctx, client, "-t")
+	if err == nil {
+		return ""
+	}
+	// 2026-11-21 17:04:26,864 fail2ban.configreader   [19432]: ERROR   Found no …
+	for line := range strings.Lines(string(out) + string(errs)) {
+		if _, text, found := strings.Cut(line, ": ERROR "); found {
+			return strings.TrimSpace(text)
+		}
+	}
+	return err.Error()
 }
 
 // isMail is about the jails of fail2ban's jail.conf and of ours that watch mail
@@ -76,8 +104,8 @@ func (d *Doctor) checkJail(ctx context.Context, client, jail string) error {
 		if len(all) > 0 {
 			with = "action " + strings.Join(all, ", ")
 		}
-		d.warn(check, remedy{"take action and port of this jail out of jail.local, as contrib/fail2ban/jail.d/nftwl.conf says, then restart fail2ban", restart},
-			"jail %s has %s, and not nftwl: who is trusted can be banned, and nftwl list does not show the bans", jail, with)
+		d.warn(check, remedy{"take action and port of this jail out of jail.local, then restart fail2ban", restart},
+			"jail %s has %s, and not nftwl: trusted addresses can be banned, and nftwl list does not show the bans", jail, with)
 		return nil
 	}
 	program, err := get("action", all[ours], "nftwl")
@@ -98,10 +126,10 @@ func (d *Doctor) checkJail(ctx context.Context, client, jail string) error {
 		}
 	}
 	if !strings.Contains(ignore, "nftwl") {
-		d.warn(check, remedy{"give the jail its ignorecommand = /usr/bin/nftwl check -q <ip>, then restart fail2ban", restart},
-			"jail %s has no ignorecommand that asks nftwl: who is trusted can be banned", jail)
+		d.warn(check, remedy{"give the jail its ignorecommand = /usr/bin/nftwl check -q -- <ip>, then restart fail2ban", restart},
+			"jail %s has no ignorecommand that asks nftwl: trusted addresses can be banned", jail)
 		return nil
 	}
-	d.ok(check, "jail %s bans by nftwl, and not who is trusted", jail)
+	d.ok(check, "jail %s bans by nftwl, and no trusted address", jail)
 	return nil
 }

@@ -9,9 +9,11 @@ import (
 )
 
 // Fail2ban plans the action, the filters and the jails, none of them enabled.
+// All files of ours begin with nftwl, and so does the one that enables the jails:
+// without its file, a jail that is enabled keeps fail2ban from starting.
 func Fail2ban(o *Options) (*Plan, error) {
 	const folder = "/etc/fail2ban"
-	const local = folder + "/jail.d/mail.local"
+	const local = folder + "/jail.d/nftwl.local"
 	if err := o.checkPaths(); err != nil {
 		return nil, err
 	}
@@ -37,17 +39,18 @@ func Fail2ban(o *Options) (*Plan, error) {
 			`printf '[%s]\nenabled = true\n' postfix-sasl postfix-lost dovecot >` + local,
 		}
 	}
+	const restart = "fail2ban-client -t && systemctl restart fail2ban"
 	p.Next = append(p.Next,
-		`# Take "action" and "port" of these jails out of jail.local. Then, and not with`,
-		"# a reload, which would ban no one anew:",
-		"fail2ban-client -t && systemctl restart fail2ban",
+		`# Take "action" and "port" of these jails out of jail.local. Then restart`,
+		"# fail2ban: after a reload it would not ban anew who is banned already.",
+		restart,
 		o.shell()+" doctor",
 	)
 	p.Undo = []string{
-		"# Take postfix-lost out of " + local + ", as its filter goes too, and the other",
-		"# jails, unless fail2ban's own actions are to ban for them. Then:",
-		p.remove(),
-		"systemctl restart fail2ban",
+		"# Where another file than " + local + " enables",
+		"# postfix-lost, postfix-spam or dovecot-auth, take that out first.",
+		"rm " + folder + "/*.d/nftwl*",
+		restart,
 	}
 	return p, nil
 }

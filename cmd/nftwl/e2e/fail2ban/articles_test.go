@@ -261,6 +261,21 @@ func (m *machine) endOfLog() bans {
 	return want
 }
 
+// A jail's mode reaches the filter.
+func TestAggressive(t *testing.T) {
+	const noPassword = "dovecot: imap-login: Login aborted: Connection closed (no auth attempts in 0 secs) (no_auth_attempts): user=<>, rip=%s, lip=192.0.2.1, session=<S>"
+	each(t, func(t *testing.T, root string) {
+		m := boot(t, root, with{jails: "[dovecot]\nmode = aggressive\n"})
+		who, guesser := addr("198.51.100.66"), addr("2001:db8:a:66::1")
+		m.fail(noPassword, who, 3)
+		m.fail(wrongPassword, guesser, 3)
+		m.banned(bans{
+			{"banned_ipv4", who.String(), "dovecot", time.Hour}:     imap,
+			{"banned_ipv6", guesser.String(), "dovecot", time.Hour}: imap,
+		})
+	})
+}
+
 // What a client chooses, such as the name of a user, neither bans another nor
 // runs.
 func TestHostileNames(t *testing.T) {

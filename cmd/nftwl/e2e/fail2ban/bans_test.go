@@ -391,7 +391,7 @@ func TestFromPlainFail2ban(t *testing.T) {
 		m.poll("fail2ban's own ban", func() bool { return strings.Contains(m.run("nft", "list", "ruleset"), "elements = { "+who.String()) })
 		m.banned(bans{})
 		m.stop()
-		m.write("run/jails/jail.d/test.local", "")
+		m.write("etc/fail2ban/jail.d/test.local", "")
 		m.start()
 		b := ban{set: "banned_ipv4", address: who.String(), comment: "dovecot"}
 		m.poll("nftwl's own", func() bool {

@@ -60,7 +60,8 @@ action = nftwl[nftwl=/usr/local/bin/nftwl, port="%(port)s"]
 		ours := map[string]string{
 			"fail2ban.postfix-sasl": "ok: ",
 			"fail2ban.postfix-lost": "ok: ",
-			"fail2ban.dovecot":      "ok: jail dovecot bans by nftwl, and not who is trusted",
+			"fail2ban.postfix-spam": "ok: ",
+			"fail2ban.dovecot":      "ok: jail dovecot bans by nftwl, and no trusted address",
 		}
 		broken := maps.Clone(ours)
 		maps.Copy(broken, map[string]string{
@@ -81,7 +82,7 @@ action = nftwl[nftwl=/usr/local/bin/nftwl, port="%(port)s"]
 		ours["fail2ban.postfix-sasl"] = "warn: jail postfix-sasl has no ignorecommand that asks nftwl"
 		m.diagnoses(ours)
 
-		for _, jail := range []string{"dovecot", "postfix-sasl", "postfix-lost"} {
+		for _, jail := range []string{"dovecot", "postfix-sasl", "postfix-lost", "postfix-spam"} {
 			m.run("fail2ban-client", "stop", jail)
 		}
 		m.diagnoses(map[string]string{"fail2ban": "skip: fail2ban runs, and has no jail for mail"})
@@ -89,5 +90,29 @@ action = nftwl[nftwl=/usr/local/bin/nftwl, port="%(port)s"]
 		// It has asked for nothing that fail2ban complains of.
 		m.stop()
 		m.diagnoses(map[string]string{"fail2ban": "warn: fail2ban does not answer"})
+	})
+}
+
+// A file of nftwl's that is gone keeps fail2ban from starting.
+func TestDoctorMissingFile(t *testing.T) {
+	each(t, func(t *testing.T, root string) {
+		m := boot(t, root, with{})
+		healthy := m.doctor()
+		for name, why := range map[string]string{
+			"action.d/nftwl.conf":         "Found no accessible config files for 'action.d/nftwl'",
+			"filter.d/nftwl-postfix.conf": "Found no accessible config files for 'filter.d/nftwl-postfix'",
+			"jail.d/nftwl.conf":           "Found no accessible config files for 'filter.d/",
+		} {
+			m.without("etc/fail2ban/"+name, func() {
+				running := maps.Clone(healthy)
+				running["fail2ban"] = "warn: fail2ban runs, but will not start again: " + why
+				m.diagnoses(running)
+			})
+		}
+		m.diagnoses(healthy)
+		m.stop()
+		m.without("etc/fail2ban/action.d/nftwl.conf", func() {
+			m.diagnoses(map[string]string{"fail2ban": "fail: fail2ban does not start, so nobody is banned for wrong passwords: Found no accessible config files for 'action.d/nftwl'"})
+		})
 	})
 }

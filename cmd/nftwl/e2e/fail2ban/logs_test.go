@@ -296,8 +296,7 @@ func (d *daemons) failures(jail, logtype string) (found []failure) {
 	d.Helper()
 	config := filepath.Join(dir, "fail2ban")
 	if _, err := os.Stat(config); err != nil {
-		d.must(os.CopyFS(config, os.DirFS(filepath.Join(d.root, "etc/fail2ban"))))
-		d.run("cp", "-r", filepath.Join(nstest.Root(d), "contrib/fail2ban")+"/.", config)
+		configureFail2ban(d, d.root, config)
 	}
 	mode := "normal" // as in fail2ban's jail.conf
 	if jail == probed {

@@ -124,7 +124,7 @@ func boot(t testing.TB, root string, w with) *machine {
 			m.must(unix.Mount("/"+name, m.path(name), "", unix.MS_BIND|unix.MS_REC, ""))
 		}
 	}
-	for _, name := range []string{"run/fail2ban", "var/lib/fail2ban", "var/lib/nftwl", "run/etc/nftwl", "run/jails/jail.d"} {
+	for _, name := range []string{"run/fail2ban", "var/lib/fail2ban", "var/lib/nftwl", "run/etc/nftwl"} {
 		m.must(os.MkdirAll(m.path(name), 0o755))
 	}
 	m.write("var/log/mail.log", "")
@@ -154,9 +154,10 @@ func boot(t testing.TB, root string, w with) *machine {
 	m.must(err)
 	m.write("run/etc/hosts", "127.0.0.1 localhost "+host+"\n::1 localhost "+host+"\n")
 	m.overlay("etc", m.path("run/etc"))
-	m.write("run/jails/jail.local", allJails)
-	m.write("run/jails/jail.d/test.local", w.jails)
-	m.overlay("etc/fail2ban", m.path("run/jails"), filepath.Join(contrib, "fail2ban"))
+	configureFail2ban(t, root, m.path("run/jails"))
+	m.must(unix.Mount(m.path("run/jails"), m.path("etc/fail2ban"), "", unix.MS_BIND, ""))
+	m.write("etc/fail2ban/jail.local", allJails)
+	m.write("etc/fail2ban/jail.d/test.local", w.jails)
 
 	for _, port := range []int{22, 25, 110, 143, 465, 587, 993, 995, 4190} {
 		m.listen(port)
@@ -172,6 +173,24 @@ func boot(t testing.TB, root string, w with) *machine {
 	})
 	m.start()
 	return m
+}
+
+// configureFail2ban makes a directory of a system's configuration and our files.
+func configureFail2ban(t testing.TB, root, dir string) {
+	t.Helper()
+	for _, from := range []string{filepath.Join(root, "etc/fail2ban"), filepath.Join(nstest.Root(t), "contrib/fail2ban")} {
+		if out, err := exec.Command("cp", "-r", "-T", from, dir).CombinedOutput(); err != nil {
+			t.Fatalf("cp: %v: %s", err, out)
+		}
+	}
+}
+
+// without has a file of the machine's gone for a while.
+func (m *machine) without(name string, f func()) {
+	m.Helper()
+	m.must(os.Rename(m.path(name), m.path(name+".gone")))
+	f()
+	m.must(os.Rename(m.path(name+".gone"), m.path(name)))
 }
 
 // path is where the test finds a file of the machine's.

@@ -1,0 +1,189 @@
+package systemd
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/textproto"
+	"os"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strings"
+	"testing"
+
+	"nftwl/pkg/nstest"
+)
+
+// From a plain fail2ban to nftwl's jails and back, by each command of the
+// document, in its order; with wrong passwords that Dovecot logs where this
+// system's fail2ban looks for them: a file, or the journal.
+func TestFail2banDocument(t *testing.T) {
+	t.Parallel()
+	onEach(t, func(t *testing.T, b base) {
+		t.Parallel()
+		m := newMachine(t, b)
+		m.mail()
+		m.install()
+		m.withFail2ban()
+		text, err := os.ReadFile(filepath.Join(nstest.Root(t), "docs/fail2ban.md"))
+		m.must(err)
+		blocks := regexp.MustCompile("(?s)\n```sh\n(.*?\n)```\n").FindAllStringSubmatch(string(text), -1)
+		if len(blocks) != 3 {
+			t.Fatalf("%d blocks of commands, and not to set up, to end bans and to undo", len(blocks))
+		}
+		const who, port = "198.51.100.66", "143"
+		banned := func(address string, want bool) {
+			t.Helper()
+			m.until(fmt.Sprintf("%s is banned: %v", address, want), func() error {
+				if _, err := m.try("nftwl", "check", "-q", "--banned", "--port", port, address); (err == nil) != want {
+					return errors.New("not yet")
+				}
+				return nil
+			})
+		}
+
+		m.run("sh", "-euc", blocks[0][1])
+		m.fail2banRuns("postfix-sasl", "postfix-lost", "dovecot")
+		for i := range 3 {
+			m.guesses(client(7), fmt.Sprint("guess", i))
+		}
+		banned(client(7), true)
+
+		m.run("fail2ban-client", "set", "dovecot", "banip", who)
+		banned(who, true)
+		if out := m.run("sh", "-euc", blocks[1][1]); !strings.Contains(out, who) || !strings.Contains(out, client(7)) {
+			t.Errorf("who is banned is not shown:\n%s", out)
+		}
+		banned(who, false)
+		banned(client(7), true)
+
+		// In prose: all of them; and a network.
+		m.run("fail2ban-client", "unban", "--all")
+		banned(client(7), true)
+		m.run("nftwl", "flush", "banned")
+		banned(client(7), false)
+		m.run("fail2ban-client", "set", "dovecot", "banip", "203.0.113.0/24")
+		m.until("the error", func() error {
+			if log := m.read("var/log/fail2ban.log"); !strings.Contains(log, "203.0.113.0/24 is a prefix") {
+				return errors.New(log)
+			}
+			return nil
+		})
+		m.fail2banBans("203.0.113.0/24", true)
+		m.run("fail2ban-client", "unban", "203.0.113.0/24")
+		m.fail2banBans("203.0.113.0/24", false)
+
+		// A jail of ours that another file enables: fail2ban runs on as it was.
+		m.write("etc/fail2ban/jail.local", "[dovecot-auth]\nenabled = true\n")
+		m.run("systemctl", "restart", "fail2ban")
+		m.fail2banRuns("postfix-sasl", "postfix-lost", "dovecot", "dovecot-auth")
+		m.fails("sh", "-euc", blocks[2][1]+"fail2ban-client -t")
+		m.fail2banRuns("postfix-sasl", "postfix-lost", "dovecot", "dovecot-auth")
+		m.run("rm", "/etc/fail2ban/jail.local")
+
+		// As it should be, with each of our jails enabled.
+		m.run("nftwl", "setup", "fail2ban", "--write")
+		m.write("etc/fail2ban/jail.d/nftwl.local", "[dovecot]\nenabled = true\n[dovecot-auth]\nenabled = true\n[postfix-lost]\nenabled = true\n[postfix-spam]\nenabled = true\n")
+		m.run("systemctl", "restart", "fail2ban")
+		m.fail2banRuns("dovecot", "dovecot-auth", "postfix-lost", "postfix-spam")
+		m.run("fail2ban-client", "set", "dovecot", "banip", who)
+		banned(who, true)
+		m.run("sh", "-euc", blocks[2][1])
+		m.fail2banRuns()
+		banned(who, false)
+		if left, _ := filepath.Glob(m.file("etc/fail2ban/*/nftwl*")); len(left) > 0 {
+			t.Errorf("still there: %q", left)
+		}
+	})
+}
+
+// withFail2ban starts fail2ban as its package does, where the logs that it reads
+// are there.
+func (m *machine) withFail2ban() {
+	m.Helper()
+	if _, err := os.Stat(m.file("usr/bin/fail2ban-server")); err != nil {
+		nstest.Skip(m, "fail2ban is not installed: apt-get install fail2ban")
+	}
+	// rsyslog would make them.
+	for _, name := range []string{"auth.log", "mail.log"} {
+		m.write("var/log/"+name, "")
+	}
+	// Debian 13's fail2ban reads the journal, an older one a file.
+	if !strings.Contains(m.read("etc/fail2ban/paths-debian.conf"), "dovecot_backend = systemd") {
+		m.write("etc/dovecot/conf.d/92-log.conf", "log_path = /var/log/mail.log\n")
+	}
+	m.must(os.MkdirAll(m.file("var/lib/fail2ban"), 0o755))
+	m.run("systemctl", "enable", "--now", "dovecot", "fail2ban")
+	m.fail2banRuns()
+}
+
+// fail2banRuns checks that fail2ban has these jails besides sshd's.
+func (m *machine) fail2banRuns(jails ...string) {
+	m.Helper()
+	m.until("fail2ban has its jails", func() error {
+		out, err := m.try("fail2ban-client", "status")
+		if err != nil {
+			return errors.New(out)
+		}
+		_, list, _ := strings.Cut(out, "Jail list:")
+		got := strings.FieldsFunc(list, func(r rune) bool { return strings.ContainsRune(", \t\n", r) })
+		want := append([]string{"sshd"}, jails...)
+		if len(got) != len(want) {
+			return fmt.Errorf("%q, want %q", got, want)
+		}
+		for _, jail := range want {
+			if !strings.Contains(list, jail) {
+				return fmt.Errorf("%q, want %q", got, want)
+			}
+		}
+		return nil
+	})
+	m.state("fail2ban", "active")
+}
+
+func (m *machine) fail2banBans(who string, want bool) {
+	m.Helper()
+	m.until(fmt.Sprintf("fail2ban lists %s: %v", who, want), func() error {
+		if out := m.run("fail2ban-client", "status", "dovecot"); strings.Contains(out, who) != want {
+			return errors.New(out)
+		}
+		return nil
+	})
+}
+
+func (m *machine) read(name string) string {
+	m.Helper()
+	text, err := os.ReadFile(m.file(name))
+	m.must(err)
+	return string(text)
+}
+
+// guesses tries a password by IMAP, and hangs up.
+func (m *machine) guesses(from, password string) {
+	m.Helper()
+	var err error
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // as in imap
+		if err = m.joinNetwork(); err != nil {
+			return
+		}
+		dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}, Timeout: patience}
+		conn, e := dialer.Dial("tcp", net.JoinHostPort(mailServer, "143"))
+		if err = e; err != nil {
+			return
+		}
+		c := textproto.NewConn(conn)
+		defer c.Close()
+		if err = c.PrintfLine("a LOGIN alice %s", password); err != nil {
+			return
+		}
+		for line := ""; err == nil && !strings.HasPrefix(line, "a NO "); {
+			line, err = c.ReadLine()
+		}
+	}()
+	<-done
+	m.must(err)
+}
