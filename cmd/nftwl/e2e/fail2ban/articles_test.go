@@ -289,19 +289,22 @@ func TestHostileNames(t *testing.T) {
 		"x) rhost=" + victim + " ",
 		"x[" + victim + "]: SASL LOGIN authentication failed: x",
 	}
+	// One line bans.
+	var jails strings.Builder
+	for _, jail := range []string{"postfix-sasl", "dovecot", "dovecot-auth", "cyrus-imap"} {
+		fmt.Fprintf(&jails, "[%s]\nmaxretry = 1\n", jail)
+	}
 	each(t, func(t *testing.T, root string) {
-		m := boot(t, root, with{})
+		m := boot(t, root, with{jails: jails.String()})
 		for _, name := range names {
-			for range 5 {
-				m.log(
-					"postfix/smtpd[371]: warning: unknown["+attacker+"]: SASL LOGIN authentication failed: authentication failure, sasl_username="+name,
-					"dovecot: imap-login: Disconnected: Connection closed (auth failed, 1 attempts in 1 secs): user=<"+name+">, method=PLAIN, rip="+attacker+", lip=192.0.2.1, session=<S>",
-					"dovecot: imap-login: Login aborted: Connection closed (auth failed, 1 attempts in 0 secs) (auth_failed): user=<"+name+">, method=PLAIN, rip="+attacker+", lip=192.0.2.1, session=<S>",
-					"dovecot: auth: passwd-file("+name+","+attacker+",<S>): Password mismatch",
-					"auth: pam_unix(dovecot:auth): authentication failure; logname= uid=0 euid=0 tty=dovecot ruser="+name+" rhost="+attacker+"  user=root",
-					"cyrus/imap[18541]: badlogin: host.example.net["+attacker+"] plaintext "+name+" SASL(-13): authentication failure: checkpass failed",
-				)
-			}
+			m.log(
+				"postfix/smtpd[371]: warning: unknown["+attacker+"]: SASL LOGIN authentication failed: authentication failure, sasl_username="+name,
+				"dovecot: imap-login: Disconnected: Connection closed (auth failed, 1 attempts in 1 secs): user=<"+name+">, method=PLAIN, rip="+attacker+", lip=192.0.2.1, session=<S>",
+				"dovecot: imap-login: Login aborted: Connection closed (auth failed, 1 attempts in 0 secs) (auth_failed): user=<"+name+">, method=PLAIN, rip="+attacker+", lip=192.0.2.1, session=<S>",
+				"dovecot: auth: passwd-file("+name+","+attacker+",<S>): Password mismatch",
+				"auth: pam_unix(dovecot:auth): authentication failure; logname= uid=0 euid=0 tty=dovecot ruser="+name+" rhost="+attacker+"  user=root",
+				"cyrus/imap[18541]: badlogin: host.example.net["+attacker+"] plaintext "+name+" SASL(-13): authentication failure: checkpass failed",
+			)
 		}
 		m.endOfLog()
 		caught := make(map[string]bool)
