@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 )
@@ -21,23 +22,22 @@ func (d *Doctor) checkFail2ban(ctx context.Context) {
 		return
 	}
 	// setup's, and nftwl.local, which enables the jails.
-	files, err := filepath.Glob("/etc/fail2ban/*.d/nftwl*")
-	if err != nil {
-		d.skip(check, "%v", err)
-		return
-	}
+	files, _ := filepath.Glob("/etc/fail2ban/*.d/nftwl*") // no error but a bad pattern
 	status, err := output(ctx, client, "status")
 	if err != nil && len(files) == 0 {
 		d.skip(check, "fail2ban does not run")
 		return
 	}
-	// A file can be missing, or a jail that is enabled.
 	if why := refused(ctx, client); why != "" {
 		report, words := d.fail, "fail2ban does not start, so nobody is banned for wrong passwords: %s"
 		if err == nil {
 			report, words = d.warn, "fail2ban runs, but will not start again: %s"
 		}
-		report(check, remedy{"put nftwl's files back; if that does not help, fix what `fail2ban-client -t` reports", "nftwl setup fail2ban --write"}, words, why)
+		fix := remedy{"fix its configuration; this tests it", "fail2ban-client -t"}
+		if nftwlsOwn.MatchString(why) {
+			fix = remedy{"put nftwl's files back, or remove the jails that need them", "nftwl setup fail2ban --write"}
+		}
+		report(check, fix, words, why)
 	} else if err != nil {
 		d.warn(check, remedy{"start it; nobody is banned for wrong passwords meanwhile", "systemctl start fail2ban"}, "fail2ban does not answer, and %s is there", files[0])
 	}
@@ -57,6 +57,9 @@ func (d *Doctor) checkFail2ban(ctx context.Context) {
 		}
 	}
 }
+
+// nftwlsOwn finds the actions, filters and jails that only nftwl's files have.
+var nftwlsOwn = regexp.MustCompile(`'[a-z.]*/?(?:nftwl|dovecot-auth|postfix-lost|postfix-spam)`)
 
 // refused returns the first error that fail2ban finds in its configuration, with
 // which it would not start; "" if there is none.
@@ -98,8 +101,8 @@ func (d *Doctor) checkJail(ctx context.Context, client, jail string) error {
 	_, names, _ := strings.Cut(actions, "\n")
 	all := strings.FieldsFunc(names, func(r rune) bool { return strings.ContainsRune(", \n", r) })
 	// One of several has a name of its own: nftwl[actname=nftwl-submission].
-	ours := slices.IndexFunc(all, func(name string) bool { return strings.HasPrefix(name, "nftwl") })
-	if ours < 0 {
+	i := slices.IndexFunc(all, func(name string) bool { return strings.HasPrefix(name, "nftwl") })
+	if i < 0 {
 		with := "no action"
 		if len(all) > 0 {
 			with = "action " + strings.Join(all, ", ")
@@ -108,7 +111,7 @@ func (d *Doctor) checkJail(ctx context.Context, client, jail string) error {
 			"jail %s has %s, and not nftwl: trusted addresses can be banned, and nftwl list does not show the bans", jail, with)
 		return nil
 	}
-	program, err := get("action", all[ours], "nftwl")
+	program, err := get("action", all[i], "nftwl")
 	if err != nil {
 		return err
 	}

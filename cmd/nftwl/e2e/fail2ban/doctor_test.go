@@ -3,6 +3,7 @@ package fail2ban
 import (
 	"encoding/json"
 	"maps"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -109,6 +110,11 @@ func TestDoctorMissingFile(t *testing.T) {
 				m.diagnoses(running)
 			})
 		}
+		m.write("etc/fail2ban/jail.d/own.local", "[sshd]\nenabled = true\nbackend = auto\nlogpath = /none\n")
+		running := maps.Clone(healthy)
+		running["fail2ban"] = "warn: fail2ban runs, but will not start again: Failed during configuration: Have not found any log file for sshd jail"
+		m.diagnoses(running)
+		m.must(os.Remove(m.path("etc/fail2ban/jail.d/own.local")))
 		m.diagnoses(healthy)
 		m.stop()
 		m.without("etc/fail2ban/action.d/nftwl.conf", func() {

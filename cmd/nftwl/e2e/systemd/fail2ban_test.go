@@ -65,7 +65,7 @@ func TestFail2banDocument(t *testing.T) {
 		banned(client(7), false)
 		m.run("fail2ban-client", "set", "dovecot", "banip", "203.0.113.0/24")
 		m.until("the error", func() error {
-			if log := m.read("var/log/fail2ban.log"); !strings.Contains(log, "203.0.113.0/24 is a prefix") {
+			if log := m.read("var/log/fail2ban.log"); !regexp.MustCompile(`nftwl: error: .*203\.0\.113\.0/24`).MatchString(log) {
 				return errors.New(log)
 			}
 			return nil
