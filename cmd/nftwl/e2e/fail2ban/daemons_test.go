@@ -175,6 +175,11 @@ func newDaemons(t testing.TB, root string) *daemons {
 func startDaemons(t testing.TB, root, dovecotLog string) *daemons {
 	t.Helper()
 	nstest.NeedUsers(t)
+	for _, name := range []string{"usr/sbin/postfix", "usr/lib/dovecot/pop3", "usr/lib/dovecot/submission", "usr/lib/dovecot/managesieve"} {
+		if _, err := os.Stat(filepath.Join(root, name)); err != nil {
+			nstest.Skip(t, "%v: run testdata/deps.sh as root", err)
+		}
+	}
 	d := newDaemons(t, root)
 	for _, address := range []string{server4 + "/32", "192.0.2.254/24", server6 + "/128"} {
 		d.run(nstest.Need(t, "ip", "iproute2"), "address", "add", address, "dev", "lo", "nodad")

@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"nftwl/pkg/nstest"
 )
 
 // fail2ban tests its filters with lines that people have sent it. They are in
@@ -40,7 +42,7 @@ func samples(t *testing.T, file string) (all []sample) {
 	t.Helper()
 	text, err := os.ReadFile(file)
 	if err != nil {
-		t.Fatal(err)
+		nstest.Skip(t, "%v: this fail2ban has no tests in its package", err)
 	}
 	modes := []string{""}
 	var next sample
