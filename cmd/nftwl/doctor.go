@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -74,30 +73,7 @@ Exit status: 0 when nothing failed, 1 when something did.`,
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print an array with an object for each check")
-	cmd.AddCommand(newTry(configPath))
 	return cmd
-}
-
-// newTry is what the doctor runs itself as to see a login: doctor.Try.
-func newTry(configPath *string) *cobra.Command {
-	return &cobra.Command{
-		Use:    "try LIMIT [ADDRESS]",
-		Short:  "Be the login that doctor looks at",
-		Hidden: true,
-		Args:   cobra.RangeArgs(1, 2),
-		RunE: func(_ *cobra.Command, args []string) error {
-			limit, err := strconv.ParseUint(args[0], 10, 64)
-			if err != nil {
-				return err
-			}
-			exe, err := os.Executable()
-			if err != nil {
-				return failed(err)
-			}
-			code, err := doctor.Try(exe, *configPath, limit, append(args, "")[1])
-			return &status{code, err}
-		},
-	}
 }
 
 // resultLines is a line for a result, and what to do about it below.

@@ -4,6 +4,7 @@
 package doctor
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -51,8 +52,12 @@ type Doctor struct {
 	valid  bool           // config is what the administrator wrote
 	conn   *nftset.Conn   // nil where the kernel's nftables cannot be read
 
+	unusable map[string]bool // sets, by name
+
 	dovecot *doveconf.Settings // nil where they cannot be read
 	unread  string             // why
+	master  int                // its process; 0 where Dovecot does not run
+	stale   bool               // its configuration has changed since it was loaded
 }
 
 // Run makes every check, in the order in which a login and a reboot meet what
@@ -68,7 +73,6 @@ func (d *Doctor) Run(ctx context.Context, report func(Result)) {
 		d.checkPolicy,
 		d.checkPersistence,
 		d.checkFail2ban,
-		d.checkLogin,
 	} {
 		if ctx.Err() != nil {
 			break
@@ -79,6 +83,9 @@ func (d *Doctor) Run(ctx context.Context, report func(Result)) {
 		d.conn.Close()
 	}
 }
+
+// configPath is the file that the configuration is read from.
+func (d *Doctor) configPath() string { return cmp.Or(d.ConfigPath, config.Path) }
 
 // remedy is what to do: in words, and as a command where there is one.
 type remedy struct{ words, command string }
@@ -139,6 +146,7 @@ func output(ctx context.Context, program string, args ...string) ([]byte, error)
 // run runs a program, and returns what it wrote to stdout and stderr. Neither
 // its time nor its output is without bound.
 func run(ctx context.Context, program string, args ...string) (_, _ []byte, err error) {
+	started := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, program, args...)
@@ -152,7 +160,8 @@ func run(ctx context.Context, program string, args ...string) (_, _ []byte, err 
 	case out.full || errs.full:
 		err = fmt.Errorf("%w that ends within %d MiB", errNoAnswer, maxOutput>>20)
 	case errors.Is(ctx.Err(), context.DeadlineExceeded):
-		err = fmt.Errorf("%w within %v", errNoAnswer, patience)
+		end, _ := ctx.Deadline() // which can be the caller's
+		err = fmt.Errorf("%w within %v", errNoAnswer, end.Sub(started).Round(100*time.Millisecond))
 	}
 	return out.text, errs.text, err
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -164,7 +165,7 @@ func TestOutput(t *testing.T) {
 		{"well", "echo said; echo not this >&2", time.Minute, false, ""},
 		{"failed", "echo said; echo why >&2; exit 1", time.Minute, false, "sh: why"},
 		{"failed in silence", "echo said; exit 1", time.Minute, false, "sh: exit status 1"},
-		{"hangs", "echo said; exec sleep 60", time.Second / 2, true, "sh: no answer within 10s"},
+		{"hangs", "echo said; exec sleep 60", time.Second / 2, true, "sh: no answer within 500ms"},
 		{"no end", "head -c 100M /dev/zero", time.Minute, true, "sh: no answer that ends within 64 MiB"},
 		{"no end on stderr", "head -c 100M /dev/zero >&2", time.Minute, true, "sh: no answer that ends within 64 MiB"},
 	} {
@@ -194,7 +195,7 @@ func TestDoveconfHangs(t *testing.T) {
 	defer cancel()
 	d, results := newDoctor(t, "")
 	d.checkDovecot(ctx)
-	expect(t, *results, "warn dovecot.settings: doveconf: no answer within 10s")
+	expect(t, *results, "warn dovecot.settings: doveconf: no answer within ")
 }
 
 func TestAtLeast(t *testing.T) {
@@ -213,12 +214,18 @@ func TestSets(t *testing.T) {
 		well4 = "type ipv4_addr . inet_service; flags dynamic,timeout; size 100; timeout 1d;"
 		well6 = "type ipv6_addr . inet_service; flags dynamic,timeout; size 100; timeout 1d;"
 	)
+	size := func(n int) int {
+		if n > 20 {
+			return 100
+		}
+		return 20
+	}
 	elements := func(n int) string {
 		var b strings.Builder
 		for i := range n {
 			fmt.Fprintf(&b, "192.0.2.%d . 993,", i)
 		}
-		return "type ipv4_addr . inet_service; flags timeout; size 20; elements = { " + b.String() + " };"
+		return "type ipv4_addr . inet_service; flags timeout; size " + strconv.Itoa(size(n)) + "; elements = { " + b.String() + " };"
 	}
 	for _, v := range []struct {
 		name     string
@@ -237,11 +244,13 @@ func TestSets(t *testing.T) {
 		{name: "the other family", trusted4: well6, want: []string{"fail sets.trusted_ipv4: has keys of type ipv6_addr . inet_service"}},
 		{name: "an interval set", banned6: "type ipv6_addr; flags interval,timeout;", want: []string{"fail sets.banned_ipv6: is an interval set"}},
 		{name: "no timeouts", banned6: "type ipv6_addr . inet_service; size 100;", want: []string{"fail sets.banned_ipv6: has no timeout flag"}},
-		{name: "full", trusted4: elements(20), want: []string{"fail sets.trusted_ipv4: full: 20 of 20 elements"}},
-		{name: "nearly full", trusted4: elements(18), want: []string{"warn sets.trusted_ipv4: nearly full: 18 of 20 elements"}},
-		{name: "not nearly full", trusted4: elements(17)},
+		{name: "full", trusted4: elements(20), want: []string{"fail sets.trusted_ipv4: full: 20 of 20 elements, and the next client takes 5"}},
+		{name: "no room for one more", trusted4: elements(16), want: []string{"fail sets.trusted_ipv4: full: 16 of 20 elements, and the next client takes 5"}},
+		{name: "nearly full", trusted4: elements(90), want: []string{"warn sets.trusted_ipv4: nearly full: 90 of 100 elements"}},
+		{name: "not nearly full", trusted4: elements(89)},
 		{name: "another ban", config: "ban_timeout: 1h\n", want: []string{
-			"warn sets.banned_ipv4: the firewall bans for 1d, its set's timeout, and nftwl ban for 1h (ban_timeout)", "warn sets.banned_ipv6: the firewall bans for 1d"}},
+			"warn sets.ban_timeout: nftwl ban bans for 1h, and who is added without a timeout is in banned_ipv4 for 1d, in banned_ipv6 for 1d"}},
+		{name: "no sets", trusted4: "-", banned6: "-", want: []string{"fail sets: trusted_ipv4, banned_ipv6 do not exist in table inet filter"}},
 		{name: "another trust", config: "timeout: 7d\n"},
 	} {
 		t.Run(v.name, func(t *testing.T) {
@@ -266,11 +275,6 @@ func TestSets(t *testing.T) {
 			defer d.conn.Close()
 			d.checkSets(t.Context())
 			expect(t, *results, v.want...)
-			for _, r := range *results {
-				if strings.Contains(r.Text, "does not exist") != (r.Command == loadSets.command) {
-					t.Errorf("for %q, the command is %q", r.Text, r.Command)
-				}
-			}
 		})
 	}
 }

@@ -1,7 +1,7 @@
 package doctor
 
 import (
-	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -9,12 +9,15 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"nftwl/pkg/doveconf"
+	"nftwl/pkg/setup"
 )
-
-var dropIn = remedy{"put the shipped settings (contrib/dovecot) into /etc/dovecot/conf.d, and have Dovecot read them", "nftwl setup dovecot --write && doveadm reload"}
 
 // reload is a remedy in Dovecot's settings.
 func reload(format string, args ...any) remedy {
@@ -54,30 +57,147 @@ func (d *Doctor) checkDovecot(ctx context.Context) {
 		d.fail("dovecot.settings", remedy{"correct them: Dovecot would not start with them", "doveconf -n"}, "%s", strings.TrimPrefix(err.Error(), "doveconf: ")) // it says its name itself
 		return
 	}
-	dovecot := doveconf.Parse(string(out))
-	d.dovecot = dovecot
-	for _, p := range d.checkProtocols(dovecot) {
-		d.checkPostLogin(ctx, dovecot, p)
+	d.dovecot = doveconf.Parse(string(out))
+	d.checkRunning(ctx)
+	for _, p := range d.checkProtocols() {
+		d.checkPostLogin(ctx, p)
 	}
-	d.checkLSM()
+}
+
+// checkRunning checks that Dovecot runs, and with the configuration that is
+// there.
+func (d *Doctor) checkRunning(ctx context.Context) {
+	const check = "dovecot.running"
+	pid, loaded, err := master(d.dovecot.Path("master.pid"))
+	if err != nil {
+		unit := unit{}
+		if program := systemctl(); program != "" {
+			if units, err := show(ctx, program, "dovecot.service"); err == nil {
+				unit = units[0]
+			}
+		}
+		switch {
+		case unit["ActiveState"] == "failed":
+			d.fail(check, remedy{"fix what it says, then: systemctl restart dovecot", unit.journal()}, "dovecot.service has failed: %s", unit.why(ctx))
+		case unit.startsAtBoot():
+			d.fail(check, remedy{"start it", "systemctl start dovecot"}, "dovecot.service is enabled, and Dovecot is not running")
+		default:
+			d.skip(check, "Dovecot is not running, so no login can be tried")
+		}
+		return
+	}
+	d.master = pid
+	// The master makes this link when it starts.
+	conf, err := os.Readlink(d.dovecot.Path("dovecot.conf"))
+	if err != nil {
+		conf = "/etc/dovecot/dovecot.conf"
+	}
+	var files []string
+	for _, line := range doveconf.Lines(conf) {
+		info, err := os.Stat(line.File)
+		if err == nil && info.ModTime().After(loaded) && !slices.Contains(files, line.File) {
+			files = append(files, line.File)
+		}
+	}
+	if files != nil {
+		d.stale = true
+		d.warn(check, remedy{"have Dovecot read it", "doveadm reload"},
+			"Dovecot loaded its configuration %s ago, and has not read it since %s changed", ago(loaded), strings.Join(files, ", "))
+		return
+	}
+	d.ok(check, "Dovecot runs with the configuration that is there, loaded %s ago", ago(loaded))
+}
+
+// master returns Dovecot's first process, and when it loaded its configuration.
+// A reload starts another process log, see services_destroy() of Dovecot's
+// src/master/service.c; one that fails does not.
+func master(pidFile string) (pid int, loaded time.Time, err error) {
+	b, err := os.ReadFile(pidFile)
+	if err == nil {
+		pid, err = strconv.Atoi(strings.TrimSpace(string(b)))
+	}
+	if err != nil {
+		return 0, loaded, err
+	}
+	name, _, started, err := procStat(strconv.Itoa(pid))
+	if err != nil || name != "dovecot" { // the file is an old one
+		return 0, loaded, cmp.Or(err, fs.ErrNotExist)
+	}
+	processes, _ := filepath.Glob("/proc/[0-9]*") // the pattern is right
+	for _, dir := range processes {
+		name, parent, at, err := procStat(filepath.Base(dir))
+		if err == nil && name == "log" && parent == pid && at > started {
+			started = at
+		}
+	}
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now); err != nil {
+		return 0, loaded, err
+	}
+	// The kernel counts the start in hundredths of a second (USER_HZ).
+	age := time.Duration(now.Nano()) - started*(time.Second/100)
+	return pid, time.Now().Add(-age).Add(20 * time.Millisecond), nil
+}
+
+// procStat returns the name of a process, its parent, and when it started since
+// the machine booted, in hundredths of a second: see proc_pid_stat(5).
+func procStat(pid string) (name string, parent int, started time.Duration, err error) {
+	text, err := os.ReadFile(filepath.Join("/proc", pid, "stat"))
+	if err != nil {
+		return "", 0, 0, err
+	}
+	_, rest, _ := strings.Cut(string(text), "(")
+	i := strings.LastIndexByte(rest, ')')
+	if i < 0 {
+		return "", 0, 0, fmt.Errorf("/proc/%s/stat: %q", pid, text)
+	}
+	fields := strings.Fields(rest[i+1:]) // from the third on
+	if len(fields) < 20 {
+		return "", 0, 0, fmt.Errorf("/proc/%s/stat: %q", pid, text)
+	}
+	parent, err = strconv.Atoi(fields[1])
+	at, e := strconv.ParseInt(fields[19], 10, 64)
+	return rest[:i], parent, time.Duration(at), cmp.Or(err, e)
+}
+
+// useDropIn is the remedy where a mail service does not ask nftwl.
+func useDropIn(service string) remedy {
+	if _, err := os.Lstat(setup.DropIn); err != nil {
+		return remedy{"put the settings that ask nftwl into " + filepath.Dir(setup.DropIn) + ", and have Dovecot read them", "nftwl setup dovecot --write && doveadm reload"}
+	}
+	lines := doveconf.Lines("/etc/dovecot/dovecot.conf")
+	at := slices.IndexFunc(lines, func(l doveconf.Line) bool { return l.File == setup.DropIn })
+	if at < 0 {
+		return remedy{"include conf.d/*.conf in /etc/dovecot/dovecot.conf: Dovecot does not read " + setup.DropIn, "nftwl setup dovecot"}
+	}
+	for _, line := range lines[at:] {
+		words := strings.Fields(line.Text)
+		if line.File != setup.DropIn && len(words) > 2 && words[0] == "executable" && filepath.Base(words[2]) == service {
+			return reload("delete %q from %s, line %d: Dovecot reads it after %s, which it overrides", line.Text, line.File, line.Number, setup.DropIn)
+		}
+	}
+	return remedy{"compare " + setup.DropIn + " with what this prints", "nftwl setup dovecot"}
 }
 
 // checkProtocols checks whom the mail services ask after a login, and returns
 // the post-login services among them.
-func (d *Doctor) checkProtocols(dovecot *doveconf.Settings) []*postLogin {
+func (d *Doctor) checkProtocols() []*postLogin {
 	const check = "dovecot.protocols"
+	dovecot := d.dovecot
 	var services []*postLogin
 	var enabled, silent, asking, foreign []string
-	denied := false // logins; one failure says so, and hides the others
+	service := "" // the first of those that ask nobody
+	denied := false
 	for _, m := range doveconf.MailServices {
 		if !dovecot.Protocols()[m.Protocol] {
 			continue
 		}
 		enabled = append(enabled, m.Protocol)
-		service := dovecot.Section("service " + m.Service)
-		name, at := doveconf.SocketOf(service.Values["executable"])
+		asker := dovecot.Section("service " + m.Service)
+		name, at := doveconf.SocketOf(asker.Values["executable"])
 		if at < 0 {
 			silent = append(silent, m.Protocol)
+			service = cmp.Or(service, m.Service)
 			continue
 		}
 		path := dovecot.Path(name)
@@ -85,14 +205,14 @@ func (d *Doctor) checkProtocols(dovecot *doveconf.Settings) []*postLogin {
 		switch {
 		case name == "" && !denied:
 			denied = true
-			d.fail(check, reload("take one of the two spaces in a row out of executable = %s in %s", service.Values["executable"], service.Name),
+			d.fail(check, reload("take one of the two spaces in a row out of executable = %s in %s", asker.Values["executable"], asker.Name),
 				"an empty name of a post-login service denies every login by %s", m.Protocol)
 		case post != nil:
 			i := slices.IndexFunc(services, func(p *postLogin) bool { return p.listener == listener })
 			if i < 0 {
-				i, services = len(services), append(services, &postLogin{Settings: post, listener: listener})
+				i, services = len(services), append(services, &postLogin{Settings: post, listener: listener, socket: path})
 			}
-			services[i].askers = append(services[i].askers, service)
+			services[i].askers = append(services[i].askers, asker)
 			asking = append(asking, m.Protocol)
 		case filepath.IsAbs(name) && exists(path): // another program listens there
 			if !slices.Contains(foreign, path) {
@@ -101,7 +221,7 @@ func (d *Doctor) checkProtocols(dovecot *doveconf.Settings) []*postLogin {
 			asking = append(asking, m.Protocol)
 		case !denied:
 			denied = true
-			d.fail(check, dropIn, "there is no service with a listener %s, which denies every login by %s", name, m.Protocol)
+			d.fail(check, useDropIn(m.Service), "there is no service with a listener %s, which denies every login by %s", name, m.Protocol)
 		}
 	}
 	var whom []string
@@ -112,13 +232,13 @@ func (d *Doctor) checkProtocols(dovecot *doveconf.Settings) []*postLogin {
 	switch {
 	case enabled == nil:
 		d.skip(check, "Dovecot serves no protocol by which users log in")
-	case denied:
+	case denied: // one failure says so, and hides the others
 	case silent != nil && d.config.Policy != nil:
 		d.skip(check, "logins by %s run no nftwl; policy.dovecot says whether Dovecot reports them", strings.Join(silent, ", "))
 	case asking == nil:
-		d.fail(check, dropIn, "no mail protocol runs nftwl: logins by %s trust no one", strings.Join(silent, ", "))
+		d.fail(check, useDropIn(service), "no mail protocol runs nftwl: logins by %s trust no one", strings.Join(silent, ", "))
 	case silent != nil:
-		d.fail(check, dropIn, "logins by %s trust no one", strings.Join(silent, ", "))
+		d.fail(check, useDropIn(service), "logins by %s trust no one", strings.Join(silent, ", "))
 	default:
 		d.ok(check, "after a login, %s ask %s", strings.Join(asking, ", "), strings.Join(whom, ", "))
 	}
@@ -132,26 +252,4 @@ func (d *Doctor) checkProtocols(dovecot *doveconf.Settings) []*postLogin {
 func exists(path string) bool {
 	_, err := os.Stat(path)
 	return err == nil
-}
-
-// checkLSM looks for what can deny a process more than the rest of this sees.
-func (d *Doctor) checkLSM() {
-	const check = "dovecot.lsm"
-	const words = "log in once; if the client is not trusted, look for denials"
-	if b, err := os.ReadFile("/sys/fs/selinux/enforce"); err == nil && string(bytes.TrimSpace(b)) == "1" {
-		d.warn(check, remedy{words, "ausearch -m avc -ts recent"}, "SELinux is enforcing, under which nftwl is not tried")
-		return
-	}
-	b, err := os.ReadFile("/sys/kernel/security/apparmor/profiles")
-	if errors.Is(err, fs.ErrPermission) {
-		d.skip(check, "%v", err)
-		return
-	}
-	for line := range strings.Lines(string(b)) {
-		if name, ok := strings.CutSuffix(strings.TrimSpace(line), " (enforce)"); ok && strings.Contains(name, "dovecot") {
-			d.warn(check, remedy{words, `journalctl -k --grep='apparmor="DENIED"'`}, "AppArmor confines Dovecot (profile %s), under which nftwl is not tried", name)
-			return
-		}
-	}
-	d.ok(check, "neither SELinux nor AppArmor confines Dovecot")
 }

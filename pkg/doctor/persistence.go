@@ -1,7 +1,6 @@
 package doctor
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -12,7 +11,6 @@ import (
 	"strings"
 	"time"
 
-	"nftwl/pkg/config"
 	"nftwl/pkg/nftset"
 	"nftwl/pkg/snapshot"
 )
@@ -22,122 +20,74 @@ var reloadUnits = remedy{"have systemd read the files again", "systemctl daemon-
 func (d *Doctor) checkPersistence(ctx context.Context) {
 	saving := false
 	if program := systemctl(); program == "" {
-		d.skip("persistence.unit", "systemd does not run here; for OpenRC there is contrib/openrc")
+		d.skip("persistence.unit", "systemd does not run here")
 	} else if units, err := show(ctx, program, "nftables.service",
 		"nftwl-persist.service", "nftwl-snapshot.service", "nftwl-save.timer", "nftwl-save.service"); err != nil {
 		d.skip("persistence.unit", "%v", err)
 	} else {
-		nftables, persist, beforeReload := units[0], units[1], units[2]
-		rules := loaded(persist)
-		broken := rules != "" && !d.checkLoaded(ctx, rules)
-		inUse := d.checkPersist(ctx, nftables, persist, rules, broken)
-		switch {
-		case inUse && rules == "":
-			d.checkOrder(persist, beforeReload)
-			saving = d.checkSave(ctx, persist, beforeReload, units[3], units[4])
-		case inUse:
-			d.checkAlone(nftables, persist)
-			saving = d.checkSave(ctx, persist, nil, units[3], units[4])
+		nftables, persist := units[0], units[1]
+		boots := nftables // the unit that loads the rules
+		alone := loaded(persist) != ""
+		if alone {
+			boots = persist
+		}
+		unsound := d.checkBoot(ctx, boots)
+		if d.checkPersist(ctx, nftables, persist, alone, unsound) {
+			saving = d.checkSave(ctx, persist, units[2], units[3], units[4])
 		}
 	}
 	d.checkSnapshot(saving)
 }
 
-// loaded returns the file of rules that a unit loads itself, or "" where it
-// leaves that to nftables.service.
-func loaded(u unit) string {
-	_, rest, _ := strings.Cut(u["ExecStart"], "/nft -f ")
-	file, _, _ := strings.Cut(rest, " ")
-	return file
-}
-
-// standalone is where the rules are that have a table of their own.
-const standalone = "/etc/nftwl/standalone.nft"
-
-// defines tells whether a file of rules has a table. One that includes others
-// may have it there.
-func defines(file string, table nftset.Table) bool {
-	text, _ := os.ReadFile(file) // one that is not there has none
-	for line := range strings.Lines(string(text)) {
-		words := strings.Fields(strings.ReplaceAll(line, "{", " "))
-		switch {
-		case len(words) == 3 && words[0] == "table" && words[1]+" "+words[2] == table.String(),
-			len(words) == 2 && words[0] == "include":
-			return true
-		}
-	}
-	return false
-}
-
-// refusal is why nft does not load a file of rules: its first error.
-func refusal(ctx context.Context, file string) error {
-	nft := find("nft")
-	if nft == "" {
-		return errors.New("nft is not installed")
-	}
-	_, errs, err := run(ctx, nft, "--check", "--file", file)
-	for line := range strings.Lines(string(errs)) {
-		if err != nil && strings.Contains(line, "Error: ") {
-			return errors.New(strings.TrimSpace(line))
-		}
-	}
-	return err
-}
-
-// checkPersist tells whether the unit that keeps the sets is in use. It may
-// load rules, too, which may be broken.
-func (d *Doctor) checkPersist(ctx context.Context, nftables, persist unit, rules string, broken bool) bool {
+// checkPersist tells whether the unit that keeps the sets is in use. It can be
+// one that loads the rules, too.
+func (d *Doctor) checkPersist(ctx context.Context, nftables, persist unit, alone, unsound bool) bool {
 	const check = "persistence.unit"
 	const nothing = "after a reboot neither the rules nor the sets are there"
 	lost := "the sets are empty after each reload of nftables and each reboot"
-	reload := "the sets were not restored after the last reload of nftables"
 	enable := remedy{"enable it", "systemctl enable --now nftwl-persist"}
-	wrong := rules == "" && !nftables.startsAtBoot() && defines(standalone, d.config.Table)
-	if wrong {
+	if alone {
 		lost = nothing
-		enable = remedy{"take the unit that loads " + standalone + " itself: move away what is in its place in /etc/systemd/system; afterwards: systemctl daemon-reload && systemctl enable --now nftwl-persist",
-			"nftwl setup systemd --write"}
+	} else if nftables["ActiveState"] != "active" {
+		// Or systemd refuses the one for want of the other.
+		enable = remedy{"enable it, and nftables.service, which loads /etc/nftables.conf in place of all rules; where the firewall is ufw's or firewalld's, nftwl setup systemd has another unit",
+			"systemctl enable --now nftables nftwl-persist"}
 	}
-	why := persist.why
-	if rules != "" {
-		lost, reload = nothing, "the last reload of nftwl-persist.service failed"
-		if broken {
-			why = func(context.Context) string { return "persistence.rules says why" }
-		}
-	}
+	missing := func(u unit) bool { return u["LoadState"] == "not-found" }
 	state := persist["ActiveState"]
 	switch {
-	case persist["LoadState"] == "not-found":
-		d.warn(check, remedy{"install the units, then: systemctl enable --now nftwl-persist", "nftwl setup systemd --write"},
+	case missing(persist):
+		d.warn(check, remedy{"install the units, then: systemctl daemon-reload && " + enable.command, "nftwl setup systemd --write"},
 			"nftwl-persist.service is not installed: %s", lost)
 		return false
 	case persist["LoadState"] != "loaded":
-		d.warn(check, remedy{"take the unit as it was shipped, then: systemctl enable --now nftwl-persist", "systemctl status nftwl-persist"},
+		d.warn(check, remedy{"take the unit as it was shipped, then: " + enable.command, "systemctl status nftwl-persist"},
 			"nftwl-persist.service is %s: %s", persist["LoadState"], lost)
 		return false
-	case !persist.startsAtBoot() && rules != "":
+	case !persist.startsAtBoot() && alone:
 		d.fail(check, enable, "nftwl-persist.service is not enabled: %s", lost)
 		return state == "active"
 	case !persist.startsAtBoot():
 		d.warn(check, enable, "nftwl-persist.service is not enabled: %s", lost)
 		return state == "active"
-	case wrong:
-		d.fail(check, enable, "nftwl-persist.service follows nftables.service, which is not enabled: %s", nothing)
-	case rules == "" && !nftables.startsAtBoot():
-		d.fail(check, remedy{"enable it too; nftwl-persist.service follows it. Where the firewall is ufw's or firewalld's, nftwl setup systemd has another unit", "systemctl enable nftables"},
+	case alone && (nftables.startsAtBoot() || nftables["ActiveState"] == "active"):
+		d.fail(check, remedy{"disable it where another program owns the firewall; else include " + loaded(persist) + " in its file, and take the unit that follows it (nftwl setup systemd)", "systemctl disable nftables"},
+			"a restart or reload of nftables.service flushes all tables, and nftwl-persist.service does not follow it")
+	case !alone && !nftables.startsAtBoot():
+		d.fail(check, remedy{"enable it too: nftwl-persist.service follows it; where the firewall is ufw's or firewalld's, nftwl setup systemd has another unit", "systemctl enable nftables"},
 			"nftables.service is not enabled: %s", nothing)
-	case rules == "" && nftables["ActiveState"] != "active":
-		d.fail(check, remedy{"mend what it says, then start it: it loads /etc/nftables.conf in place of all rules", nftables.journal()},
+	case !alone && nftables["ActiveState"] != "active":
+		d.fail(check, remedy{"fix what it says, then start it: it loads /etc/nftables.conf in place of all rules", nftables.journal()},
 			"nftables.service is %s, and so the sets are not kept", nftables["ActiveState"])
+	case unsound && (state == "failed" || persist["ReloadResult"] != "success"): // persistence.boot says why
 	case state == "failed":
 		d.fail(check, remedy{"repair or remove the file that it names, then: systemctl start nftwl-persist; nothing is saved until then", persist.journal()},
-			"the sets were not restored: %s", why(ctx))
+			"the sets were not restored: %s", persist.why(ctx))
 	case state != "active":
-		d.fail(check, remedy{"start it", "systemctl start nftwl-persist"},
-			"nftwl-persist.service is %s: %s", state, lost)
+		d.fail(check, remedy{"start it", "systemctl start nftwl-persist"}, "nftwl-persist.service is %s: %s", state, lost)
 	case persist["ReloadResult"] != "success":
 		d.fail(check, remedy{"repair or remove the file that it names, then: systemctl reload nftwl-persist", persist.journal()},
-			"%s: %s", reload, why(ctx))
+			"the sets were not restored after the last reload of nftables: %s", persist.why(ctx))
 	case persist["NeedDaemonReload"] == "yes":
 		d.warn(check, reloadUnits, "nftwl-persist.service has another file than systemd has read")
 	default:
@@ -146,113 +96,31 @@ func (d *Doctor) checkPersist(ctx context.Context, nftables, persist unit, rules
 	return true
 }
 
-// checkOrder sees that the units save before the flush, and restore after it.
-func (d *Doctor) checkOrder(persist, beforeReload unit) {
-	const nftables = "nftables.service"
-	var lacks []string
-	for _, need := range []struct {
-		unit
-		property, word string
-	}{
-		{persist, "After", nftables},
-		{persist, "Requisite", nftables},
-		{persist, "ReloadPropagatedFrom", nftables},
-		{beforeReload, "Before", nftables},
-		{beforeReload, "ReloadPropagatedFrom", nftables},
-	} {
-		if !need.has(need.property, need.word) {
-			lacks = append(lacks, fmt.Sprintf("%s lacks %s=%s", need.unit["Id"], need.property, need.word))
-		}
-	}
-	if len(lacks) > 0 {
-		d.fail("persistence.order", remedy{"take the units as they were shipped, without the drop-in or the edit that changes them", "systemctl cat nftwl-persist nftwl-snapshot"},
-			"a restart or reload of nftables loses elements: %s", strings.Join(lacks, ", "))
-		return
-	}
-	d.ok("persistence.order", "the sets are saved before nftables.service flushes them, and restored after")
-}
-
-// checkLoaded tells whether the rules that the unit loads are those of the
-// sets, and load at the next boot, too.
-func (d *Doctor) checkLoaded(ctx context.Context, rules string) bool {
-	const check = "persistence.rules"
-	table := d.config.Table
-	info, err := os.Stat(rules)
-	if err != nil {
-		d.fail(check, remedy{"write it, then: systemctl reload-or-restart nftwl-persist", "nftwl setup nftables --write"},
-			"nftwl-persist.service loads it, and it cannot be read: %v", err)
-		return false
-	}
-	if info.Mode()&0o004 == 0 {
-		d.fail(check, remedy{"let all read it; it holds no secrets", "chmod 644 " + quote(rules)},
-			"%s has mode %04o: nftwl-persist.service, which runs as a user of its own, cannot read it", rules, info.Mode().Perm())
-		return false
-	}
-	if d.valid && !defines(rules, table) {
-		d.fail(check, remedy{words: fmt.Sprintf("put the table that it has into %s; or, where nftables.service loads the rules, take the unit that follows that", cmp.Or(d.ConfigPath, config.Path))},
-			"nftwl-persist.service loads %s, which lacks table %s, where the sets are", rules, table)
-		return false
-	}
-	if d.conn == nil {
-		d.skip(check, "nft cannot be asked about %s", rules)
-		return true
-	}
-	if err := refusal(ctx, rules); err != nil {
-		d.fail(check, remedy{"mend it, or the next boot is without it; then: systemctl reload-or-restart nftwl-persist", "nft -c -f " + quote(rules)},
-			"nft does not load it: %v", err)
-		return false
-	}
-	d.ok(check, "nft loads %s, which has table %s", rules, table)
-	return true
-}
-
-// checkAlone sees that the unit which needs no nftables.service has none beside
-// it, and is early.
-func (d *Doctor) checkAlone(nftables, persist unit) {
-	const check = "persistence.order"
-	switch {
-	case nftables.startsAtBoot() || nftables["ActiveState"] == "active":
-		d.fail(check, remedy{words: "where another program owns the firewall, systemctl disable nftables; else include nftwl/standalone.nft in its file, and take the unit that follows it (nftwl setup systemd)"},
-			"a restart or reload of nftables.service flushes all tables, and nftwl-persist.service does not follow it")
-	case !persist.has("Before", "network-pre.target"):
-		d.fail(check, remedy{"take the unit as it was shipped, without the drop-in or the edit that changes it", "systemctl cat nftwl-persist"},
-			"the network can be up before the rules are: nftwl-persist.service lacks Before=network-pre.target")
-	default:
-		d.ok(check, "the rules and the sets are loaded before the network is up")
-	}
-}
-
 // checkSave tells whether the snapshot has been saved by the timer since it
-// runs, and so must be young. There need be no unit that saves before a reload.
+// runs, and so must be young.
 func (d *Doctor) checkSave(ctx context.Context, persist, beforeReload, timer, save unit) bool {
 	const check = "persistence.save"
-	if beforeReload != nil && beforeReload["ReloadResult"] != "success" {
-		d.fail(check, remedy{"mend what it says", beforeReload.journal()},
-			"the sets were not saved before the last reload of nftables: %s", beforeReload.why(ctx))
-		return false
-	}
-	if save["Result"] != "success" {
-		d.fail(check, remedy{"mend what it says, then: systemctl start nftwl-save", save.journal()},
-			"the last save failed (%s): %s", save["ExecMainExitTimestamp"], save.why(ctx))
-		return false
-	}
 	switch {
+	case beforeReload["ReloadResult"] != "success" && loaded(persist) == "":
+		d.fail(check, remedy{"fix what it says", beforeReload.journal()},
+			"the sets were not saved before the last reload of nftables: %s", beforeReload.why(ctx))
+	case save["Result"] != "success":
+		d.fail(check, remedy{"fix what it says, then: systemctl start nftwl-save", save.journal()},
+			"the last save failed (%s): %s", save["ExecMainExitTimestamp"], save.why(ctx))
 	case timer["LoadState"] == "masked":
 		d.ok(check, "nftwl-save.timer is masked: a power cut loses what was added since the last reload or stop")
-		return false
 	case persist["ActiveState"] != "active":
 		d.skip(check, "nothing is saved while nftwl-persist.service is %s", persist["ActiveState"])
-		return false
 	case timer["ActiveState"] != "active":
 		d.warn(check, remedy{"start it", "systemctl start nftwl-save.timer"},
 			"nftwl-save.timer is %s: a power cut loses what was added since the last reload or stop", timer["ActiveState"])
-		return false
 	case save["ExecMainExitTimestamp"] == "":
 		d.ok(check, "nftwl-save.timer is active; its first save is due within a minute")
-		return false
+	default:
+		d.ok(check, "nftwl-save.timer is active, and the last save succeeded (%s)", save["ExecMainExitTimestamp"])
+		return microseconds(save["ExecMainExitTimestampMonotonic"]) > microseconds(timer["ActiveEnterTimestampMonotonic"])
 	}
-	d.ok(check, "nftwl-save.timer is active, and the last save succeeded (%s)", save["ExecMainExitTimestamp"])
-	return microseconds(save["ExecMainExitTimestampMonotonic"]) > microseconds(timer["ActiveEnterTimestampMonotonic"])
+	return false
 }
 
 func microseconds(s string) int64 {
@@ -275,20 +143,19 @@ func (d *Doctor) checkSnapshot(saving bool) {
 	path := d.config.Snapshot
 	dir := filepath.Dir(path)
 	err := snapshot.CheckOwner(path)
-	if errors.Is(err, fs.ErrNotExist) {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
 		d.skip(check, "no snapshot yet: %s", path)
 		return
-	}
-	if errors.Is(err, fs.ErrPermission) {
+	case errors.Is(err, fs.ErrPermission):
 		d.skip(check, "%v", err)
 		return
-	}
-	if err != nil {
-		d.fail(check, remedy{"let none but the owner of its folder write it; nftwl restore refuses it until then",
+	case err != nil:
+		d.fail(check, remedy{"let none but the owner of its directory write it; nftwl restore refuses it until then",
 			fmt.Sprintf("chown --no-dereference --reference=%s %s && chmod go-w %[1]s %[2]s", quote(dir), quote(path))}, "%v", err)
 		return
 	}
-	if _, err := os.Stat(path + ".bad"); err == nil {
+	if exists(path + ".bad") {
 		d.warn("persistence.bad", remedy{"see whether anything in it is still wanted, and remove it", "rm " + quote(path+".bad")},
 			"nftwl save found a damaged snapshot, and kept it as %s.bad", path)
 	}
@@ -334,4 +201,11 @@ func ago(t time.Time) string {
 		return nftset.FormatTimeout(d.Truncate(time.Minute))
 	}
 	return nftset.FormatTimeout(d.Truncate(time.Second))
+}
+
+// loaded returns the file of rules that a unit loads itself, or "" for none.
+func loaded(u unit) string {
+	_, rest, _ := strings.Cut(u["ExecStart"], "/nft -f ")
+	file, _, _ := strings.Cut(rest, " ")
+	return file
 }

@@ -4,19 +4,23 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
+	"strings"
 	"time"
 
 	"nftwl/pkg/config"
+	"nftwl/pkg/install"
 	"nftwl/pkg/nftset"
+	"nftwl/pkg/trust"
 )
 
-var loadSets = remedy{"load the set definitions, or name the right table and sets in " + config.Path, "nft -f /etc/nftwl/sets.nft"}
-
-func (d *Doctor) checkSets(context.Context) {
+func (d *Doctor) checkSets(ctx context.Context) {
 	if d.conn == nil {
 		d.skip("sets", "nftables cannot be read")
 		return
 	}
+	d.unusable = make(map[string]bool)
+	var missing, bans []string
 	for _, names := range []struct {
 		config.Names
 		life time.Duration
@@ -26,87 +30,108 @@ func (d *Doctor) checkSets(context.Context) {
 		{d.config.Banned, d.config.BanTimeout, "ban_timeout"},
 	} {
 		for i, name := range names.Both() {
-			if !d.checkSet(name, i == 1, names.life, names.key) {
+			d.conn.SetTimeout(patience)
+			set, err := d.conn.Set(d.config.Table, name)
+			d.unusable[name] = err != nil
+			switch {
+			case errors.Is(err, nftset.ErrNoTable):
+				d.fail("sets", d.loadSets(ctx), "%v", err)
 				return
+			case errors.Is(err, nftset.ErrNoSet):
+				missing = append(missing, name)
+			case err != nil || set.Writable() != nil || set.Key.IPv6 != (i == 1):
+				d.unusable[name] = true
+				if err == nil {
+					err = set.Writable()
+				}
+				if err == nil {
+					err = fmt.Errorf("set %s has keys of type %s", name, set.Key)
+				}
+				d.fail("sets."+name, remedy{words: fmt.Sprintf("define it as: type %s . inet_service; flags dynamic,timeout", [2]string{"ipv4_addr", "ipv6_addr"}[i])}, "%v", err)
+			default:
+				d.checkRoom(set, names.key)
+				if set.Timeout != 0 && set.Timeout != names.life && names.key == "ban_timeout" {
+					bans = append(bans, fmt.Sprintf("%s for %s", name, nftset.FormatTimeout(set.Timeout)))
+				}
 			}
 		}
 	}
+	switch {
+	case len(missing) == 1:
+		d.fail("sets."+missing[0], d.loadSets(ctx), "set %s does not exist in table %s", missing[0], d.config.Table)
+	case missing != nil:
+		d.fail("sets", d.loadSets(ctx), "%s do not exist in table %s", strings.Join(missing, ", "), d.config.Table)
+	}
+	if bans != nil {
+		d.warn("sets.ban_timeout", remedy{words: "make the set's timeout in the ruleset and ban_timeout equal"},
+			"nftwl ban bans for %s, and who is added without a timeout is in %s", nftset.FormatTimeout(d.config.BanTimeout), strings.Join(bans, ", in "))
+	}
 }
 
-// checkSet checks one set, and tells whether there is a table to look for the
-// others in.
-func (d *Doctor) checkSet(name string, ipv6 bool, life time.Duration, key string) bool {
-	check := "sets." + name
-	d.conn.SetDeadline(time.Now().Add(patience))
-	set, err := d.conn.Set(d.config.Table, name)
-	if errors.Is(err, nftset.ErrNoTable) {
-		d.fail("sets", loadSets, "%v", err)
-		return false
-	}
-	if errors.Is(err, nftset.ErrNoSet) {
-		d.fail(check, loadSets, "%v", err)
-		return true
-	}
-	if err == nil {
-		err = set.Writable()
-	}
-	if err == nil && set.Key.IPv6 != ipv6 {
-		err = fmt.Errorf("set %s has keys of type %s", name, set.Key)
-	}
-	if err != nil {
-		family := "ipv4_addr"
-		if ipv6 {
-			family = "ipv6_addr"
+// loadSets is the remedy for sets that are missing: another table may have them.
+func (d *Doctor) loadSets(ctx context.Context) remedy {
+	if nft := find("nft"); nft != "" {
+		out, _ := output(ctx, nft, "-t", "list", "sets") // what cannot be listed has no such set
+		table := ""
+		for line := range strings.Lines(string(out)) {
+			words := strings.Fields(line)
+			switch {
+			case len(words) == 4 && words[0] == "table":
+				table = words[1] + " " + words[2]
+			case len(words) == 3 && words[0] == "set" && words[1] == d.config.Trusted.IPv4 && table != d.config.Table.String():
+				return remedy{words: fmt.Sprintf("table %s has a set %s: if those rules are the ones in use, put into %s: table: %[1]s", table, words[1], d.configPath())}
+			}
 		}
-		d.fail(check, remedy{words: "define it as: type " + family + " . inet_service; flags dynamic,timeout, as in contrib/nftables/sets.nft"}, "%v", err)
-		return true
 	}
+	if file := install.SetsFile(d.config.Table); file != "" && exists(file) {
+		return remedy{"load the set definitions, or name the right table and sets in " + config.Path, "nft -f " + file}
+	}
+	return remedy{"make the rules and sets, and do what it prints then", "nftwl setup nftables --write"}
+}
 
-	used, most := d.count(set)
-	full := fmt.Sprintf("%s elements", used)
-	if set.Size > 0 {
-		full = fmt.Sprintf("%s of %d elements", used, set.Size)
+// checkRoom checks that the next client has room in a set.
+func (d *Doctor) checkRoom(set *nftset.Set, key string) {
+	check := "sets." + set.Name
+	used, more, err := count(set)
+	if err != nil {
+		d.skip(check, "%s; its elements cannot be counted: %v", set.Key, err)
+		return
 	}
-	room := remedy{words: fmt.Sprintf("give it a larger size in the ruleset, or a shorter %s in %s", key, config.Path)}
-	switch size := uint64(set.Size); {
-	case size > 0 && most >= size:
-		d.fail(check, room, "full: %s", full)
-	case size > 0 && most*10 >= size*9:
+	full := fmt.Sprintf("%s%d elements", more, used)
+	if set.Size > 0 {
+		full = fmt.Sprintf("%s%d of %d elements", more, used, set.Size)
+	}
+	client := len(trust.Keys(set, netip.Addr{}, d.config.Ports))
+	room := remedy{words: fmt.Sprintf("give it a larger size in the ruleset, or a shorter %s in %s", key, d.configPath())}
+	switch size := int(set.Size); {
+	case size > 0 && used+client > size:
+		d.unusable[set.Name] = true
+		d.fail(check, room, "full: %s, and the next client takes %d", full, client)
+	case size > 0 && used*10 >= size*9:
 		d.warn(check, room, "nearly full: %s", full)
-	case set.Timeout != 0 && set.Timeout != life && key == "ban_timeout":
-		d.warn(check, remedy{words: "make the two equal"}, "the firewall bans for %s, its set's timeout, and nftwl ban for %s (ban_timeout); %s",
-			nftset.FormatTimeout(set.Timeout), nftset.FormatTimeout(life), full)
 	default:
 		d.ok(check, "%s, %s", set.Key, full)
 	}
-	return true
 }
 
-// count says how many elements a set has. A set that has more than the kernel
-// lists within a second, and that it does not count itself (before 6.16), has
-// at least as many as came.
-func (d *Doctor) count(set *nftset.Set) (words string, n uint64) {
+// count says how many elements a set has; more is not empty where it has more
+// than the kernel lists within a second. Kernels before 6.16 do not count them.
+func count(set *nftset.Set) (n int, more string, err error) {
 	if set.Count > 0 {
-		return fmt.Sprint(set.Count), uint64(set.Count)
+		return int(set.Count), "", nil
 	}
-	conn, err := nftset.Dial()
+	conn, err := nftset.Dial() // one whose deadline ends a dump leaves the rest unread
 	if err != nil {
-		return "an unknown number of", 0
+		return 0, "", err
 	}
 	defer conn.Close()
-	errEnough := errors.New("enough")
-	end := time.Now().Add(time.Second)
-	err = conn.Dump(set, func(nftset.Element) error {
-		if n++; n%1000 == 0 && time.Now().After(end) {
-			return errEnough
-		}
-		return nil
-	})
-	if errors.Is(err, errEnough) {
-		return fmt.Sprintf("more than %d", n), n
+	conn.SetDeadline(time.Now().Add(time.Second))
+	err = conn.Dump(set, func(nftset.Element) error { n++; return nil })
+	switch {
+	case errors.Is(err, nftset.ErrDeadline):
+		return n, "more than ", nil
+	case errors.Is(err, nftset.ErrInterrupted):
+		err = nil
 	}
-	if err != nil && !errors.Is(err, nftset.ErrInterrupted) {
-		return "an unknown number of", 0
-	}
-	return fmt.Sprint(n), n
+	return n, "", err
 }

@@ -23,7 +23,7 @@ type unit map[string]string
 
 // properties are those that the checks look at; a unit has those of its type.
 const properties = "Id,LoadState,ActiveState,UnitFileState,NeedDaemonReload,Result,ReloadResult," +
-	"After,Before,Requisite,BindsTo,ReloadPropagatedFrom," +
+	"RestrictAddressFamilies," +
 	"ExecStart,ExecMainExitTimestamp,ExecMainExitTimestampMonotonic,ActiveEnterTimestampMonotonic"
 
 // show asks systemd for units.

@@ -4,6 +4,7 @@ package doveconf
 
 import (
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -206,4 +207,45 @@ func SocketOf(executable string) (name string, index int) {
 		}
 	}
 	return "", -1
+}
+
+// A Line is one of Dovecot's configuration.
+type Line struct {
+	File   string
+	Number int
+	Text   string
+}
+
+// Lines returns those of a configuration and of what it includes, in the order
+// in which Dovecot reads them. What cannot be read has none.
+func Lines(main string) (lines []Line) {
+	open := map[string]bool{} // Dovecot refuses a file that includes itself
+	var read func(path string)
+	read = func(path string) {
+		text, err := os.ReadFile(path)
+		if err != nil || open[path] {
+			return
+		}
+		open[path] = true
+		defer delete(open, path)
+		n := 0
+		for line := range strings.Lines(string(text)) {
+			n++
+			lines = append(lines, Line{path, n, strings.TrimSpace(line)})
+			words := strings.Fields(line)
+			if len(words) < 2 || words[0] != "!include" && words[0] != "!include_try" {
+				continue
+			}
+			pattern := words[1]
+			if !filepath.IsAbs(pattern) {
+				pattern = filepath.Join(filepath.Dir(path), pattern)
+			}
+			files, _ := filepath.Glob(pattern) // of a bad pattern none, as in Dovecot
+			for _, file := range files {
+				read(file)
+			}
+		}
+	}
+	read(main)
+	return lines
 }

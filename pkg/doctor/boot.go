@@ -1,0 +1,162 @@
+package doctor
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// checkBoot checks that the rules survive a reboot: it loads those that a unit
+// loads at boot into a network namespace of its own, and compares the table of
+// the sets with the one that is there now. It tells whether they do not load.
+func (d *Doctor) checkBoot(ctx context.Context, u unit) (unsound bool) {
+	const check = "persistence.boot"
+	file, id := loaded(u), u["Id"]
+	nft := find("nft")
+	if file == "" || !u.startsAtBoot() && u["ActiveState"] != "active" {
+		return false // persistence.unit says so
+	}
+	if nft == "" || d.conn == nil {
+		d.skip(check, "nft cannot be asked about %s", file)
+		return false
+	}
+	info, err := os.Stat(file)
+	if err != nil {
+		d.fail(check, remedy{"make the rules, and do what it prints then", "nftwl setup nftables --write"},
+			"after a reboot there is no firewall: %s loads it, and it cannot be read: %v", id, err)
+		return true
+	}
+	// Ours runs as a user of its own.
+	if strings.HasPrefix(id, "nftwl-") && info.Mode()&0o004 == 0 {
+		d.fail(check, remedy{"let all read it; it holds no secrets", "chmod 644 " + quote(file)},
+			"%s has mode %04o: %s, which runs as a user of its own, cannot read it", file, info.Mode().Perm(), id)
+		return true
+	}
+	if _, errs, err := run(ctx, nft, "--check", "--file", file); err != nil {
+		d.fail(check, remedy{"correct it, then: systemctl reload " + id, "nft -c -f " + quote(file)},
+			"after a reboot there is no firewall: nft does not load %s: %v", file, firstError(errs, err))
+		return true
+	}
+	table := d.config.Table
+	now, _, err := run(ctx, nft, "-s", "-t", "list", "table", table.Family.String(), table.Name)
+	if err != nil {
+		d.ok(check, "nft loads %s", file) // sets says that the table is missing
+		return false
+	}
+	then, err := d.afterBoot(ctx, nft, file)
+	if err != nil {
+		d.skip(check, "nft loads %s; what it has cannot be compared with what is loaded: %v", file, err)
+		return false
+	}
+	lost, added := difference(now, then), difference(then, now)
+	if i := slices.IndexFunc(lost, d.essential(now)); i > 0 {
+		lost[0] = lost[i]
+	}
+	reload := remedy{fmt.Sprintf("put it into %s, or what that includes; or, where that is what you want, load it", file), "systemctl reload " + strings.TrimSuffix(id, ".service")}
+	switch {
+	case len(then) == 0:
+		d.fail(check, remedy{fmt.Sprintf("include the rules in %s; or name in %s the table that it has", file, d.configPath()), "nftwl setup nftables"},
+			"after a reboot table %s is gone: %s does not have it", table, file)
+	case lost != nil && d.essential(now)(lost[0]):
+		d.fail(check, reload, "%s lacks what is loaded now, so that after a reboot table %s has no %q", file, table, lost[0])
+	case lost != nil:
+		d.warn(check, reload, "%s lacks what is loaded now, so that after a reboot table %s has no %q", file, table, lost[0])
+	case added != nil:
+		d.warn(check, remedy{"load it", "systemctl reload " + strings.TrimSuffix(id, ".service")}, "%s has changed since it was loaded: %q", file, added[0])
+	default:
+		d.ok(check, "%s has what table %s has now", file, table)
+	}
+	return false
+}
+
+// essential returns what tells whether a line of the table's listing is one that
+// nftwl hangs on: the sets, the rules that look them up, and those by which
+// packets come there.
+func (d *Doctor) essential(table []byte) func(line string) bool {
+	words := d.config.Sets()
+	has := func(line string) bool {
+		return strings.Contains(line, " hook ") || slices.ContainsFunc(strings.FieldsFunc(line, func(r rune) bool { return strings.ContainsRune(" @,", r) }),
+			func(word string) bool { return slices.Contains(words, word) })
+	}
+	for before := 0; before < len(words); { // until no chain more leads there
+		before = len(words)
+		chain := ""
+		for line := range strings.Lines(string(table)) {
+			fields := strings.Fields(line)
+			switch {
+			case len(fields) == 3 && fields[0] == "chain":
+				chain = fields[1]
+			case chain != "" && has(line) && !strings.Contains(line, " hook ") && !slices.Contains(words, chain):
+				words = append(words, chain)
+			}
+		}
+	}
+	return has
+}
+
+// firstError is the first error that nft printed.
+func firstError(errs []byte, err error) error {
+	for line := range strings.Lines(string(errs)) {
+		if strings.Contains(line, "Error: ") {
+			return errors.New(strings.TrimSpace(line))
+		}
+	}
+	return err
+}
+
+// afterBoot lists the table as a file makes it; it is empty where the file does
+// not.
+func (d *Doctor) afterBoot(ctx context.Context, nft, file string) (table []byte, err error) {
+	// Rules name devices, which an empty namespace lacks.
+	devices, err := net.Interfaces()
+	if err != nil {
+		return nil, err
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // for good: the thread ends with its namespace
+		if err = unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			err = fmt.Errorf("unshare network namespace: %w", err)
+			return
+		}
+		if ip := find("ip"); ip != "" {
+			for _, device := range devices {
+				// A device less is one that the file may not name.
+				_ = exec.CommandContext(ctx, ip, "tuntap", "add", "dev", device.Name, "mode", "tun").Run()
+			}
+		}
+		var errs []byte
+		if _, errs, err = run(ctx, nft, "--file", file); err != nil {
+			err = firstError(errs, err)
+			return
+		}
+		table, _, _ = run(ctx, nft, "-s", "-t", "list", "table", d.config.Table.Family.String(), d.config.Table.Name)
+	}()
+	<-done
+	return table, err
+}
+
+// difference returns the lines that a listing has and another lacks.
+func difference(of, other []byte) (lines []string) {
+	count := make(map[string]int)
+	for line := range bytes.Lines(other) {
+		count[string(bytes.TrimSpace(line))]++
+	}
+	for line := range bytes.Lines(of) {
+		line := string(bytes.TrimSpace(line))
+		if count[line]--; count[line] < 0 {
+			lines = append(lines, line)
+		}
+	}
+	return lines
+}

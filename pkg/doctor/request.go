@@ -1,0 +1,169 @@
+package doctor
+
+import (
+	"bytes"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/doveconf"
+	"nftwl/pkg/nftset"
+	"nftwl/pkg/trust"
+)
+
+const (
+	// maxLogin is how long a post-login service may take to answer.
+	maxLogin = time.Second
+	// loginUser need not exist: Dovecot looks a user up before the request.
+	loginUser = "nftwl-doctor"
+)
+
+var (
+	errUntried   = errors.New("a login cannot be tried")
+	errDenied    = errors.New("the login is denied")
+	errUntrusted = errors.New("the login goes on, but the client is not trusted")
+)
+
+// tryLogins has a post-login service trust an address of each family that
+// belongs to no one (RFC 5737, RFC 3849), and removes them again. It returns
+// those that were trusted; an error is that of the first that was not.
+func (d *Doctor) tryLogins(p *postLogin) (trusted []string, err error) {
+	for i, addr := range documentation() {
+		if d.unusable[d.config.Trusted.For(addr)] || trust.Refuse(d.config, addr) != nil {
+			continue
+		}
+		local := [2]string{"192.0.2.0", "2001:db9::"}[i]
+		if err := d.tryLogin(p, addr, local); err != nil {
+			return nil, err
+		}
+		trusted = append(trusted, addr.String())
+	}
+	return trusted, nil
+}
+
+// documentation returns an address of each family. They are other ones each time,
+// so that two doctors do not meet.
+func documentation() [2]netip.Addr {
+	four, six := [4]byte{192, 0, 2}, [16]byte{0x20, 0x01, 0x0d, 0xb8}
+	_, _ = rand.Read(six[4:]) // never fails
+	four[3] = six[4] | 1      // not the network's own address
+	return [2]netip.Addr{netip.AddrFrom4(four), netip.AddrFrom16(six)}
+}
+
+func (d *Doctor) tryLogin(p *postLogin, addr netip.Addr, local string) error {
+	d.conn.SetTimeout(patience)
+	set, err := d.conn.Set(d.config.Table, d.config.Trusted.For(addr))
+	if err != nil {
+		return err
+	}
+	keys := trust.Keys(set, trust.Network(d.config, addr), d.config.Ports)
+	before, err := d.conn.Lookup(set, keys...)
+	if err != nil {
+		return err
+	}
+	if len(before) > 0 {
+		return fmt.Errorf("%w: %s is trusted already", errUntried, addr)
+	}
+	// What an interrupted doctor leaves there ends by itself.
+	answer := askPostLogin(p.socket, local, addr.String(), p.login.MailUser)
+	d.conn.SetTimeout(patience)
+	added, err := d.conn.Remove(set, keys, func(e nftset.Element) bool { return e.Timeout <= time.Minute })
+	switch {
+	case answer != nil:
+		return answer
+	case err != nil:
+		return err
+	case len(added) < len(keys):
+		return errUntrusted
+	}
+	return nil
+}
+
+// askPostLogin asks a post-login service as a mail process does: see
+// master_login_postlogin() of src/lib-master/master-login.c in Dovecot 2.3,
+// login_server_postlogin() of src/lib-login/login-server.c in 2.4, and
+// src/util/script-login.c of both. No mail process is started: the one that
+// asks is that. script-login ends by sending the answer.
+func askPostLogin(path, local, remote string, mailUser bool) error {
+	conn, err := net.DialTimeout("unix", path, maxLogin)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	// For a client with TLS, too, it is a socket of this family.
+	client, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(client[0])
+	defer unix.Close(client[1])
+	line := fmt.Sprintf("VERSION\tscript-login\t1\t0\n%s\t%s\t%s\tnftwl_timeout=1m", local, remote, loginUser)
+	if mailUser { // the privileges that script-login -d takes on
+		line += "\tuid=65534\tgid=65534\thome=/nonexistent"
+	}
+	_ = conn.SetDeadline(time.Now().Add(maxLogin))
+	if _, _, err := conn.(*net.UnixConn).WriteMsgUnix([]byte(line+"\n"), unix.UnixRights(client[1]), nil); err != nil {
+		return err
+	}
+	answer := make([]byte, 1024)
+	var fds [64]byte
+	n, nfds, _, _, err := conn.(*net.UnixConn).ReadMsgUnix(answer, fds[:])
+	closeAll(fds[:nfds])
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return fmt.Errorf("%w within %v", errNoAnswer, maxLogin)
+	case err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, unix.ECONNRESET):
+		return err
+	case n == 0:
+		return errDenied
+	case !bytes.HasPrefix(answer[:n], []byte(loginUser)):
+		return fmt.Errorf("an answer that is none: %.40q", answer[:n])
+	}
+	return nil
+}
+
+// closeAll closes the descriptors that came with a message.
+func closeAll(control []byte) {
+	messages, _ := unix.ParseSocketControlMessage(control) // none where it is no such
+	for _, m := range messages {
+		fds, _ := unix.ParseUnixRights(&m)
+		for _, fd := range fds {
+			_ = unix.Close(fd)
+		}
+	}
+}
+
+// logged returns the first line that a service has logged as an error since
+// then, "" for none: Dovecot's log process keeps them, for `doveadm log errors`
+// (doveadm_connection_send_errors() of src/log/doveadm-connection.c).
+func logged(dovecot *doveconf.Settings, service string, since time.Time) string {
+	// They come by a pipe, and so a moment after the answer.
+	for end := time.Now().Add(maxLogin); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		conn, err := net.DialTimeout("unix", dovecot.Path("log-errors"), maxLogin)
+		if err != nil {
+			return ""
+		}
+		_ = conn.SetDeadline(end)
+		text, _ := io.ReadAll(conn) // what came until then
+		conn.Close()
+		for line := range strings.Lines(string(text)) {
+			words := strings.SplitN(strings.TrimSpace(line), "\t", 4)
+			if len(words) < 4 || words[1] < fmt.Sprint(since.Unix()) {
+				continue
+			}
+			if strings.HasPrefix(words[2], service+": ") || strings.HasPrefix(words[2], "script-login("+loginUser+")") {
+				text := strings.TrimPrefix(words[3], "nftwl: error: ")
+				return strings.TrimPrefix(text, "login: ")
+			}
+		}
+	}
+	return ""
+}
