@@ -574,3 +574,112 @@ func (s *server) edit(old, new string) {
 	s.t.Helper()
 	s.write("90-nftwl.conf", strings.Replace(s.read("90-nftwl.conf"), old, new, 1), 0o644)
 }
+
+// The login that the doctor tries leaves nothing behind, not even a line in the
+// log, and who was trusted stays so.
+func TestDoctorLeavesNothing(t *testing.T) {
+	t.Parallel()
+	eachDovecot(t, func(t *testing.T, d dovecot) {
+		s := d.start(t, with{})
+		s.install()
+		loadSets(t)
+		must(t, login(client4, "143", imap, "alice", password))
+		for range 3 {
+			diagnoses(t, s.doctor(), healthy)
+		}
+		wantTrusted(t, client4, "alice", day)
+		s.wantLog()
+	})
+}
+
+// With ipv6_prefix, what is tried and removed is a network; and with sets of
+// addresses, one element.
+func TestDoctorOnOtherSets(t *testing.T) {
+	t.Parallel()
+	eachDovecot(t, func(t *testing.T, d dovecot) {
+		s := d.start(t, with{config: "ipv6_prefix: 64\nignore: [192.0.2.0/24]\ncomment: false\nports: [143, 465, 587]\n"})
+		s.install()
+		loadSets(t)
+		diagnoses(t, s.doctor(), healthy.but(diagnosis{"dovecot.login": "ok: .* tried: 2001:db8:[0-9a-f:]+ was trusted"}))
+		wantNobody(t)
+		nstest.Nft(t, "flush ruleset; table inet filter { set trusted_ipv4 { type ipv4_addr; flags timeout; }\nset trusted_ipv6 { type ipv6_addr; flags timeout; }\nset banned_ipv4 { type ipv4_addr; flags timeout; }\nset banned_ipv6 { type ipv6_addr; flags timeout; }\n}\n")
+		diagnoses(t, s.doctor(), healthy.but(diagnosis{"dovecot.login": "ok: .* tried: 2001:db8:[0-9a-f:]+ was trusted"}))
+		wantNobody(t)
+	})
+}
+
+// A change that Dovecot has not read is seen, and a reload ends that.
+func TestDoctorReload(t *testing.T) {
+	t.Parallel()
+	eachDovecot(t, func(t *testing.T, d dovecot) {
+		s := d.start(t, with{dropIn: unchanged})
+		s.install()
+		loadSets(t)
+		diagnoses(t, s.doctor(), healthy)
+		const due = "warn: Dovecot loaded its configuration .* has not read it since " + dir + "/90-nftwl.conf changed$"
+		s.edit("", "\n")
+		diagnoses(t, s.doctor(), healthy.but(diagnosis{"dovecot.running": due}))
+		s.shell("doveadm reload")
+		diagnoses(t, s.doctor(), healthy)
+		// The service that the configuration names is not there yet.
+		s.write("90-nftwl.conf", strings.NewReplacer("service nftwl", "service later", "unix_listener nftwl", "unix_listener later",
+			"imap nftwl", "imap later", "pop3 nftwl", "pop3 later", "submission nftwl", "submission later", "managesieve nftwl", "managesieve later").
+			Replace(s.read("90-nftwl.conf")), 0o644)
+		later := diagnosis{"dovecot.protocols": "ok: .* service later"}
+		diagnoses(t, s.doctor(), healthy.but(later).but(diagnosis{
+			"dovecot.running": due, "dovecot.login": "fail: the running Dovecot has no service later: .*no such file",
+		}))
+		s.shell("doveadm reload")
+		diagnoses(t, s.doctor(), healthy.but(later).but(diagnosis{"dovecot.login": "ok: "}))
+	})
+}
+
+// What the remedy says, done to the letter, ends what it is for: at once, though
+// the service lacks all that nftwl needs.
+func TestDoctorRemedy(t *testing.T) {
+	t.Parallel()
+	eachDovecot(t, func(t *testing.T, d dovecot) {
+		s := d.start(t, with{dropIn: func(s string) string {
+			return strings.NewReplacer("user = root", "user = nobody", "vsz_limit = 1G", "", "process_limit = 1024", "").Replace(s)
+		}})
+		s.install()
+		loadSets(t)
+		found := false
+		for _, r := range s.results() {
+			m := regexp.MustCompile(`^in (service nftwl), set (.*); then reload Dovecot$`).FindStringSubmatch(r.Remedy)
+			if r.Check != "dovecot.login" || m == nil {
+				continue
+			}
+			found = true
+			s.write("90-nftwl.conf", s.read("90-nftwl.conf")+m[1]+" {\n"+strings.ReplaceAll(m[2], ", ", "\n")+"\n}\n", 0o644)
+			s.shell(r.Command)
+		}
+		if !found {
+			t.Errorf("no remedy in %+v", s.results())
+		}
+		diagnoses(t, s.doctor(), healthy)
+		must(t, login(client4, "143", imap, "alice", password))
+		wantTrusted(t, client4, "alice", day)
+	})
+}
+
+// The line that overrides the drop-in is named, in a file that Dovecot reads
+// later.
+func TestDoctorOverridden(t *testing.T) {
+	t.Parallel()
+	eachDovecot(t, func(t *testing.T, d dovecot) {
+		s := d.start(t, with{dropIn: func(string) string { return "!include_try /etc/dovecot/conf.d/*.conf\n" }})
+		must(t, unix.Mount("none", filepath.Join(d.root, "etc/dovecot/conf.d"), "tmpfs", 0, "mode=755"))
+		s.install()
+		loadSets(t)
+		s.shell("nftwl setup dovecot --write && printf 'service pop3 {\n  executable = pop3\n}\n' >/etc/dovecot/conf.d/99-local.conf && doveadm reload")
+		diagnoses(t, s.doctor(), healthy.but(diagnosis{"dovecot.protocols": "fail: logins by pop3 trust no one"}))
+		for _, r := range s.results() {
+			if want := `delete "executable = pop3" from /etc/dovecot/conf.d/99-local.conf, line 2`; r.Check == "dovecot.protocols" && !strings.HasPrefix(r.Remedy, want) {
+				t.Errorf("the remedy is %q, want %q", r.Remedy, want)
+			}
+		}
+		s.shell("sed -i 2d /etc/dovecot/conf.d/99-local.conf && doveadm reload")
+		diagnoses(t, s.doctor(), healthy)
+	})
+}
