@@ -22,8 +22,9 @@ func newDoctor(configPath *string) *cobra.Command {
 		Use:   "doctor",
 		Short: "Check the whole installation, and say what to do",
 		Long: `Checks the configuration, the kernel's sets and rules, Dovecot, nftwld, the
-units and fail2ban, each with one line, and says what to do about what is
-wrong. It changes nothing. Run it as root.
+units and fail2ban, and says what to do about what is wrong. Where Dovecot runs,
+it tries a login of an address that belongs to no one, and removes that again.
+It changes nothing else. Run it as root.
 
   ok     as it should be
   warn   works, and should be looked at
@@ -48,14 +49,18 @@ Exit status: 0 when nothing failed, 1 when something did.`,
 			}
 			d := &doctor.Doctor{Executable: exe, ConfigPath: path}
 			results := []doctor.Result{}
-			broken := false
+			count := make(map[doctor.Status]int)
+			screen := terminal()
 			d.Run(ctx, func(r doctor.Result) {
 				results = append(results, r)
-				broken = broken || r.Status == doctor.Fail
+				count[r.Status]++
 				if !asJSON && err == nil {
-					_, err = fmt.Print(resultLines(r))
+					_, err = fmt.Print(screen.result(r))
 				}
 			})
+			if !asJSON && err == nil {
+				_, err = fmt.Println(summary(count))
+			}
 			if asJSON {
 				enc := json.NewEncoder(os.Stdout)
 				enc.SetEscapeHTML(false)
@@ -66,7 +71,7 @@ Exit status: 0 when nothing failed, 1 when something did.`,
 				return failed(errors.New("doctor: interrupted, so not everything was checked"))
 			case err != nil:
 				return failed(err)
-			case broken:
+			case count[doctor.Fail] > 0:
 				return &status{code: exitFailed}
 			}
 			return nil
@@ -76,15 +81,71 @@ Exit status: 0 when nothing failed, 1 when something did.`,
 	return cmd
 }
 
-// resultLines is a line for a result, and what to do about it below.
-func resultLines(r doctor.Result) string {
+// summary says how many checks came out how.
+func summary(count map[doctor.Status]int) string {
+	var words []string
+	for _, of := range []struct {
+		status    doctor.Status
+		one, many string
+	}{
+		{doctor.OK, "ok", "ok"}, {doctor.Warn, "warning", "warnings"}, {doctor.Fail, "failed", "failed"}, {doctor.Skip, "skipped", "skipped"},
+	} {
+		switch n := count[of.status]; {
+		case n == 1:
+			words = append(words, "1 "+of.one)
+		case n > 1:
+			words = append(words, fmt.Sprint(n, " ", of.many))
+		}
+	}
+	return strings.Join(words, ", ")
+}
+
+// colours of the statuses, for SGR (ECMA-48).
+var colours = map[doctor.Status]string{doctor.OK: "32", doctor.Warn: "33", doctor.Fail: "1;31", doctor.Skip: "2"}
+
+// result is a line for a result, and what to do about it below. A terminal has
+// them in lines that are no longer than its own.
+func (s screen) result(r doctor.Result) string {
+	const names = 22
+	indent := 6 + names + 2
+	if s.width > 0 && s.width < indent+30 {
+		indent = 6
+	}
 	var b strings.Builder
-	fmt.Fprintf(&b, "%-4s  %-22s  %s\n", r.Status, printable(r.Check), printable(r.Text))
+	status := fmt.Sprintf("%-4s", r.Status)
+	if s.colour {
+		status = "\x1b[" + colours[r.Status] + "m" + status + "\x1b[0m"
+	}
+	fmt.Fprintf(&b, "%s  %-*s  ", status, names, printable(r.Check))
+	left := strings.Repeat(" ", indent)
+	if indent < names || columns(r.Check) > names {
+		b.WriteString("\n" + left)
+	}
+	next := "\n" + left
+	b.WriteString(strings.Join(s.wrap(printable(r.Text), indent, ""), next))
 	if r.Remedy != "" {
-		fmt.Fprintf(&b, "      %-22s  %s\n", "", printable(r.Remedy))
+		b.WriteString(next + strings.Join(s.wrap(printable(r.Remedy), indent, ""), next))
 	}
-	if r.Command != "" {
-		fmt.Fprintf(&b, "      %-22s  # %s\n", "", printable(r.Command))
+	if r.Command != "" { // which a shell takes in several lines, too
+		b.WriteString(next + "# " + strings.Join(s.wrap(printable(r.Command), indent+2, ` \`), next+"  "))
 	}
-	return b.String()
+	return b.String() + "\n"
+}
+
+// wrap breaks text at spaces, so that it fits beside an indent; each line but
+// the last has an end. A word that is longer than a line stays whole.
+func (s screen) wrap(text string, indent int, end string) (lines []string) {
+	line, quoted := "", false
+	for _, word := range strings.Split(text, " ") {
+		// A break inside quotes would become part of the word.
+		if line != "" && !(end != "" && quoted) && s.width > 0 && indent+columns(line+" "+word+end) > s.width {
+			lines, line = append(lines, line+end), word
+		} else if line != "" {
+			line += " " + word
+		} else {
+			line = word
+		}
+		quoted = quoted != (strings.Count(word, "'")%2 == 1)
+	}
+	return append(lines, line)
 }
