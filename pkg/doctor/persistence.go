@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"nftwl/pkg/config"
 	"nftwl/pkg/nftset"
 	"nftwl/pkg/snapshot"
 )
@@ -39,6 +40,9 @@ func (d *Doctor) checkPersistence(ctx context.Context) {
 	d.checkSnapshot(saving)
 }
 
+// standalone is where setup puts rules that have a table of their own.
+const standalone = "/etc/nftwl/standalone.nft"
+
 // checkPersist tells whether the unit that keeps the sets is in use. It can be
 // one that loads the rules, too.
 func (d *Doctor) checkPersist(ctx context.Context, nftables, persist unit, alone, unsound bool) bool {
@@ -46,9 +50,16 @@ func (d *Doctor) checkPersist(ctx context.Context, nftables, persist unit, alone
 	const nothing = "after a reboot neither the rules nor the sets are there"
 	lost := "the sets are empty after each reload of nftables and each reboot"
 	enable := remedy{"enable it", "systemctl enable --now nftwl-persist"}
-	if alone {
+	follow := remedy{"enable it too: nftwl-persist.service follows it; where the firewall is ufw's or firewalld's, nftwl setup systemd has another unit", "systemctl enable nftables"}
+	switch {
+	case alone:
 		lost = nothing
-	} else if nftables["ActiveState"] != "active" {
+	case !nftables.startsAtBoot() && d.config.Table != config.Default().Table && exists(standalone):
+		lost = nothing
+		enable = remedy{"take the unit that loads " + standalone + " itself: move away what is in its place in /etc/systemd/system; afterwards: systemctl daemon-reload && systemctl enable --now nftwl-persist",
+			"nftwl setup systemd --write"}
+		follow = enable
+	case nftables["ActiveState"] != "active":
 		// Or systemd refuses the one for want of the other.
 		enable = remedy{"enable it, and nftables.service, which loads /etc/nftables.conf in place of all rules; where the firewall is ufw's or firewalld's, nftwl setup systemd has another unit",
 			"systemctl enable --now nftables nftwl-persist"}
@@ -74,8 +85,7 @@ func (d *Doctor) checkPersist(ctx context.Context, nftables, persist unit, alone
 		d.fail(check, remedy{"disable it where another program owns the firewall; else include " + loaded(persist) + " in its file, and take the unit that follows it (nftwl setup systemd)", "systemctl disable nftables"},
 			"a restart or reload of nftables.service flushes all tables, and nftwl-persist.service does not follow it")
 	case !alone && !nftables.startsAtBoot():
-		d.fail(check, remedy{"enable it too: nftwl-persist.service follows it; where the firewall is ufw's or firewalld's, nftwl setup systemd has another unit", "systemctl enable nftables"},
-			"nftables.service is not enabled: %s", nothing)
+		d.fail(check, follow, "nftwl-persist.service follows nftables.service, which is not enabled: %s", nothing)
 	case !alone && nftables["ActiveState"] != "active":
 		d.fail(check, remedy{"fix what it says, then start it: it loads /etc/nftables.conf in place of all rules", nftables.journal()},
 			"nftables.service is %s, and so the sets are not kept", nftables["ActiveState"])

@@ -114,15 +114,13 @@ func TestDoctorPersistence(t *testing.T) {
 		m.run("systemctl", "start", "nftwl-save")
 		m.diagnoses("a healthy machine", "persistence", map[string]string{
 			"persistence.unit":     "ok: .* enabled and active$",
-			"persistence.order":    "ok: ",
+			"persistence.boot":     "ok: /etc/nftables.conf has what table inet filter has now$",
 			"persistence.save":     "ok: .*the last save succeeded",
 			"persistence.snapshot": fmt.Sprintf(`ok: %s: %d elements, saved \d+s ago$`, file, len(want)),
 		})
 
-		// edit replaces a line of a unit, and says so to systemd.
-		edit := func(unit, line, by string) func() {
-			return m.commands(fmt.Sprintf("sed -i 's/^%s$/%s/' /etc/systemd/system/%s && systemctl daemon-reload", line, by, unit))
-		}
+		m.run("cp", "/etc/nftables.conf", "/run/good.conf")
+		const asBefore = "cp /run/good.conf /etc/nftables.conf"
 		truncate := func() {
 			m.run("cp", "-p", file, "/run/good")
 			m.run("truncate", "--size=-20", file)
@@ -171,23 +169,30 @@ func TestDoctorPersistence(t *testing.T) {
 			{"persist unit not enabled", m.commands("systemctl disable nftwl-persist"), m.commands("systemctl enable nftwl-persist"),
 				map[string]string{"persistence.unit": "warn: nftwl-persist.service is not enabled:" + late}},
 			{"nftables.service not enabled", m.commands("systemctl disable nftables"), m.commands("systemctl enable nftables"),
-				map[string]string{"persistence.unit": "fail: nftables.service is not enabled"}},
+				map[string]string{"persistence.unit": "fail: nftwl-persist.service follows nftables.service, which is not enabled"}},
 			{"no persist unit", m.commands("mv /etc/systemd/system/nftwl-persist.service /run; systemctl daemon-reload"),
 				m.commands("mv /run/nftwl-persist.service /etc/systemd/system/; systemctl daemon-reload"),
 				map[string]string{"persistence.unit": "warn: nftwl-persist.service is not installed:" + late}},
 			{"a file that systemd has not read", m.commands("touch /etc/systemd/system/nftwl-persist.service"), m.commands("systemctl daemon-reload"),
 				map[string]string{"persistence.unit": "warn: .*another file than systemd has read"}},
-			{"restore not ordered", edit("nftwl-persist.service", "After=local-fs.target nftables.service", "After=local-fs.target"),
-				edit("nftwl-persist.service", "After=local-fs.target", "After=local-fs.target nftables.service"),
-				map[string]string{"persistence.order": "fail: .*: nftwl-persist.service lacks After=nftables.service$"}},
-			{"save not ordered", edit("nftwl-snapshot.service", "Before=nftables.service shutdown.target", "Before=shutdown.target"),
-				edit("nftwl-snapshot.service", "Before=shutdown.target", "Before=nftables.service shutdown.target"),
-				map[string]string{"persistence.order": "fail: .*: nftwl-snapshot.service lacks Before=nftables.service$"}},
-			{"no save before a reload", edit("nftwl-snapshot.service", "ReloadPropagatedFrom=nftables.service", ""),
-				edit("nftwl-snapshot.service", "PartOf=nftwl-persist.service", "ReloadPropagatedFrom=nftables.service\\n&"),
-				map[string]string{"persistence.order": "fail: .*: nftwl-snapshot.service lacks ReloadPropagatedFrom=nftables.service$"}},
 			{"timer stopped", m.commands("systemctl stop nftwl-save.timer"), m.commands("systemctl start nftwl-save.timer nftwl-save"),
 				map[string]string{"persistence.save": "warn: nftwl-save.timer is inactive: a power cut loses "}},
+			{"a boot file with an error", m.commands("echo nonsense >>/etc/nftables.conf"), m.commands(asBefore),
+				map[string]string{"persistence.boot": "fail: after a reboot there is no firewall: nft does not load /etc/nftables.conf: .*Error: syntax error"}},
+			{"no boot file", m.commands("mv /etc/nftables.conf /run"), m.commands("mv /run/nftables.conf /etc"),
+				map[string]string{"persistence.boot": "fail: after a reboot there is no firewall: nftables.service loads it, .*/etc/nftables.conf: no such file"}},
+			{"what it includes is removed", m.commands("mv /etc/nftwl /run"), m.commands("mv /run/nftwl /etc"),
+				map[string]string{"persistence.boot": "fail: after a reboot there is no firewall: nft does not load /etc/nftables.conf: .*nftwl.nft"}},
+			{"no include", m.commands("sed -i '/include/d;/jump nftwl/d' /etc/nftables.conf"), m.commands(asBefore),
+				map[string]string{"persistence.boot": "fail: /etc/nftables.conf lacks what is loaded now, .*table inet filter has no "}},
+			{"no jump", m.commands("sed -i '/jump nftwl/d' /etc/nftables.conf"), m.commands(asBefore),
+				map[string]string{"persistence.boot": "fail: /etc/nftables.conf lacks what is loaded now, .* no \".*jump nftwl"}},
+			{"no table", m.commands("echo 'flush ruleset' >/etc/nftables.conf"), m.commands(asBefore),
+				map[string]string{"persistence.boot": "fail: after a reboot table inet filter is gone"}},
+			{"a rule by hand", m.commands("nft add rule inet filter input tcp dport 4711 accept"), m.commands("systemctl reload nftables"),
+				map[string]string{"persistence.boot": "warn: /etc/nftables.conf lacks what is loaded now, .*no \"tcp dport 4711 accept\"$"}},
+			{"a rule that is not loaded", m.commands("echo 'add rule inet filter input tcp dport 4711 accept' >>/etc/nftables.conf"), m.commands(asBefore),
+				map[string]string{"persistence.boot": "warn: /etc/nftables.conf has changed since it was loaded: \"tcp dport 4711 accept\"$"}},
 			{"disk full", func() { full(); m.fails("systemctl", "start", "nftwl-save") },
 				m.commands("umount /var/lib/private/nftwl; systemctl start nftwl-save"),
 				map[string]string{"persistence.save": `fail: the last save failed \(.+\): .*no space left`}},
@@ -231,7 +236,7 @@ func TestDoctorStandalone(t *testing.T) {
 		const unit = "/etc/systemd/system/nftwl-persist.service"
 		const mended = "cp /run/good " + file
 		const nothing = "after a reboot neither the rules nor the sets are there$"
-		const syntax = "fail: nft does not load it: " + file + `:\d+:\d+-\d+: Error: syntax error`
+		const syntax = "fail: after a reboot there is no firewall: nft does not load " + file + `: ` + file + `:\d+:\d+-\d+: Error: syntax error`
 		m.run("cp", file, "/run/good")
 		m.tries("persistence", []fault{
 			{"the other unit", func() {
@@ -243,27 +248,22 @@ func TestDoctorStandalone(t *testing.T) {
 			}, m.commands("systemctl disable nftwl-persist; mv /run/nftwl-persist.service " + unit + "; systemctl enable nftwl-persist"),
 				map[string]string{"persistence.unit": "fail: nftwl-persist.service follows nftables.service, which is not enabled: " + nothing}},
 			{"nftables.service beside it", m.commands("systemctl enable nftables"), m.commands("systemctl disable nftables"),
-				map[string]string{"persistence.order": "fail: a restart or reload of nftables.service flushes all tables"}},
-			{"late", m.commands("sed -i 's/^Before=network-pre.target /Before=/' " + unit + "; systemctl daemon-reload"),
-				m.commands("sed -i 's/^Before=/&network-pre.target /' " + unit + "; systemctl daemon-reload"),
-				map[string]string{"persistence.order": "fail: .* lacks Before=network-pre.target$"}},
+				map[string]string{"persistence.unit": "fail: a restart or reload of nftables.service flushes all tables"}},
 			{"another table", m.commands("echo 'table: inet filter' >/etc/nftwl.yaml"), m.commands("echo 'table: inet nftwl' >/etc/nftwl.yaml"),
 				map[string]string{
-					"persistence.rules":    "fail: nftwl-persist.service loads " + file + ", which lacks table inet filter",
 					"persistence.snapshot": "fail: .*none of the sets in it is one of table inet filter",
 				}},
 			{"no rules", m.commands("rm " + file), m.commands(mended),
-				map[string]string{"persistence.rules": "fail: nftwl-persist.service loads it, .* " + file + ": no such file"}},
+				map[string]string{"persistence.boot": "fail: after a reboot there is no firewall: nftwl-persist.service loads it, .* " + file + ": no such file"}},
 			{"rules that it cannot read", m.commands("chmod 600 " + file), m.commands("chmod 644 " + file),
-				map[string]string{"persistence.rules": "fail: " + file + " has mode 0600"}},
+				map[string]string{"persistence.boot": "fail: " + file + " has mode 0600"}},
 			{"a reload that loaded none", func() {
 				m.commands("echo no rule >>" + file)()
-				m.diagnoses("the next boot loads none", "persistence", map[string]string{"persistence.rules": syntax})
+				m.diagnoses("the next boot loads none", "persistence", map[string]string{"persistence.boot": syntax})
 				m.fails("systemctl", "reload", "nftwl-persist")
 			}, m.commands(mended + "; systemctl reload nftwl-persist"),
 				map[string]string{
-					"persistence.rules": syntax,
-					"persistence.unit":  "fail: the last reload of nftwl-persist.service failed: persistence.rules says why$",
+					"persistence.boot": syntax,
 				}},
 		})
 	})

@@ -135,7 +135,7 @@ func (m *machine) healthy() {
 			m.Errorf("%s %s: %s (%s; %s)", r.Status, r.Check, r.Text, r.Remedy, r.Command)
 		}
 	}
-	for _, group := range []string{"config", "kernel", "sets", "rules", "dovecot", "persistence", "fail2ban", "login"} {
+	for _, group := range []string{"config", "kernel", "sets", "rules", "dovecot", "persistence", "fail2ban"} {
 		if !groups[group] {
 			m.Errorf("doctor has not looked at %s", group)
 		}
