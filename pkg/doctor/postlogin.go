@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -243,7 +244,7 @@ func (d *Doctor) withheld(ctx context.Context, p *postLogin) cause {
 	program := systemctl()
 	if program != "" {
 		units, err := show(ctx, program, "dovecot.service")
-		if err == nil && units[0]["RestrictAddressFamilies"] != "" && strings.HasPrefix(units[0]["RestrictAddressFamilies"], "~") == units[0].has("RestrictAddressFamilies", "AF_NETLINK") {
+		if err == nil && units[0].withholdsNetlink() {
 			lacks = append(lacks, "AF_NETLINK (RestrictAddressFamilies)")
 			settings = append(settings, "RestrictAddressFamilies=AF_NETLINK")
 		}
@@ -263,6 +264,12 @@ func (d *Doctor) withheld(ctx context.Context, p *postLogin) cause {
 	return cause{text, "no login can be trusted", remedy{"let its unit have it",
 		fmt.Sprintf(`mkdir -p %[1]s && printf '%%s\n' '[Service]' '%[2]s' >>%[1]s/nftwl.conf && systemctl daemon-reload && systemctl restart dovecot`,
 			dir, strings.Join(settings, "' '"))}}
+}
+
+// withholdsNetlink is about a list of what is allowed or, after a ~, denied.
+func (u unit) withholdsNetlink() bool {
+	list, denied := strings.CutPrefix(u["RestrictAddressFamilies"], "~")
+	return list != "" && slices.Contains(strings.Fields(list), "AF_NETLINK") == denied
 }
 
 // checkSafe checks that Dovecot runs as root only what is root's, and this very

@@ -50,11 +50,6 @@ func show(ctx context.Context, systemctl string, names ...string) ([]unit, error
 	return units, nil
 }
 
-// has tells whether a property that is a list has a word.
-func (u unit) has(property, word string) bool {
-	return slices.Contains(strings.Fields(u[property]), word)
-}
-
 // startsAtBoot is about what is told to; a static unit is started by another.
 func (u unit) startsAtBoot() bool {
 	return slices.Contains([]string{"enabled", "static", "generated"}, u["UnitFileState"])

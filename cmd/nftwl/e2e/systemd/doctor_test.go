@@ -16,13 +16,20 @@ import (
 // No name may be there twice.
 func (m *machine) doctor(group string) map[string]string {
 	m.Helper()
+	found, _ := m.findings(group)
+	return found
+}
+
+// findings returns the commands of the remedies, too.
+func (m *machine) findings(group string) (found, commands map[string]string) {
+	m.Helper()
 	// It exits with 1 where another group's check fails.
 	out, err := m.try("nftwl", "doctor", "--json")
 	var results []struct{ Check, Status, Text, Remedy, Command string }
 	if e := json.Unmarshal([]byte(out), &results); e != nil {
 		m.Fatalf("nftwl doctor: %v, %v\n%s", err, e, out)
 	}
-	found := make(map[string]string)
+	found, commands = make(map[string]string), make(map[string]string)
 	for _, r := range results {
 		if r.Check != group && !strings.HasPrefix(r.Check, group+".") {
 			continue
@@ -34,8 +41,9 @@ func (m *machine) doctor(group string) map[string]string {
 			m.Errorf("%+v", r)
 		}
 		found[r.Check] = r.Status + ": " + r.Text
+		commands[r.Check] = r.Command
 	}
-	return found
+	return found, commands
 }
 
 // diagnoses checks that these checks say this, each a regular expression, and
@@ -56,7 +64,8 @@ func (m *machine) diagnoses(what, group string, want map[string]string) {
 	}
 }
 
-// A fault is a way to break a machine, and to mend it again.
+// A fault is a way to break a machine, and to mend it again. With nil, the
+// doctor's remedies mend it, as they are written.
 type fault struct {
 	name       string
 	make, mend func()
@@ -71,7 +80,15 @@ func (m *machine) tries(group string, faults []fault) {
 		if m.Failed() {
 			m.FailNow()
 		}
-		f.mend() // the next one shows whether it is
+		if f.mend == nil {
+			_, commands := m.findings(group)
+			for check := range f.diagnosis {
+				m.run("sh", "-euc", commands[check])
+			}
+		} else {
+			f.mend()
+		}
+		// The next one shows whether it is mended.
 		m.settle()
 	}
 	m.diagnoses("all mended", group, nil)
@@ -105,7 +122,10 @@ func TestDoctorPersistence(t *testing.T) {
 			"persistence.unit":     "warn: nftwl-persist.service is not enabled:" + late,
 			"persistence.snapshot": "skip: no snapshot yet: " + file,
 		})
-		m.install()
+		// The remedy of a fresh machine, as it is written, enables what README does.
+		_, commands := m.findings("persistence")
+		m.run("sh", "-euc", commands["persistence.unit"])
+		m.settle()
 		m.diagnoses("nobody is trusted yet", "persistence", map[string]string{
 			"persistence.save":     "ok: .*the last save succeeded",
 			"persistence.snapshot": "ok: " + file + ": 0 elements, ",
@@ -166,16 +186,16 @@ func TestDoctorPersistence(t *testing.T) {
 			{"nftables.service stopped", func() { m.run("systemctl", "stop", nftables); m.settle() },
 				func() { m.run("systemctl", "start", nftables); m.settle(); m.run("systemctl", "start", "nftwl-save") },
 				with("persistence.unit", "fail: nftables.service is inactive")},
-			{"persist unit not enabled", m.commands("systemctl disable nftwl-persist"), m.commands("systemctl enable nftwl-persist"),
+			{"persist unit not enabled", m.commands("systemctl disable nftwl-persist"), nil,
 				map[string]string{"persistence.unit": "warn: nftwl-persist.service is not enabled:" + late}},
-			{"nftables.service not enabled", m.commands("systemctl disable nftables"), m.commands("systemctl enable nftables"),
+			{"nftables.service not enabled", m.commands("systemctl disable nftables"), nil,
 				map[string]string{"persistence.unit": "fail: nftwl-persist.service follows nftables.service, which is not enabled"}},
 			{"no persist unit", m.commands("mv /etc/systemd/system/nftwl-persist.service /run; systemctl daemon-reload"),
 				m.commands("mv /run/nftwl-persist.service /etc/systemd/system/; systemctl daemon-reload"),
 				map[string]string{"persistence.unit": "warn: nftwl-persist.service is not installed:" + late}},
-			{"a file that systemd has not read", m.commands("touch /etc/systemd/system/nftwl-persist.service"), m.commands("systemctl daemon-reload"),
+			{"a file that systemd has not read", m.commands("touch /etc/systemd/system/nftwl-persist.service"), nil,
 				map[string]string{"persistence.unit": "warn: .*another file than systemd has read"}},
-			{"timer stopped", m.commands("systemctl stop nftwl-save.timer"), m.commands("systemctl start nftwl-save.timer nftwl-save"),
+			{"timer stopped", m.commands("systemctl stop nftwl-save.timer"), nil,
 				map[string]string{"persistence.save": "warn: nftwl-save.timer is inactive: a power cut loses "}},
 			{"a boot file with an error", m.commands("echo nonsense >>/etc/nftables.conf"), m.commands(asBefore),
 				map[string]string{"persistence.boot": "fail: after a reboot there is no firewall: nft does not load /etc/nftables.conf: .*Error: syntax error"}},
@@ -189,7 +209,7 @@ func TestDoctorPersistence(t *testing.T) {
 				map[string]string{"persistence.boot": "fail: /etc/nftables.conf lacks what is loaded now, .* no \".*jump nftwl"}},
 			{"no table", m.commands("echo 'flush ruleset' >/etc/nftables.conf"), m.commands(asBefore),
 				map[string]string{"persistence.boot": "fail: after a reboot table inet filter is gone"}},
-			{"a rule by hand", m.commands("nft add rule inet filter input tcp dport 4711 accept"), m.commands("systemctl reload nftables"),
+			{"a rule by hand", m.commands("nft add rule inet filter input tcp dport 4711 accept"), nil,
 				map[string]string{"persistence.boot": "warn: /etc/nftables.conf lacks what is loaded now, .*no \"tcp dport 4711 accept\"$"}},
 			{"a rule that is not loaded", m.commands("echo 'add rule inet filter input tcp dport 4711 accept' >>/etc/nftables.conf"), m.commands(asBefore),
 				map[string]string{"persistence.boot": "warn: /etc/nftables.conf has changed since it was loaded: \"tcp dport 4711 accept\"$"}},
@@ -201,15 +221,15 @@ func TestDoctorPersistence(t *testing.T) {
 				map[string]string{"persistence.save": "fail: the sets were not saved before the last reload of nftables: .*no space left"}},
 			{"huge", m.commands("cp -p " + file + " /run/good; truncate --size=65M " + file), m.commands("cp -p /run/good " + file),
 				map[string]string{"persistence.snapshot": `ok: .* 65 MiB, which is too much to look into here; written \d+s ago$`}},
-			{"everyone can write", m.commands("chmod 666 " + file), m.commands("chmod 600 " + file),
+			{"everyone can write", m.commands("chmod 666 " + file), nil,
 				map[string]string{"persistence.snapshot": "fail: " + file + " is a file that everyone can write to"}},
-			{"another's", m.commands("chown 1234 " + file), m.commands("chown --reference=/var/lib/nftwl/ " + file),
+			{"another's", m.commands("chown 1234 " + file), nil,
 				map[string]string{"persistence.snapshot": "fail: " + file + " belongs to user 1234"}},
-			{"old", older, m.commands("systemctl start nftwl-save"),
+			{"old", older, nil,
 				map[string]string{"persistence.snapshot": "warn: .* saved 2h ago, though nftwl-save.timer saves"}},
 			{"of other sets", m.commands("cp -p " + file + " /run/good; nft add table inet other; nft list table inet other >" + file + "; nft delete table inet other"), m.commands("cp -p /run/good " + file),
 				map[string]string{"persistence.snapshot": "fail: .*none of the sets in it is one of table inet filter"}},
-			{"a damaged one kept", m.commands("touch " + file + ".bad"), m.commands("rm " + file + ".bad"),
+			{"a damaged one kept", m.commands("touch " + file + ".bad"), nil,
 				map[string]string{"persistence.bad": "warn: .*" + file + ".bad"}},
 		})
 
@@ -247,7 +267,7 @@ func TestDoctorStandalone(t *testing.T) {
 				m.run("systemctl", "enable", "nftwl-persist")
 			}, m.commands("systemctl disable nftwl-persist; mv /run/nftwl-persist.service " + unit + "; systemctl enable nftwl-persist"),
 				map[string]string{"persistence.unit": "fail: nftwl-persist.service follows nftables.service, which is not enabled: " + nothing}},
-			{"nftables.service beside it", m.commands("systemctl enable nftables"), m.commands("systemctl disable nftables"),
+			{"nftables.service beside it", m.commands("systemctl enable nftables"), nil,
 				map[string]string{"persistence.unit": "fail: a restart or reload of nftables.service flushes all tables"}},
 			{"another table", m.commands("echo 'table: inet filter' >/etc/nftwl.yaml"), m.commands("echo 'table: inet nftwl' >/etc/nftwl.yaml"),
 				map[string]string{
@@ -255,7 +275,7 @@ func TestDoctorStandalone(t *testing.T) {
 				}},
 			{"no rules", m.commands("rm " + file), m.commands(mended),
 				map[string]string{"persistence.boot": "fail: after a reboot there is no firewall: nftwl-persist.service loads it, .* " + file + ": no such file"}},
-			{"rules that it cannot read", m.commands("chmod 600 " + file), m.commands("chmod 644 " + file),
+			{"rules that it cannot read", m.commands("chmod 600 " + file), nil,
 				map[string]string{"persistence.boot": "fail: " + file + " has mode 0600"}},
 			{"a reload that loaded none", func() {
 				m.commands("echo no rule >>" + file)()
@@ -265,6 +285,42 @@ func TestDoctorStandalone(t *testing.T) {
 				map[string]string{
 					"persistence.boot": syntax,
 				}},
+		})
+	})
+}
+
+// A Dovecot that does not run, or that its unit keeps from nftables.
+func TestDoctorDovecotUnit(t *testing.T) {
+	t.Parallel()
+	onEach(t, func(t *testing.T, b base) {
+		t.Parallel()
+		m := newMachine(t, b)
+		m.run("rm", "-f", "/usr/bin/fail2ban-client")
+		m.mail()
+		m.install()
+		m.write("run/systemd/system/dovecot.service.d/test.conf", "[Unit]\nStartLimitIntervalSec=0\n")
+		m.run("sh", "-euc", "nftwl setup dovecot --write && systemctl daemon-reload && systemctl enable --now dovecot")
+		m.diagnoses("a healthy machine", "dovecot", nil)
+		const dir = "/etc/systemd/system/dovecot.service.d"
+		unit := func(settings string) func() {
+			return m.commands("rm -rf " + dir + "; mkdir " + dir + "; printf '[Service]\n" + settings + "\n' >" + dir + "/a.conf; systemctl daemon-reload; systemctl restart dovecot")
+		}
+		m.tries("dovecot", []fault{
+			{"stopped", m.commands("systemctl stop dovecot"), m.commands("systemctl start dovecot"), map[string]string{
+				"dovecot.running": "fail: dovecot.service is enabled, and Dovecot is not running", "dovecot.login": "skip: .*Dovecot is not running"}},
+			{"stopped and disabled", m.commands("systemctl disable --now dovecot"), m.commands("systemctl enable --now dovecot"), map[string]string{
+				"dovecot.running": "skip: ", "dovecot.login": "skip: "}},
+			{"failed", func() {
+				m.commands("systemctl kill --signal=KILL dovecot")()
+				m.until("dovecot.service has failed", func() error { _, err := m.try("systemctl", "is-failed", "-q", "dovecot"); return err })
+			}, m.commands("systemctl restart dovecot"), map[string]string{
+				"dovecot.running": "fail: dovecot.service has failed: result signal", "dovecot.login": "skip: "}},
+			{"capabilities", unit("CapabilityBoundingSet=~CAP_NET_ADMIN"), nil, map[string]string{
+				"dovecot.login": "fail: a login by service nftwl was tried: the login goes on, but the client is not trusted: Dovecot's unit withholds CAP_NET_ADMIN$"}},
+			{"address families", unit("RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"), nil, map[string]string{
+				"dovecot.login": "fail: .* the client is not trusted: Dovecot's unit withholds AF_NETLINK "}},
+			{"both", unit("RestrictAddressFamilies=~AF_NETLINK\nCapabilityBoundingSet=~CAP_NET_ADMIN"), nil, map[string]string{
+				"dovecot.login": "fail: .* the client is not trusted: Dovecot's unit withholds CAP_NET_ADMIN and AF_NETLINK "}},
 		})
 	})
 }
