@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -18,6 +19,8 @@ import (
 	"nftwl/pkg/doveconf"
 	"nftwl/pkg/setup"
 )
+
+const dovecotConf = "/etc/dovecot/dovecot.conf"
 
 // reload is a remedy in Dovecot's settings.
 func reload(format string, args ...any) remedy {
@@ -90,7 +93,7 @@ func (d *Doctor) checkRunning(ctx context.Context) {
 	// The master makes this link when it starts.
 	conf, err := os.Readlink(d.dovecot.Path("dovecot.conf"))
 	if err != nil {
-		conf = "/etc/dovecot/dovecot.conf"
+		conf = dovecotConf
 	}
 	var files []string
 	for _, line := range doveconf.Lines(conf) {
@@ -113,51 +116,50 @@ func (d *Doctor) checkRunning(ctx context.Context) {
 // src/master/service.c; one that fails does not.
 func master(pidFile string) (pid int, loaded time.Time, err error) {
 	b, err := os.ReadFile(pidFile)
-	if err == nil {
-		pid, err = strconv.Atoi(strings.TrimSpace(string(b)))
-	}
 	if err != nil {
 		return 0, loaded, err
 	}
-	name, _, started, err := procStat(strconv.Itoa(pid))
-	if err != nil || name != "dovecot" { // the file is an old one
+	main, err := readProcess(strings.TrimSpace(string(b)))
+	if err != nil || main.name != "dovecot" { // the file is an old one
 		return 0, loaded, cmp.Or(err, fs.ErrNotExist)
 	}
-	processes, _ := filepath.Glob("/proc/[0-9]*") // the pattern is right
-	for _, dir := range processes {
-		name, parent, at, err := procStat(filepath.Base(dir))
-		if err == nil && name == "log" && parent == pid && at > started {
-			started = at
+	started := main.started
+	all, _ := filepath.Glob("/proc/[0-9]*") // the pattern is right
+	for _, dir := range all {
+		if p, err := readProcess(filepath.Base(dir)); err == nil && p.name == "log" && p.parent == main.pid {
+			started = max(started, p.started)
 		}
 	}
 	var now unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now); err != nil {
-		return 0, loaded, err
-	}
-	// The kernel counts the start in hundredths of a second (USER_HZ).
-	age := time.Duration(now.Nano()) - started*(time.Second/100)
-	return pid, time.Now().Add(-age).Add(20 * time.Millisecond), nil
+	err = unix.ClockGettime(unix.CLOCK_BOOTTIME, &now)
+	// The kernel counts in steps of 10 ms.
+	return main.pid, time.Now().Add(started - time.Duration(now.Nano()) + 20*time.Millisecond), err
 }
 
-// procStat returns the name of a process, its parent, and when it started since
-// the machine booted, in hundredths of a second: see proc_pid_stat(5).
-func procStat(pid string) (name string, parent int, started time.Duration, err error) {
+// A process is one of /proc.
+type process struct {
+	pid, parent int
+	name        string
+	started     time.Duration // since the machine booted
+}
+
+// readProcess reads what proc_pid_stat(5) describes.
+func readProcess(pid string) (p process, err error) {
 	text, err := os.ReadFile(filepath.Join("/proc", pid, "stat"))
 	if err != nil {
-		return "", 0, 0, err
+		return p, err
 	}
-	_, rest, _ := strings.Cut(string(text), "(")
-	i := strings.LastIndexByte(rest, ')')
-	if i < 0 {
-		return "", 0, 0, fmt.Errorf("/proc/%s/stat: %q", pid, text)
+	name, rest, _ := bytes.Cut(text, []byte("("))
+	i := bytes.LastIndexByte(rest, ')') // the name can have one, too
+	fields := strings.Fields(string(rest[i+1:]))
+	if i < 0 || len(fields) < 20 {
+		return p, fmt.Errorf("/proc/%s/stat: %q", pid, text)
 	}
-	fields := strings.Fields(rest[i+1:]) // from the third on
-	if len(fields) < 20 {
-		return "", 0, 0, fmt.Errorf("/proc/%s/stat: %q", pid, text)
-	}
-	parent, err = strconv.Atoi(fields[1])
-	at, e := strconv.ParseInt(fields[19], 10, 64)
-	return rest[:i], parent, time.Duration(at), cmp.Or(err, e)
+	ticks, _ := strconv.ParseInt(fields[19], 10, 64) // numbers all of them
+	p.pid, _ = strconv.Atoi(string(bytes.TrimSpace(name)))
+	p.parent, _ = strconv.Atoi(fields[1])
+	p.name, p.started = string(rest[:i]), time.Duration(ticks)*(time.Second/100) // USER_HZ
+	return p, nil
 }
 
 // useDropIn is the remedy where a mail service does not ask nftwl.
@@ -165,10 +167,10 @@ func useDropIn(service string) remedy {
 	if _, err := os.Lstat(setup.DropIn); err != nil {
 		return remedy{"put the settings that ask nftwl into " + filepath.Dir(setup.DropIn) + ", and have Dovecot read them", "nftwl setup dovecot --write && doveadm reload"}
 	}
-	lines := doveconf.Lines("/etc/dovecot/dovecot.conf")
+	lines := doveconf.Lines(dovecotConf)
 	at := slices.IndexFunc(lines, func(l doveconf.Line) bool { return l.File == setup.DropIn })
 	if at < 0 {
-		return remedy{"include conf.d/*.conf in /etc/dovecot/dovecot.conf: Dovecot does not read " + setup.DropIn, "nftwl setup dovecot"}
+		return remedy{"include conf.d/*.conf in " + dovecotConf + ": Dovecot does not read " + setup.DropIn, "nftwl setup dovecot"}
 	}
 	for _, line := range lines[at:] {
 		words := strings.Fields(line.Text)

@@ -3,13 +3,13 @@ package doctor
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"net"
-	"net/netip"
+	"net/url"
 	"os"
 	"strconv"
 	"strings"
@@ -26,9 +26,6 @@ var setupPolicy = remedy{"put nftwld's key, units and settings of Dovecot in pla
 // policySettings is where setup puts the settings of Dovecot that have the key.
 const policySettings = "/etc/dovecot/conf.d/91-nftwl-policy.conf.ext"
 
-// ours are the attributes that only nftwl's drop-in has.
-var ours = []string{"local", "mech", "proxy", "nftwl_trust", "nftwl_timeout"}
-
 // checkPolicy checks nftwld, where it is in use.
 func (d *Doctor) checkPolicy(ctx context.Context) {
 	var dovecot *doveconf.AuthPolicy
@@ -36,24 +33,19 @@ func (d *Doctor) checkPolicy(ctx context.Context) {
 		dovecot = d.dovecot.AuthPolicy()
 	}
 	policy := d.config.Policy
-	if policy == nil {
-		switch {
-		case dovecot == nil || dovecot.URL == "" || !d.valid:
-		case dovecot.Attributes["nftwl_trust"] != "":
-			d.fail("policy.dovecot", remedy{words: "write policy: {} into " + config.Path + ", then: systemctl restart nftwld"},
-				"Dovecot reports to %s as nftwld wants it, and the configuration has no policy", dovecot.URL)
-		default:
-			d.skip("policy.dovecot", "Dovecot reports to %s, and the configuration has no policy", dovecot.URL)
+	switch {
+	case policy != nil:
+		d.checkPolicyService(ctx)
+		d.checkPolicyKey(policy)
+		if d.checkPolicyReports(ctx, policy) {
+			d.checkPolicyDovecot(ctx, dovecot, policy)
 		}
-		return
-	}
-	d.checkPolicyService(ctx)
-	metrics := d.checkPolicyReached(ctx, policy)
-	d.checkPolicyDovecot(dovecot, policy)
-	d.checkPolicyKey(ctx, dovecot, policy, metrics != nil)
-	if metrics != nil {
-		d.checkPolicyReports(metrics)
-		d.checkPolicyPostfix(ctx, metrics)
+	case dovecot == nil || dovecot.URL == "" || !d.valid:
+	case dovecot.Attributes["nftwl_trust"] != "": // as only nftwl's drop-in has it
+		d.fail("policy.dovecot", remedy{words: "write policy: {} into " + d.configPath() + ", then: systemctl restart nftwld"},
+			"Dovecot reports to %s as nftwld wants it, and the configuration has no policy", dovecot.URL)
+	default:
+		d.skip("policy.dovecot", "Dovecot reports to %s, and the configuration has no policy", dovecot.URL)
 	}
 }
 
@@ -92,144 +84,60 @@ func (d *Doctor) checkPolicyService(ctx context.Context) {
 	d.ok(check, "nftwld.socket and nftwld.service are enabled and active")
 }
 
-// checkPolicyReached returns nftwld's metrics, nil if it does not answer.
-func (d *Doctor) checkPolicyReached(ctx context.Context, policy *config.Policy) metrics {
-	const check = "policy.reached"
-	start := remedy{"start it, or see why it does not answer", "systemctl restart nftwld.socket nftwld.service"}
-	status, body, err := request(ctx, policy.Listen, "GET /metrics HTTP/1.0\r\n\r\n")
-	if err != nil {
-		d.fail(check, start, "nftwld does not answer on %s: %v", policy.Listen, err)
-		return nil
-	}
-	m := parseMetrics(body)
-	if status != 200 || m["nftwl_start_timestamp_seconds"] == 0 {
-		d.fail(check, remedy{"see which program listens there", fmt.Sprintf("ss -ltnp sport = :%d", policy.Listen.Port())},
-			"what answers on %s is not nftwld, or another version of it (status %d)", policy.Listen, status)
-		return nil
-	}
-	d.ok(check, "nftwld answers on %s", policy.Listen)
-	return m
-}
-
-func (d *Doctor) checkPolicyDovecot(dovecot *doveconf.AuthPolicy, policy *config.Policy) {
-	const check = "policy.dovecot"
-	if dovecot == nil {
-		d.skip(check, "%s", d.unread)
-		return
-	}
-	var missing, useful []string
-	for _, name := range []string{"login", "pwhash", "remote", "protocol"} {
-		if dovecot.Attributes[name] == "" {
-			missing = append(missing, name)
-		}
-	}
-	for _, name := range ours {
-		if dovecot.Attributes[name] == "" {
-			useful = append(useful, name)
-		}
-	}
-	attributes := reload("take auth_policy_request_attributes of the drop-in that nftwl setup policy prints")
-	switch {
-	case dovecot.URL == "":
-		d.fail(check, setupPolicy, "Dovecot reports no logins: auth_policy_server_url is not set")
-	case !leadsTo(dovecot.URL, policy.Listen):
-		d.fail(check, reload("set auth_policy_server_url = http://%s/", policy.Listen),
-			"Dovecot reports to %s, and nftwld listens on %s", dovecot.URL, policy.Listen)
-	case dovecot.Nonce == "":
-		d.fail(check, reload("set auth_policy_hash_nonce to a word of your own"), "auth_policy_hash_nonce is not set, which Dovecot needs to hash passwords")
-	case !dovecot.Report:
-		d.fail(check, reload("set auth_policy_report_after_auth = yes"), "Dovecot reports no logins: auth_policy_report_after_auth is no")
-	case missing != nil:
-		d.fail(check, attributes, "Dovecot's reports lack %s", strings.Join(missing, ", "))
-	case useful != nil:
-		d.warn(check, attributes, "Dovecot's reports lack %s", strings.Join(useful, ", "))
-	case dovecot.Check && d.dovecot.Values["haproxy_trusted_networks"] == "":
-		d.warn(check, reload("set auth_policy_check_before_auth = no and auth_policy_check_after_auth = no"),
-			"each login waits for nftwld's answer, which only a proxy with the PROXY protocol is a reason for")
-	default:
-		d.ok(check, "Dovecot reports each login to %s", dovecot.URL)
-	}
-}
-
-// leadsTo tells whether a URL is of what listens there: of the path that
-// nftwld serves, without TLS.
-func leadsTo(url string, listen netip.AddrPort) bool {
-	rest, ok := strings.CutPrefix(url, "http://")
-	address, path, _ := strings.Cut(rest, "/")
-	address, _, _ = strings.Cut(address, "?")
-	if !ok || path != "" && path[0] != '?' {
-		return false
-	}
-	host, port, err := net.SplitHostPort(address)
-	if err != nil { // no port
-		host, port = strings.Trim(address, "[]"), "80"
-	}
-	if port != strconv.Itoa(int(listen.Port())) {
-		return false
-	}
-	addr, err := netip.ParseAddr(host)
-	return listen.Addr().IsUnspecified() || err == nil && addr == listen.Addr() || host == "localhost" && listen.Addr().IsLoopback()
-}
-
-// checkPolicyKey follows the key, without a word of it: from the file to
-// nftwld, which answers, and to Dovecot.
-func (d *Doctor) checkPolicyKey(ctx context.Context, dovecot *doveconf.AuthPolicy, policy *config.Policy, answers bool) {
+// checkPolicyKey checks that nobody but root can read the key.
+func (d *Doctor) checkPolicyKey(policy *config.Policy) {
 	const check = "policy.key"
-	if os.Geteuid() != 0 {
-		d.skip(check, "only root can read the key")
-		return
-	}
-	b, err := os.ReadFile(policy.KeyFile)
-	if errors.Is(err, fs.ErrNotExist) {
-		d.fail(check, setupPolicy, "%v", err)
-		return
-	}
-	if err != nil {
-		d.fail(check, remedy{words: "see who moves or replaces it"}, "%v", err)
-		return
-	}
 	for _, path := range []string{policy.KeyFile, policySettings} {
 		info, err := os.Stat(path)
-		if err != nil { // the settings may be in another file
+		switch {
+		case err != nil && path == policy.KeyFile:
+			d.fail(check, setupPolicy, "%v", err)
+		case err != nil: // the settings may be in another file
+			continue
+		case info.Sys().(*syscall.Stat_t).Uid != 0 || info.Mode().Perm()&0o077 != 0:
+			d.fail(check, remedy{"let root alone read it: with the key, any program can have any address trusted or banned",
+				fmt.Sprintf("chown root:root %s && chmod 600 %[1]s", quote(path))},
+				"%s belongs to user %d, with mode %04o", path, info.Sys().(*syscall.Stat_t).Uid, info.Mode().Perm())
+		default:
 			continue
 		}
-		if owner := info.Sys().(*syscall.Stat_t).Uid; owner != 0 || info.Mode().Perm()&0o077 != 0 {
-			d.fail(check, remedy{"let root alone read it: with the key, any program can have any address trusted or banned",
-				fmt.Sprintf("chown root:root %s && chmod 600 %[1]s", quote(path))}, "%s belongs to user %d, with mode %04o", path, owner, info.Mode().Perm())
-			return
-		}
-	}
-	key := strings.TrimSpace(string(b))
-	if dovecot != nil && dovecot.URL != "" {
-		name, value, _ := strings.Cut(dovecot.Header, ":")
-		if !strings.EqualFold(strings.TrimSpace(name), "X-API-Key") || strings.TrimSpace(value) != key || key == "" {
-			d.fail(check, reload("set auth_policy_server_api_header = X-API-Key: and the key in %s", policy.KeyFile),
-				"Dovecot's reports have another key than %s", policy.KeyFile)
-			return
-		}
-	}
-	if !answers {
-		d.skip(check, "%s is root's, and nftwld does not answer", policy.KeyFile)
 		return
 	}
-	// It asks whether nobody may log in, who may.
-	status, _, err := request(ctx, policy.Listen, "POST /?command=allow HTTP/1.0\r\nX-API-Key: "+key+"\r\nContent-Length: 2\r\n\r\n{}")
-	switch {
-	case err != nil:
-		d.fail(check, remedy{"see why", "journalctl -u nftwld"}, "nftwld does not answer: %v", err)
-	case status != 200:
-		d.fail(check, remedy{"have nftwld read it", "systemctl restart nftwld"}, "nftwld refuses the key in %s (status %d)", policy.KeyFile, status)
-	default:
-		d.ok(check, "nftwld takes the key in %s", policy.KeyFile)
-	}
+	d.ok(check, "%s is root's", policy.KeyFile)
 }
 
-func (d *Doctor) checkPolicyReports(m metrics) {
+// checkPolicyReports asks nftwld what it has counted, and tells whether it
+// answers.
+func (d *Doctor) checkPolicyReports(ctx context.Context, policy *config.Policy) bool {
 	const check = "policy.reports"
-	started := time.Unix(int64(m["nftwl_start_timestamp_seconds"]), 0)
+	status, body, err := request(ctx, policy.Listen.String(), "GET /metrics HTTP/1.0\r\n\r\n")
+	if err != nil {
+		d.fail(check, remedy{"start it, or see why it does not answer", "systemctl restart nftwld.socket nftwld.service"}, "nftwld does not answer on %s: %v", policy.Listen, err)
+		return false
+	}
+	start, reports, wrong, other := 0.0, 0.0, 0.0, 0.0
+	for line := range strings.Lines(string(body)) {
+		name, text, _ := strings.Cut(strings.TrimSpace(line), " ")
+		value, err := strconv.ParseFloat(text, 64)
+		switch {
+		case err != nil:
+		case name == "nftwl_start_timestamp_seconds":
+			start = value
+		case name == `nftwl_refused_total{reason="key"}`:
+			wrong = value
+		case name == `nftwl_refused_total{reason="request"}`:
+			other = value
+		case strings.HasPrefix(name, "nftwl_reports_total{"):
+			reports += value
+		}
+	}
+	started := time.Unix(int64(start), 0)
 	look := remedy{"see who sends them, and what is wrong with them", "journalctl -u nftwld"}
-	reports := m.sum("nftwl_reports_total{", "")
-	switch wrong, other := m[`nftwl_refused_total{reason="key"}`], m[`nftwl_refused_total{reason="request"}`]; {
+	switch {
+	case status != 200 || start == 0:
+		d.fail(check, remedy{"see which program listens there", fmt.Sprintf("ss -ltnp sport = :%d", policy.Listen.Port())},
+			"what answers on %s is not nftwld, or another version of it (status %d)", policy.Listen, status)
+		return false
 	case wrong > 0:
 		d.warn(check, look, "nftwld has refused %.0f requests with a wrong key since it started %s ago", wrong, ago(started))
 	case other > 0:
@@ -242,70 +150,81 @@ func (d *Doctor) checkPolicyReports(m metrics) {
 		d.warn(check, remedy{"log in once; if that changes nothing, see what Dovecot says", "doveadm log errors"},
 			"no report has arrived since nftwld started %s ago", ago(started))
 	}
+	return true
 }
 
-// checkPolicyPostfix tells whether submission by Postfix is known to nftwld.
-func (d *Doctor) checkPolicyPostfix(ctx context.Context, m metrics) {
-	const check = "policy.postfix"
-	postconf := find("postconf")
-	if postconf == "" {
-		d.skip(check, "Postfix is not installed here")
+// checkPolicyDovecot asks nftwld as Dovecot would: whether nobody may log in,
+// who may. It is no report.
+func (d *Doctor) checkPolicyDovecot(ctx context.Context, dovecot *doveconf.AuthPolicy, policy *config.Policy) {
+	const check = "policy.dovecot"
+	if dovecot == nil {
+		d.skip(check, "%s", d.unread)
 		return
 	}
-	main, err := output(ctx, postconf, "-h", "smtpd_sasl_type")
-	if err != nil {
-		d.skip(check, "%v", err)
-		return
+	lacks := func(names ...string) (missing string) {
+		for _, name := range names {
+			if dovecot.Attributes[name] == "" {
+				missing += ", " + name
+			}
+		}
+		return strings.TrimPrefix(missing, ", ")
 	}
-	services, _ := output(ctx, postconf, "-P") // none has it without an answer
-	reports := m.sum("nftwl_reports_total{", `protocol="smtp"`)
+	attributes := reload("take auth_policy_request_attributes of the drop-in that nftwl setup policy prints")
 	switch {
-	case strings.TrimSpace(string(main)) != "dovecot" && !bytes.Contains(services, []byte("smtpd_sasl_type = dovecot\n")):
-		d.skip(check, "Postfix does not ask Dovecot (smtpd_sasl_type), so nftwld does not learn who submits")
-	case reports == 0:
-		d.skip(check, "nobody has logged in to Postfix since nftwld started")
+	case dovecot.URL == "":
+		d.fail(check, setupPolicy, "Dovecot reports no logins: auth_policy_server_url is not set")
+		return
+	case dovecot.Nonce == "":
+		d.fail(check, reload("set auth_policy_hash_nonce to a word of your own"), "auth_policy_hash_nonce is not set, which Dovecot needs to hash passwords")
+		return
+	case !dovecot.Report:
+		d.fail(check, reload("set auth_policy_report_after_auth = yes"), "Dovecot reports no logins: auth_policy_report_after_auth is no")
+		return
+	case lacks("login", "pwhash", "remote", "protocol") != "":
+		d.fail(check, attributes, "Dovecot's reports lack %s", lacks("login", "pwhash", "remote", "protocol"))
+		return
+	}
+	where := reload("set auth_policy_server_url = http://%s/", policy.Listen)
+	u, err := url.Parse(dovecot.URL)
+	if err != nil || u.Scheme != "http" {
+		d.fail(check, where, "Dovecot reports to %s, and nftwld speaks HTTP without TLS", dovecot.URL)
+		return
+	}
+	name, value, _ := strings.Cut(dovecot.Header, ":")
+	key, err := os.ReadFile(policy.KeyFile)
+	if err != nil {
+		return // policy.key says so
+	}
+	if !strings.EqualFold(strings.TrimSpace(name), "X-API-Key") || strings.TrimSpace(value) != strings.TrimSpace(string(key)) {
+		d.fail(check, reload("set auth_policy_server_api_header = X-API-Key: and the key in %s", policy.KeyFile),
+			"Dovecot's reports have another key than %s", policy.KeyFile)
+		return
+	}
+	status, _, err := request(ctx, net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "80")),
+		fmt.Sprintf("POST %s/?command=allow HTTP/1.0\r\n%s\r\nContent-Length: 2\r\n\r\n{}", strings.TrimSuffix(u.Path, "/"), dovecot.Header))
+	switch {
+	case err != nil:
+		d.fail(check, where, "Dovecot reports to %s, where nobody answers: %v", dovecot.URL, err)
+	case status == 401:
+		d.fail(check, remedy{"have nftwld read it", "systemctl restart nftwld"}, "nftwld refuses the key in %s", policy.KeyFile)
+	case status != 200:
+		d.fail(check, where, "Dovecot reports to %s, where nftwld takes none (status %d)", dovecot.URL, status)
+	case lacks("local", "mech", "proxy", "nftwl_trust", "nftwl_timeout") != "":
+		d.warn(check, attributes, "Dovecot's reports lack %s", lacks("local", "mech", "proxy", "nftwl_trust", "nftwl_timeout"))
+	case dovecot.Check && d.dovecot.Values["haproxy_trusted_networks"] == "":
+		d.warn(check, reload("set auth_policy_check_before_auth = no and auth_policy_check_after_auth = no"),
+			"each login waits for nftwld's answer, which only a proxy with the PROXY protocol is a reason for")
 	default:
-		d.ok(check, "%.0f reports of logins to Postfix", reports)
+		d.ok(check, "nftwld takes what Dovecot reports to %s", dovecot.URL)
 	}
-}
-
-// metrics are nftwld's, by name and labels as they are written.
-type metrics map[string]float64
-
-// sum adds up those that begin so and have a label.
-func (m metrics) sum(prefix, label string) (total float64) {
-	for name, value := range m {
-		if strings.HasPrefix(name, prefix) && strings.Contains(name, label) {
-			total += value
-		}
-	}
-	return total
-}
-
-// parseMetrics reads the text format of Prometheus, as far as nftwld uses it.
-func parseMetrics(text []byte) metrics {
-	m := make(metrics)
-	for line := range strings.Lines(string(text)) {
-		i := strings.LastIndexByte(line, ' ')
-		if value, err := strconv.ParseFloat(strings.TrimSpace(line[i+1:]), 64); err == nil && i > 0 && line[0] != '#' {
-			m[line[:i]] = value
-		}
-	}
-	return m
 }
 
 // request sends a request of HTTP/1.0 and returns the status and the body of
 // the answer. It is written by hand because net/http does not belong in the
 // program that each login starts.
-func request(ctx context.Context, to netip.AddrPort, text string) (status int, body []byte, err error) {
-	if a := to.Addr(); a.IsUnspecified() {
-		to = netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), to.Port())
-		if a.Is6() {
-			to = netip.AddrPortFrom(netip.IPv6Loopback(), to.Port())
-		}
-	}
+func request(ctx context.Context, address, text string) (status int, body []byte, err error) {
 	dialer := net.Dialer{Timeout: patience}
-	conn, err := dialer.DialContext(ctx, "tcp", to.String())
+	conn, err := dialer.DialContext(ctx, "tcp", address)
 	if err != nil {
 		return 0, nil, err
 	}
@@ -314,18 +233,16 @@ func request(ctx context.Context, to netip.AddrPort, text string) (status int, b
 	if _, err := io.WriteString(conn, text); err != nil {
 		return 0, nil, err
 	}
-	r := bufio.NewReader(io.LimitReader(conn, maxAnswer))
-	line, err := r.ReadString('\n')
+	const most = 1 << 20 // bytes, more than nftwld's metrics ever have
+	answer, err := io.ReadAll(io.LimitReader(bufio.NewReader(conn), most))
+	head, body, _ := bytes.Cut(answer, []byte("\r\n\r\n"))
+	words := strings.Fields(string(head))
+	if err == nil && (len(words) < 2 || !strings.HasPrefix(words[0], "HTTP/")) {
+		err = errors.New("not an answer of HTTP")
+	}
 	if err != nil {
 		return 0, nil, err
 	}
-	if words := strings.Fields(line); len(words) > 1 && strings.HasPrefix(words[0], "HTTP/") {
-		status, _ = strconv.Atoi(words[1]) // 0 is no status
-	}
-	all, err := io.ReadAll(r)
-	_, body, _ = bytes.Cut(all, []byte("\r\n\r\n"))
-	return status, body, err
+	status, _ = strconv.Atoi(words[1]) // 0 is no status
+	return status, body, nil
 }
-
-// maxAnswer is more than nftwld's metrics ever have, in bytes.
-const maxAnswer = 1 << 20

@@ -116,60 +116,58 @@ func chain() remedy {
 func (d *Doctor) checkLogin(ctx context.Context, p *postLogin) {
 	const check = "dovecot.login"
 	since := time.Now()
-	tried := fmt.Sprintf("a login by %s was tried: ", p.Name)
 	untried := d.untried(p)
 	var trusted []string
 	var err error
 	if untried == "" {
 		trusted, err = d.tryLogins(p)
-		switch {
-		case errors.Is(err, errUntried):
-			untried = err.Error()
-		case err == nil && trusted == nil:
-			untried = "nftwl would trust no address of the documentation, or has no set for it"
-		case err == nil:
-			d.ok(check, "%s%s was trusted, and removed again", tried, strings.Join(trusted, " and "))
-			return
-		}
 	}
-	cause := d.cause(ctx, p)
+	gone := errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED)
 	switch {
-	case errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED):
+	case untried != "":
+	case gone && d.master == 0:
+		untried = "Dovecot is not running"
+	case errors.Is(err, errUntried):
+		untried = err.Error()
+	case err == nil && trusted == nil:
+		untried = "nftwl would trust no address of the documentation, or has no set for it"
+	case err == nil:
+		d.ok(check, "a login by %s was tried: %s was trusted, and removed again", p.Name, strings.Join(trusted, " and "))
+		return
+	}
+	switch cause := d.cause(ctx, p); {
+	case untried != "" && cause.text != "":
+		d.fail(check, cause.remedy, "%s: %s", cause.text, cause.effect)
+	case untried != "":
+		d.skip(check, "no login by %s was tried: %s", p.Name, untried)
+	case gone:
 		d.fail(check, remedy{"have Dovecot read its configuration, which has that service", "doveadm reload"}, "the running Dovecot has no %s: %v", p.Name, err)
-	case untried == "" && cause.text != "":
-		d.fail(check, cause.remedy, "%s%v: %s", tried, err, cause.text)
-	case untried == "":
+	case cause.text != "":
+		d.fail(check, cause.remedy, "a login by %s was tried: %v: %s", p.Name, err, cause.text)
+	default:
 		remedy := remedy{"see what Dovecot says", "doveadm log errors"}
 		if d.stale {
 			remedy = reload("its configuration has changed")
 		}
-		if line := logged(d.dovecot, strings.TrimPrefix(p.Name, "service "), since); line != "" {
-			err = fmt.Errorf("%w: %s", err, line)
-		}
-		d.fail(check, remedy, "%s%v", tried, err)
-	case cause.text != "":
-		d.fail(check, cause.remedy, "%s: %s", cause.text, cause.effect)
-	default:
-		d.skip(check, "no login by %s was tried: %s", p.Name, untried)
+		d.fail(check, remedy, "a login by %s was tried: %v%s", p.Name, err, logged(d.dovecot, strings.TrimPrefix(p.Name, "service "), since))
 	}
 }
 
 // untried tells why no login by a service can be tried; "" if one can.
 func (d *Doctor) untried(p *postLogin) string {
 	switch {
-	case d.master == 0:
-		return "Dovecot is not running"
 	case d.conn == nil:
 		return "nftables cannot be read"
 	case !d.valid:
 		return "the configuration of nftwl is not valid"
-	case len(p.login.Before) > 0:
-		return fmt.Sprintf("it would run %s", strings.Join(p.login.Before, " "))
-	case len(p.login.Command) > 0:
-		return fmt.Sprintf("it would run %s", strings.Join(p.login.Command, " "))
+	case len(p.scripts) > 0 || len(p.login.Command) > 0:
+		return "it would run " + strings.Join(slices.Concat(p.login.Before, p.login.Command), " ")
 	}
 	return ""
 }
+
+// What a service does that is broken.
+const denied, untrusted = "every login is denied", "logins go on, and no client is trusted"
 
 // A cause is why a service trusts no one, as far as can be read.
 type cause struct {
@@ -178,12 +176,10 @@ type cause struct {
 }
 
 func (d *Doctor) cause(ctx context.Context, p *postLogin) cause {
-	const denied = "every login is denied"
-	const untrusted = "logins go on, and none is trusted"
-	for i, path := range append([]string{p.nftwl}, p.scripts...) {
+	for _, path := range append([]string{p.nftwl}, p.scripts...) {
 		info, err := os.Stat(path)
 		switch {
-		case err != nil && i == 0:
+		case err != nil && path == p.nftwl:
 			return cause{err.Error(), denied, remedy{"install nftwl there", "install -m 755 " + quote(d.Executable) + " " + quote(path)}}
 		case err != nil:
 			return cause{err.Error(), denied, reload("put it there, or take it out of executable = %s in %s", p.Values["executable"], p.Name)}
@@ -250,18 +246,17 @@ func (d *Doctor) withheld(ctx context.Context, p *postLogin) cause {
 		}
 	}
 	if lacks == nil && status["NoNewPrivs"] == "1" && !p.root() {
-		return cause{"Dovecot's unit lets no file give privileges (NoNewPrivileges)", "logins go on, and none is trusted",
-			remedy{words: "NoNewPrivileges=no in Dovecot's unit, or user = root in " + p.Name}}
+		return cause{"NoNewPrivileges keeps a file from giving privileges", untrusted, reload("in %s, set user = root", p.Name)}
 	}
 	if lacks == nil {
 		return cause{}
 	}
 	text := "Dovecot's unit withholds " + strings.Join(lacks, " and ")
 	if program == "" {
-		return cause{text, "no login can be trusted", remedy{words: "let its container have it"}}
+		return cause{text, untrusted, remedy{words: "let its container have it"}}
 	}
 	const dir = "/etc/systemd/system/dovecot.service.d"
-	return cause{text, "no login can be trusted", remedy{"let its unit have it",
+	return cause{text, untrusted, remedy{"let its unit have it",
 		fmt.Sprintf(`mkdir -p %[1]s && printf '%%s\n' '[Service]' '%[2]s' >>%[1]s/nftwl.conf && systemctl daemon-reload && systemctl restart dovecot`,
 			dir, strings.Join(settings, "' '"))}}
 }

@@ -28,8 +28,8 @@ const (
 
 var (
 	errUntried   = errors.New("a login cannot be tried")
-	errDenied    = errors.New("the login is denied")
-	errUntrusted = errors.New("the login goes on, but the client is not trusted")
+	errDenied    = errors.New(denied)
+	errUntrusted = errors.New(untrusted)
 )
 
 // tryLogins has a post-login service trust an address of each family that
@@ -141,7 +141,7 @@ func closeAll(control []byte) {
 	}
 }
 
-// logged returns the first line that a service has logged as an error since
+// logged returns ": " and the first line that a service has logged as an error since
 // then, "" for none: Dovecot's log process keeps them, for `doveadm log errors`
 // (doveadm_connection_send_errors() of src/log/doveadm-connection.c).
 func logged(dovecot *doveconf.Settings, service string, since time.Time) string {
@@ -160,8 +160,7 @@ func logged(dovecot *doveconf.Settings, service string, since time.Time) string 
 				continue
 			}
 			if strings.HasPrefix(words[2], service+": ") || strings.HasPrefix(words[2], "script-login("+loginUser+")") {
-				text := strings.TrimPrefix(words[3], "nftwl: error: ")
-				return strings.TrimPrefix(text, "login: ")
+				return ": " + strings.TrimPrefix(strings.TrimPrefix(words[3], "nftwl: error: "), "login: ")
 			}
 		}
 	}

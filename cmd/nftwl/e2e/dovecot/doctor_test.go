@@ -205,7 +205,7 @@ func TestDoctor(t *testing.T) {
 		{
 			name:   "nftwl between two scripts, and empty words that it passes over",
 			with:   with{dropIn: replace(command, "executable = script-login "+dir+"/hop /usr/bin/nftwl  login  "+dir+"/hop"), files: map[string]string{"hop": hop}},
-			change: diagnosis{"dovecot.login": "skip: no login by service nftwl was tried: it would run " + dir + "/hop$"},
+			change: diagnosis{"dovecot.login": "skip: no login by service nftwl was tried: it would run " + dir + "/hop " + dir + "/hop$"},
 		},
 		{
 			name: "a script that is missing", login: deniedAfter,
@@ -280,7 +280,7 @@ func TestDoctor(t *testing.T) {
 		{
 			name: "no vsz_limit", login: denied,
 			with:   with{dropIn: replace("vsz_limit = 1G", "")},
-			change: diagnosis{"dovecot.login": "fail: .*: the login is denied: service nftwl has vsz_limit = 256 M, and nftwl needs 1G"},
+			change: diagnosis{"dovecot.login": "fail: .*: every login is denied: service nftwl has vsz_limit = 256 M, and nftwl needs 1G"},
 		},
 		{
 			name: "a higher default_vsz_limit",
@@ -293,18 +293,18 @@ func TestDoctor(t *testing.T) {
 		{
 			name: "a limit that refers to the default", login: denied,
 			with:   with{dropIn: replace("vsz_limit = 1G", "vsz_limit = $SET:default_vsz_limit")},
-			change: diagnosis{"dovecot.login": "fail: .*: the login is denied: .* vsz_limit = 256 M"},
+			change: diagnosis{"dovecot.login": "fail: .*: every login is denied: .* vsz_limit = 256 M"},
 		},
 		{
 			name: "nftwl is missing", login: denied,
 			with:   with{dropIn: replace(command, "executable = script-login /usr/sbin/nftwl login")},
-			change: diagnosis{"dovecot.login": "fail: .*: the login is denied: .*/usr/sbin/nftwl: no such file"},
+			change: diagnosis{"dovecot.login": "fail: .*: every login is denied: .*/usr/sbin/nftwl: no such file"},
 		},
 		{
 			name: "nftwl is not executable", login: denied,
 			with:   with{dovecot: runSecond},
 			after:  func(s *server) { capable(s); must(s.t, os.Chmod(s.path("nftwl"), 0o644)) },
-			change: diagnosis{"dovecot.executable": "warn: ", "dovecot.login": "fail: .*: the login is denied: " + second + " cannot be executed"},
+			change: diagnosis{"dovecot.executable": "warn: ", "dovecot.login": "fail: .*: every login is denied: " + second + " cannot be executed"},
 		},
 		{
 			name:   "another nftwl",
@@ -315,7 +315,7 @@ func TestDoctor(t *testing.T) {
 		{
 			name: "user nobody", login: untrusted,
 			with:   with{dovecot: asNobody},
-			change: diagnosis{"dovecot.login": "fail: .* the client is not trusted: service nftwl runs as nobody,"},
+			change: diagnosis{"dovecot.login": "fail: .* no client is trusted: service nftwl runs as nobody,"},
 		},
 		{
 			name: "no user",
@@ -324,7 +324,7 @@ func TestDoctor(t *testing.T) {
 		{
 			name: "privileges of the mail user", login: untrusted,
 			with:   with{dropIn: replace(command, "executable = script-login -d /usr/bin/nftwl login")},
-			change: diagnosis{"dovecot.login": "fail: .* the client is not trusted: service nftwl runs as the mail user"},
+			change: diagnosis{"dovecot.login": "fail: .* no client is trusted: service nftwl runs as the mail user"},
 		},
 		{
 			name:   "user nobody, and a file with the capability",
@@ -344,7 +344,7 @@ func TestDoctor(t *testing.T) {
 		{
 			name: "Dovecot without CAP_NET_ADMIN", login: untrusted,
 			with:   with{wrap: withoutNetAdmin},
-			change: diagnosis{"dovecot.login": "fail: .* the client is not trusted: .*withholds CAP_NET_ADMIN"},
+			change: diagnosis{"dovecot.login": "fail: .* no client is trusted: .*withholds CAP_NET_ADMIN"},
 		},
 		{
 			name: "the same, and a file with the capability", login: denied,
@@ -352,7 +352,7 @@ func TestDoctor(t *testing.T) {
 			after: capable,
 			change: diagnosis{
 				"dovecot.executable": "warn: ",
-				"dovecot.login":      "fail: .*: the login is denied: .*withholds CAP_NET_ADMIN",
+				"dovecot.login":      "fail: .*: every login is denied: .*withholds CAP_NET_ADMIN",
 			},
 		},
 		{
