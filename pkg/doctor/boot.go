@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -72,6 +73,8 @@ func (d *Doctor) checkBoot(ctx context.Context, u unit) (unsound bool) {
 		d.warn(check, reload, "%s lacks what is loaded now, so that after a reboot table %s has no %q", file, table, lost[0])
 	case added != nil:
 		d.warn(check, remedy{"load it", "systemctl reload " + strings.TrimSuffix(id, ".service")}, "%s has changed since it was loaded: %q", file, added[0])
+	case !maps.EqualFunc(chains(now), chains(then), slices.Equal):
+		d.warn(check, reload, "%s has the rules of table %s in another order than they are in now", file, table)
 	default:
 		d.ok(check, "%s has what table %s has now", file, table)
 	}
@@ -87,20 +90,36 @@ func (d *Doctor) essential(table []byte) func(line string) bool {
 		return strings.Contains(line, " hook ") || slices.ContainsFunc(strings.FieldsFunc(line, func(r rune) bool { return strings.ContainsRune(" @,", r) }),
 			func(word string) bool { return slices.Contains(words, word) })
 	}
-	for before := 0; before < len(words); { // until no chain more leads there
-		before = len(words)
-		chain := ""
-		for line := range strings.Lines(string(table)) {
-			fields := strings.Fields(line)
-			switch {
-			case len(fields) == 3 && fields[0] == "chain":
-				chain = fields[1]
-			case chain != "" && has(line) && !strings.Contains(line, " hook ") && !slices.Contains(words, chain):
-				words = append(words, chain)
+	all := chains(table)
+	for range all { // until no chain more leads there
+		for name, rules := range all {
+			if slices.ContainsFunc(rules[1:], has) && !slices.Contains(words, name) {
+				words = append(words, name)
 			}
 		}
 	}
 	return has
+}
+
+// chains returns the lines of each chain of a listing; the first is its hook, or
+// empty.
+func chains(table []byte) map[string][]string {
+	all := make(map[string][]string)
+	name := ""
+	for line := range strings.Lines(string(table)) {
+		switch words := strings.Fields(line); {
+		case len(words) == 3 && words[0] == "chain":
+			name = words[1]
+			all[name] = []string{""}
+		case len(words) == 1 && words[0] == "}":
+			name = ""
+		case name != "" && strings.Contains(line, " hook "):
+			all[name][0] = strings.TrimSpace(line)
+		case name != "":
+			all[name] = append(all[name], strings.TrimSpace(line))
+		}
+	}
+	return all
 }
 
 // firstError is the first error that nft printed.

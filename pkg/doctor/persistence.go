@@ -151,57 +151,55 @@ const (
 func (d *Doctor) checkSnapshot(saving bool) {
 	const check = "persistence.snapshot"
 	path := d.config.Snapshot
-	dir := filepath.Dir(path)
 	err := snapshot.CheckOwner(path)
+	var info fs.FileInfo
+	if err == nil {
+		info, err = os.Stat(path)
+	}
+	var owner *snapshot.OwnerError
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		d.skip(check, "no snapshot yet: %s", path)
 		return
-	case errors.Is(err, fs.ErrPermission):
-		d.skip(check, "%v", err)
+	case errors.As(err, &owner):
+		d.fail(check, remedy{"let none but the owner of its directory write it; nftwl restore refuses it until then",
+			fmt.Sprintf("chown --no-dereference --reference=%s %s && chmod go-w %[1]s %[2]s", quote(filepath.Dir(path)), quote(path))}, "%v", err)
 		return
 	case err != nil:
-		d.fail(check, remedy{"let none but the owner of its directory write it; nftwl restore refuses it until then",
-			fmt.Sprintf("chown --no-dereference --reference=%s %s && chmod go-w %[1]s %[2]s", quote(dir), quote(path))}, "%v", err)
+		d.skip(check, "%v", err)
 		return
-	}
-	if exists(path + ".bad") {
+	case exists(path + ".bad"):
 		d.warn("persistence.bad", remedy{"see whether anything in it is still wanted, and remove it", "rm " + quote(path+".bad")},
 			"nftwl save found a damaged snapshot, and kept it as %s.bad", path)
 	}
-	info, err := os.Stat(path)
-	if err != nil {
-		d.fail(check, remedy{words: "see who moves or replaces it"}, "%v", err)
-		return
-	}
+	elements, saved := "", info.ModTime()
 	if info.Size() > maxParsed {
-		d.ok(check, "%s: %d MiB, which is too much to look into here; written %s ago", path, info.Size()>>20, ago(info.ModTime()))
-		return
+		elements = fmt.Sprintf("%d MiB, which is too much to look into here", info.Size()>>20)
+	} else {
+		text, err := snapshot.Read(path)
+		var file *snapshot.File
+		if err == nil {
+			file, err = snapshot.ParseSets(text, d.config.Table, d.config.Sets())
+		}
+		if err != nil {
+			d.fail(check, remedy{words: fmt.Sprintf("repair or remove it, since nftwl restore refuses it; the one before may be beside it as %s.old", filepath.Base(path))}, "%s: %v", path, err)
+			return
+		}
+		n := 0
+		for _, set := range file.Sets {
+			n += len(set.Elements)
+		}
+		elements = fmt.Sprintf("%d elements", n)
+		if !file.Saved.IsZero() { // or nft has written it
+			saved = file.Saved
+		}
 	}
-	text, err := snapshot.Read(path)
-	if err != nil {
-		d.fail(check, remedy{words: "make it readable, or remove it"}, "%v", err)
-		return
-	}
-	file, err := snapshot.ParseSets(text, d.config.Table, d.config.Sets())
-	if err != nil {
-		d.fail(check, remedy{words: fmt.Sprintf("repair or remove it, since nftwl restore refuses it; the one before may be beside it as %s.old", filepath.Base(path))}, "%s: %v", path, err)
-		return
-	}
-	elements := 0
-	for _, set := range file.Sets {
-		elements += len(set.Elements)
-	}
-	saved := file.Saved
-	if saved.IsZero() { // nft has written it
-		saved = info.ModTime()
-	}
-	if age := time.Since(saved); saving && age > maxAge {
+	if saving && time.Since(saved) > maxAge {
 		d.warn(check, remedy{"see that no other program replaces it, and that nftwl-save.service saves to this file", "systemctl start nftwl-save"},
-			"%s: %d elements, saved %s ago, though nftwl-save.timer saves every minute", path, elements, ago(saved))
+			"%s: %s, saved %s ago, though nftwl-save.timer saves every minute", path, elements, ago(saved))
 		return
 	}
-	d.ok(check, "%s: %d elements, saved %s ago", path, elements, ago(saved))
+	d.ok(check, "%s: %s, saved %s ago", path, elements, ago(saved))
 }
 
 // ago says how long ago something was, no more exactly than useful.
