@@ -132,6 +132,9 @@ func TestDoctorOnFreshMachine(t *testing.T) {
 	if status != "fail" || command != "nftwl setup nftables --write" {
 		t.Errorf("%s: %q", status, command)
 	}
+	if _, stderr, _ := output(t, nftwl(t, nil, "list")); !strings.Contains(stderr, "hint: load the set definitions ("+command+")") {
+		t.Errorf("list: %s", stderr)
+	}
 	if out, err := exec.Command("sh", "-ec", command).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}

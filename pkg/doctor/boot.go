@@ -68,7 +68,7 @@ func (d *Doctor) checkBoot(ctx context.Context, u unit) (unsound bool) {
 		d.fail(check, remedy{fmt.Sprintf("include the rules in %s; or name in %s the table that it has", file, d.configPath()), "nftwl setup nftables"},
 			"after a reboot table %s is gone: %s does not have it", table, file)
 	case lost != nil && d.essential(now)(lost[0]):
-		d.fail(check, reload, "%s lacks what is loaded now, so that after a reboot table %s has no %q", file, table, lost[0])
+		d.fail(check, remedy{words: fmt.Sprintf("put it back into %s, or into what that includes", file)}, "%s lacks what is loaded now, so that after a reboot table %s has no %q", file, table, lost[0])
 	case lost != nil:
 		d.warn(check, reload, "%s lacks what is loaded now, so that after a reboot table %s has no %q", file, table, lost[0])
 	case added != nil:

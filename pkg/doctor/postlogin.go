@@ -132,7 +132,7 @@ func (d *Doctor) checkLogin(ctx context.Context, p *postLogin) {
 	case err == nil && trusted == nil:
 		untried = "nftwl would trust no address of the documentation, or has no set for it"
 	case err == nil:
-		d.ok(check, "a login by %s was tried: %s was trusted, and removed again", p.Name, strings.Join(trusted, " and "))
+		d.ok(check, "a login by %s was tried: it trusts %s; that was removed again", p.Name, strings.Join(trusted, " and "))
 		return
 	}
 	switch cause := d.cause(ctx, p); {

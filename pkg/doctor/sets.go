@@ -83,10 +83,7 @@ func (d *Doctor) loadSets(ctx context.Context) remedy {
 			}
 		}
 	}
-	if file := install.SetsFile(d.config.Table); file != "" && exists(file) {
-		return remedy{"load the set definitions, or name the right table and sets in " + config.Path, "nft -f " + file}
-	}
-	return remedy{"make the rules and sets, and do what it prints then", "nftwl setup nftables --write"}
+	return remedy{"load the set definitions, or name the right table and sets in " + d.configPath(), install.LoadSets(d.config.Table)}
 }
 
 // checkRoom checks that the next client has room in a set.

@@ -1,15 +1,17 @@
 package install
 
-import "nftwl/pkg/nftset"
+import (
+	"os"
 
-// SetsFile is where setup puts the definitions of a table's sets: "" for a
-// table that the shipped files are not of.
-func SetsFile(table nftset.Table) string {
-	switch table.String() {
-	case "inet filter":
-		return "/etc/nftwl/sets.nft"
-	case "inet nftwl":
-		return "/etc/nftwl/standalone.nft"
+	"nftwl/pkg/nftset"
+)
+
+// LoadSets is the command that makes a table's sets where they are missing: it
+// loads what setup has put on this machine, or runs setup.
+func LoadSets(table nftset.Table) string {
+	file := map[string]string{"inet filter": "/etc/nftwl/sets.nft", "inet nftwl": "/etc/nftwl/standalone.nft"}[table.String()]
+	if _, err := os.Stat(file); err != nil {
+		return "nftwl setup nftables --write"
 	}
-	return ""
+	return "nft -f " + file
 }

@@ -16,11 +16,7 @@ func Remedy(err error) string {
 	}
 	switch e.Err {
 	case nftset.ErrNoTable, nftset.ErrNoSet:
-		file := "sets.nft"
-		if e.Table.Name == "nftwl" {
-			file = "standalone.nft"
-		}
-		return "load the set definitions (nft -f /etc/nftwl/" + file + "), or name the right table and sets in " + config.Path
+		return "load the set definitions (" + LoadSets(e.Table) + "), or name the right table and sets in " + config.Path
 	case nftset.ErrKeyType, nftset.ErrInterval, nftset.ErrMap, nftset.ErrConstant, nftset.ErrNoTimeout:
 		return "define it as: type ipv4_addr . inet_service (or ipv6_addr); flags dynamic,timeout"
 	case nftset.ErrFull:

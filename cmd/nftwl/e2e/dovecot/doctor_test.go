@@ -29,7 +29,7 @@ var healthy = diagnosis{
 	"dovecot.version":   "ok: Dovecot 2[.][34][.]",
 	"dovecot.running":   "ok: ",
 	"dovecot.protocols": "ok: after a login, imap, pop3, submission(, sieve)? ask service nftwl",
-	"dovecot.login":     "ok: a login by service nftwl was tried: 192.0.2.[0-9]+ and 2001:db8:[0-9a-f:]+ was trusted, and removed again$",
+	"dovecot.login":     "ok: a login by service nftwl was tried: it trusts 192.0.2.[0-9]+ and 2001:db8:[0-9a-f:]+; that was removed again$",
 }
 
 // but returns the diagnosis with others in it; an empty text is of a check that
@@ -600,10 +600,10 @@ func TestDoctorOnOtherSets(t *testing.T) {
 		s := d.start(t, with{config: "ipv6_prefix: 64\nignore: [192.0.2.0/24]\ncomment: false\nports: [143, 465, 587]\n"})
 		s.install()
 		loadSets(t)
-		diagnoses(t, s.doctor(), healthy.but(diagnosis{"dovecot.login": "ok: .* tried: 2001:db8:[0-9a-f:]+ was trusted"}))
+		diagnoses(t, s.doctor(), healthy.but(diagnosis{"dovecot.login": "ok: .* tried: it trusts 2001:db8:[0-9a-f:]+;"}))
 		wantNobody(t)
 		nstest.Nft(t, "flush ruleset; table inet filter { set trusted_ipv4 { type ipv4_addr; flags timeout; }\nset trusted_ipv6 { type ipv6_addr; flags timeout; }\nset banned_ipv4 { type ipv4_addr; flags timeout; }\nset banned_ipv6 { type ipv6_addr; flags timeout; }\n}\n")
-		diagnoses(t, s.doctor(), healthy.but(diagnosis{"dovecot.login": "ok: .* tried: 2001:db8:[0-9a-f:]+ was trusted"}))
+		diagnoses(t, s.doctor(), healthy.but(diagnosis{"dovecot.login": "ok: .* tried: it trusts 2001:db8:[0-9a-f:]+;"}))
 		wantNobody(t)
 	})
 }
