@@ -23,11 +23,11 @@ func (d *Doctor) checkBoot(ctx context.Context, u unit) (unsound bool) {
 	const check = "persistence.boot"
 	file, id := loaded(u), u["Id"]
 	nft := find("nft")
-	if file == "" || !u.startsAtBoot() && u["ActiveState"] != "active" {
+	switch {
+	case !u.startsAtBoot() && u["ActiveState"] != "active":
 		return false // persistence.unit says so
-	}
-	if nft == "" || d.conn == nil {
-		d.skip(check, "nft cannot be asked about %s", file)
+	case file == "" || nft == "" || d.conn == nil:
+		d.skip(check, "what %s loads cannot be seen", id)
 		return false
 	}
 	info, err := os.Stat(file)

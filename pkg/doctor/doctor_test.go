@@ -42,9 +42,9 @@ func TestConfig(t *testing.T) {
 		{name: "well", text: "timeout: 2d\n", mode: 0o644},
 		{name: "comments alone", mode: 0o444},
 		{name: "invalid", text: "timeout: 1d\ntiemout: 2d\n", mode: 0o644, want: []string{`fail config: nftwl.yaml:2: unknown key "tiemout"`}},
-		{name: "another's", mode: 0o644, uid: 1000, want: []string{"fail config.mode: belongs to user 1000"}},
-		{name: "writable by a group", mode: 0o664, want: []string{"fail config.mode: has mode 0664: others than root can write it"}},
-		{name: "writable by all", mode: 0o646, want: []string{"fail config.mode: has mode 0646: others than root can write it"}},
+		{name: "another's", mode: 0o644, uid: 1000, want: []string{"fail config.mode: it belongs to user 1000"}},
+		{name: "writable by a group", mode: 0o664, want: []string{"fail config.mode: with mode 0664"}},
+		{name: "writable by all", mode: 0o646, want: []string{"fail config.mode: with mode 0646"}},
 		{name: "not readable by all", mode: 0o640, want: []string{"warn config.mode: has mode 0640: where nftwl does not run as root"}},
 		{name: "not readable by units", mode: 0o640, systemd: true, want: []string{"fail config.mode: has mode 0640: the units of nftwl"}},
 	} {

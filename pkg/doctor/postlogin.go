@@ -34,6 +34,8 @@ type postLogin struct {
 	scripts []string // the paths of the other programs that a login goes through
 }
 
+func (p *postLogin) config() string { return cmp.Or(p.login.Config, config.Path) }
+
 func (p *postLogin) root() bool { return p.user == "root" || p.user == "0" }
 
 // checkPostLogin checks a service that runs nftwl login.
@@ -42,13 +44,12 @@ func (d *Doctor) checkPostLogin(ctx context.Context, p *postLogin) {
 	executable := p.Values["executable"]
 	login, err := install.ParsePostLogin(executable)
 	switch {
-	case errors.Is(err, install.ErrEmptyWord):
-		d.fail(check, reload("remove one of the two spaces in a row from executable = %s in %s", executable, p.Name),
-			"the executable of %s denies every login: %v: %s", p.Name, err, executable)
-		return
 	case err != nil:
-		d.fail(check, reload("executable = script-login %s login in %s", d.Executable, p.Name),
-			"the executable of %s denies every login: %v: %s", p.Name, err, executable)
+		remedy := reload("executable = script-login %s login in %s", d.Executable, p.Name)
+		if errors.Is(err, install.ErrEmptyWord) {
+			remedy = reload("remove one of the two spaces in a row from executable = %s in %s", executable, p.Name)
+		}
+		d.fail(check, remedy, "the executable of %s denies every login: %v: %s", p.Name, err, executable)
 		return
 	case p.Values["chroot"] != "":
 		d.fail(check, reload("take chroot = %s out of %s", p.Values["chroot"], p.Name),
@@ -59,16 +60,13 @@ func (d *Doctor) checkPostLogin(ctx context.Context, p *postLogin) {
 		return
 	}
 	p.resolve(login, d.dovecot.Values["libexec_dir"])
+	if own := p.config(); own != d.configPath() {
+		d.warn("dovecot.config", remedy{"have the doctor look at that one", "nftwl --config " + quote(own) + " doctor"},
+			"logins are trusted by %s, and the doctor looks at %s", own, d.configPath())
+	}
 	d.checkSafe(p)
 	d.checkListener(p)
 	d.checkProcessLimit(p)
-
-	doctors := cmp.Or(d.ConfigPath, config.Path)
-	if own := cmp.Or(login.Config, config.Path); own != doctors {
-		d.warn("dovecot.config", remedy{"have the doctor look at that one", "nftwl --config " + quote(own) + " doctor"},
-			"logins are trusted by %s, and the doctor looks at %s", own, doctors)
-		return
-	}
 	d.checkLogin(ctx, p)
 }
 
@@ -160,6 +158,8 @@ func (d *Doctor) untried(p *postLogin) string {
 		return "nftables cannot be read"
 	case !d.valid:
 		return "the configuration of nftwl is not valid"
+	case p.config() != d.configPath():
+		return "it has another configuration"
 	case len(p.scripts) > 0 || len(p.login.Command) > 0:
 		return "it would run " + strings.Join(slices.Concat(p.login.Before, p.login.Command), " ")
 	}

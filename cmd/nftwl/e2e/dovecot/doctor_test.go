@@ -271,7 +271,7 @@ func TestDoctor(t *testing.T) {
 		{
 			name:   "another configuration",
 			with:   with{dropIn: replace(command, "executable = script-login /usr/bin/nftwl --config "+dir+"/other.yaml login"), files: map[string]string{"other.yaml": "timeout: 1d\n"}},
-			change: diagnosis{"dovecot.login": "", "dovecot.config": "warn: .*" + dir + "/other.yaml.*/etc/nftwl.yaml"},
+			change: diagnosis{"dovecot.login": "skip: .*another configuration", "dovecot.config": "warn: .*" + dir + "/other.yaml.*/etc/nftwl.yaml"},
 		},
 		{
 			name: "the configuration, named",
