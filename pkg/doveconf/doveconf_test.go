@@ -1,6 +1,12 @@
 package doveconf
 
-import "testing"
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
 
 func TestParse(t *testing.T) {
 	s := Parse(`base_dir = /run/dovecot
@@ -80,5 +86,32 @@ auth_policy_check_before_auth = yes
 	}
 	if p := Parse("").AuthPolicy(); p.URL != "" || !p.Report || !p.Check {
 		t.Errorf("without settings: %+v", p)
+	}
+}
+
+func TestLines(t *testing.T) {
+	dir := t.TempDir()
+	for name, text := range map[string]string{
+		"dovecot.conf":   "a\n!include conf.d/*.conf\n!include_try none\n  b\n",
+		"conf.d/2.conf":  "two\n",
+		"conf.d/10.conf": "ten\n!include ../dovecot.conf\n",
+		"conf.d/3.ext":   "three\n",
+	} {
+		if err := os.MkdirAll(filepath.Join(dir, "conf.d"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var got []string
+	for _, l := range Lines(filepath.Join(dir, "dovecot.conf")) {
+		name, _ := filepath.Rel(dir, l.File)
+		got = append(got, fmt.Sprintf("%s:%d %s", name, l.Number, l.Text))
+	}
+	want := "dovecot.conf:1 a, dovecot.conf:2 !include conf.d/*.conf, conf.d/10.conf:1 ten, conf.d/10.conf:2 !include ../dovecot.conf, " +
+		"conf.d/2.conf:1 two, dovecot.conf:3 !include_try none, dovecot.conf:4 b"
+	if text := strings.Join(got, ", "); text != want {
+		t.Errorf("%s\nwant\n%s", text, want)
 	}
 }
