@@ -1,6 +1,7 @@
 // Package doctor checks a whole installation: nftwl's own configuration, the
 // kernel's sets and rules, Dovecot, nftwld, the units, fail2ban. It changes nothing
-// but in a network namespace of its own.
+// but in a network namespace of its own, and that Dovecot trusts an address for a
+// moment.
 package doctor
 
 import (
@@ -8,7 +9,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -58,12 +58,13 @@ type Doctor struct {
 	unread  string             // why
 	master  int                // its process; 0 where Dovecot does not run
 	stale   bool               // its configuration has changed since it was loaded
+	causes  map[string]bool    // that have been reported
 }
 
 // Run makes every check, in the order in which a login and a reboot meet what
 // they look at, and reports each result as soon as it is known.
 func (d *Doctor) Run(ctx context.Context, report func(Result)) {
-	d.report = report
+	d.report, d.causes = report, make(map[string]bool)
 	for _, check := range []func(context.Context){
 		d.checkConfig,
 		d.checkKernel,
@@ -181,21 +182,6 @@ func (c *capped) Write(p []byte) (int, error) {
 	}
 	c.text = append(c.text, p...)
 	return len(p), nil
-}
-
-// procStatus returns what the kernel says of a process: see
-// proc_pid_status(5).
-func procStatus(pid string) (map[string]string, error) {
-	text, err := os.ReadFile(filepath.Join("/proc", pid, "status"))
-	if err != nil {
-		return nil, err
-	}
-	status := make(map[string]string)
-	for line := range strings.Lines(string(text)) {
-		key, value, _ := strings.Cut(line, ":")
-		status[key] = strings.TrimSpace(value)
-	}
-	return status, nil
 }
 
 // quote makes a word for a shell of a path.

@@ -20,8 +20,6 @@ import (
 	"nftwl/pkg/setup"
 )
 
-const dovecotConf = "/etc/dovecot/dovecot.conf"
-
 // reload is a remedy in Dovecot's settings.
 func reload(format string, args ...any) remedy {
 	return remedy{fmt.Sprintf(format, args...) + "; then reload Dovecot", "doveadm reload"}
@@ -90,11 +88,7 @@ func (d *Doctor) checkRunning(ctx context.Context) {
 		return
 	}
 	d.master = pid
-	// The master makes this link when it starts.
-	conf, err := os.Readlink(d.dovecot.Path("dovecot.conf"))
-	if err != nil {
-		conf = dovecotConf
-	}
+	conf, _ := os.Readlink(d.dovecot.Path("dovecot.conf")) // which the master makes when it starts
 	var files []string
 	for _, line := range doveconf.Lines(conf) {
 		info, err := os.Stat(line.File)
@@ -163,22 +157,18 @@ func readProcess(pid string) (p process, err error) {
 }
 
 // useDropIn is the remedy where a mail service does not ask nftwl.
-func useDropIn(service string) remedy {
-	if _, err := os.Lstat(setup.DropIn); err != nil {
+func (d *Doctor) useDropIn() remedy {
+	if !exists(setup.DropIn) {
 		return remedy{"put the settings that ask nftwl into " + filepath.Dir(setup.DropIn) + ", and have Dovecot read them", "nftwl setup dovecot --write && doveadm reload"}
 	}
-	lines := doveconf.Lines(dovecotConf)
-	at := slices.IndexFunc(lines, func(l doveconf.Line) bool { return l.File == setup.DropIn })
-	if at < 0 {
-		return remedy{"include conf.d/*.conf in " + dovecotConf + ": Dovecot does not read " + setup.DropIn, "nftwl setup dovecot"}
-	}
-	for _, line := range lines[at:] {
-		words := strings.Fields(line.Text)
-		if line.File != setup.DropIn && len(words) > 2 && words[0] == "executable" && filepath.Base(words[2]) == service {
-			return reload("delete %q from %s, line %d: Dovecot reads it after %s, which it overrides", line.Text, line.File, line.Number, setup.DropIn)
+	if plan, err := setup.Dovecot(&setup.Options{Executable: d.Executable, ConfigPath: d.ConfigPath, Config: d.config}); err == nil {
+		for _, line := range plan.Next {
+			if override, ok := strings.CutPrefix(line, "# Delete "); ok {
+				return reload("delete %s", strings.TrimSuffix(override, "."))
+			}
 		}
 	}
-	return remedy{"compare " + setup.DropIn + " with what this prints", "nftwl setup dovecot"}
+	return remedy{"compare " + setup.DropIn + " with what this prints, and see that Dovecot includes it", "nftwl setup dovecot"}
 }
 
 // checkProtocols checks whom the mail services ask after a login, and returns
@@ -188,7 +178,6 @@ func (d *Doctor) checkProtocols() []*postLogin {
 	dovecot := d.dovecot
 	var services []*postLogin
 	var enabled, silent, asking, foreign []string
-	service := "" // the first of those that ask nobody
 	denied := false
 	for _, m := range doveconf.MailServices {
 		if !dovecot.Protocols()[m.Protocol] {
@@ -199,7 +188,6 @@ func (d *Doctor) checkProtocols() []*postLogin {
 		name, at := doveconf.SocketOf(asker.Values["executable"])
 		if at < 0 {
 			silent = append(silent, m.Protocol)
-			service = cmp.Or(service, m.Service)
 			continue
 		}
 		path := dovecot.Path(name)
@@ -223,7 +211,7 @@ func (d *Doctor) checkProtocols() []*postLogin {
 			asking = append(asking, m.Protocol)
 		case !denied:
 			denied = true
-			d.fail(check, useDropIn(m.Service), "there is no service with a listener %s, which denies every login by %s", name, m.Protocol)
+			d.fail(check, d.useDropIn(), "there is no service with a listener %s, which denies every login by %s", name, m.Protocol)
 		}
 	}
 	var whom []string
@@ -238,9 +226,9 @@ func (d *Doctor) checkProtocols() []*postLogin {
 	case silent != nil && d.config.Policy != nil:
 		d.skip(check, "logins by %s run no nftwl; policy.dovecot says whether Dovecot reports them", strings.Join(silent, ", "))
 	case asking == nil:
-		d.fail(check, useDropIn(service), "no mail protocol runs nftwl: logins by %s trust no one", strings.Join(silent, ", "))
+		d.fail(check, d.useDropIn(), "no mail protocol runs nftwl: logins by %s trust no one", strings.Join(silent, ", "))
 	case silent != nil:
-		d.fail(check, useDropIn(service), "logins by %s trust no one", strings.Join(silent, ", "))
+		d.fail(check, d.useDropIn(), "logins by %s trust no one", strings.Join(silent, ", "))
 	default:
 		d.ok(check, "after a login, %s ask %s", strings.Join(asking, ", "), strings.Join(whom, ", "))
 	}

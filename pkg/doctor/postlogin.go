@@ -133,7 +133,12 @@ func (d *Doctor) checkLogin(ctx context.Context, p *postLogin) {
 		d.ok(check, "a login by %s was tried: it trusts %s; that was removed again", p.Name, strings.Join(trusted, " and "))
 		return
 	}
-	switch cause := d.cause(ctx, p); {
+	cause := d.cause(ctx, p)
+	if cause.text != "" && d.causes[cause.text] { // one cause is one finding
+		return
+	}
+	d.causes[cause.text] = true
+	switch {
 	case untried != "" && cause.text != "":
 		d.fail(check, cause.remedy, "%s: %s", cause.text, cause.effect)
 	case untried != "":
@@ -216,10 +221,9 @@ func (d *Doctor) cause(ctx context.Context, p *postLogin) cause {
 }
 
 // enough tells whether nftwl runs within a limit on its address space: Go's
-// runtime reserves some 700 MB, and tries for more where there is a little more
-// than 1 GiB.
+// runtime reserves some 700 MB, and with 1110 to 1200 MB it tries for more.
 func enough(limit uint64) bool {
-	return limit >= 1<<30 && limit <= 1050<<20 || limit >= 1300<<20
+	return limit >= 1<<30 && (limit < 1110<<20 || limit > 1200<<20)
 }
 
 // withheld is about what Dovecot's unit, or its container, denies it.
@@ -227,15 +231,20 @@ func (d *Doctor) withheld(ctx context.Context, p *postLogin) cause {
 	if d.master == 0 {
 		return cause{}
 	}
-	status, err := procStatus(strconv.Itoa(d.master))
-	if err != nil {
-		return cause{}
-	}
+	text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", d.master)) // nothing is known of a process that is gone
 	var lacks, settings []string
-	if caps, err := strconv.ParseUint(status["CapBnd"], 16, 64); err == nil && caps&(1<<unix.CAP_NET_ADMIN) == 0 {
-		lacks = append(lacks, "CAP_NET_ADMIN")
-		// Right for any unit: see contrib/systemd/dovecot.service.d.
-		settings = append(settings, "CapabilityBoundingSet=~CAP_NET_ADMIN", "CapabilityBoundingSet=CAP_NET_ADMIN")
+	noNew := false
+	for line := range strings.Lines(string(text)) { // see proc_pid_status(5)
+		key, value, _ := strings.Cut(strings.TrimSpace(line), ":\t")
+		caps, err := strconv.ParseUint(value, 16, 64)
+		switch {
+		case key == "NoNewPrivs":
+			noNew = value == "1"
+		case key == "CapBnd" && err == nil && caps&(1<<unix.CAP_NET_ADMIN) == 0:
+			lacks = append(lacks, "CAP_NET_ADMIN")
+			// Right for any unit: see contrib/systemd/dovecot.service.d.
+			settings = append(settings, "CapabilityBoundingSet=~CAP_NET_ADMIN", "CapabilityBoundingSet=CAP_NET_ADMIN")
+		}
 	}
 	program := systemctl()
 	if program != "" {
@@ -245,18 +254,18 @@ func (d *Doctor) withheld(ctx context.Context, p *postLogin) cause {
 			settings = append(settings, "RestrictAddressFamilies=AF_NETLINK")
 		}
 	}
-	if lacks == nil && status["NoNewPrivs"] == "1" && !p.root() {
+	if lacks == nil && noNew && !p.root() {
 		return cause{"NoNewPrivileges keeps a file from giving privileges", untrusted, reload("in %s, set user = root", p.Name)}
 	}
 	if lacks == nil {
 		return cause{}
 	}
-	text := "Dovecot's unit withholds " + strings.Join(lacks, " and ")
+	withholds := "Dovecot's unit withholds " + strings.Join(lacks, " and ")
 	if program == "" {
-		return cause{text, untrusted, remedy{words: "let its container have it"}}
+		return cause{withholds, untrusted, remedy{words: "let its container have it"}}
 	}
 	const dir = "/etc/systemd/system/dovecot.service.d"
-	return cause{text, untrusted, remedy{"let its unit have it",
+	return cause{withholds, untrusted, remedy{"let its unit have it",
 		fmt.Sprintf(`mkdir -p %[1]s && printf '%%s\n' '[Service]' '%[2]s' >>%[1]s/nftwl.conf && systemctl daemon-reload && systemctl restart dovecot`,
 			dir, strings.Join(settings, "' '"))}}
 }
