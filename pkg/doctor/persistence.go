@@ -64,32 +64,31 @@ func (d *Doctor) checkPersist(ctx context.Context, nftables, persist unit, alone
 		enable = remedy{"enable it, and nftables.service, which loads /etc/nftables.conf in place of all rules; where the firewall is ufw's or firewalld's, nftwl setup systemd has another unit",
 			"systemctl enable --now nftables nftwl-persist"}
 	}
-	missing := func(u unit) bool { return u["LoadState"] == "not-found" }
 	state := persist["ActiveState"]
 	switch {
-	case missing(persist):
-		d.warn(check, remedy{"install the units, then: systemctl daemon-reload && " + enable.command, "nftwl setup systemd --write"},
-			"nftwl-persist.service is not installed: %s", lost)
+	case persist["LoadState"] == "not-found":
+		d.warn(check, remedy{"install the units, and do what it prints then", "nftwl setup systemd --write"}, "nftwl-persist.service is not installed: %s", lost)
 		return false
 	case persist["LoadState"] != "loaded":
-		d.warn(check, remedy{"take the unit as it was shipped, then: " + enable.command, "systemctl status nftwl-persist"},
+		d.warn(check, remedy{"take the unit as it was shipped, and enable it", "systemctl status nftwl-persist"},
 			"nftwl-persist.service is %s: %s", persist["LoadState"], lost)
 		return false
-	case !persist.startsAtBoot() && alone:
-		d.fail(check, enable, "nftwl-persist.service is not enabled: %s", lost)
-		return state == "active"
 	case !persist.startsAtBoot():
-		d.warn(check, enable, "nftwl-persist.service is not enabled: %s", lost)
+		report := d.warn
+		if alone {
+			report = d.fail
+		}
+		report(check, enable, "nftwl-persist.service is not enabled: %s", lost)
 		return state == "active"
 	case alone && (nftables.startsAtBoot() || nftables["ActiveState"] == "active"):
 		d.fail(check, remedy{"disable it where another program owns the firewall; else include " + loaded(persist) + " in its file, and take the unit that follows it (nftwl setup systemd)", "systemctl disable nftables"},
 			"a restart or reload of nftables.service flushes all tables, and nftwl-persist.service does not follow it")
 	case !alone && !nftables.startsAtBoot():
 		d.fail(check, follow, "nftwl-persist.service follows nftables.service, which is not enabled: %s", nothing)
+	case unsound && (state == "failed" || nftables["ActiveState"] == "failed" || persist["ReloadResult"] != "success"): // persistence.boot says why
 	case !alone && nftables["ActiveState"] != "active":
 		d.fail(check, remedy{"fix what it says, then start it: it loads /etc/nftables.conf in place of all rules", nftables.journal()},
 			"nftables.service is %s, and so the sets are not kept", nftables["ActiveState"])
-	case unsound && (state == "failed" || persist["ReloadResult"] != "success"): // persistence.boot says why
 	case state == "failed":
 		d.fail(check, remedy{"repair or remove the file that it names, then: systemctl start nftwl-persist; nothing is saved until then", persist.journal()},
 			"the sets were not restored: %s", persist.why(ctx))

@@ -199,6 +199,16 @@ func TestDoctorPersistence(t *testing.T) {
 				map[string]string{"persistence.save": "warn: nftwl-save.timer is inactive: a power cut loses "}},
 			{"a boot file with an error", m.commands("echo nonsense >>/etc/nftables.conf"), m.commands(asBefore),
 				map[string]string{"persistence.boot": "fail: after a reboot there is no firewall: nft does not load /etc/nftables.conf: .*Error: syntax error"}},
+			{"a boot file with an error, and a restart", func() {
+				m.run("systemctl", "start", "nftwl-save")
+				m.commands("echo nonsense >>/etc/nftables.conf")()
+				m.fails("systemctl", "restart", nftables)
+				m.settle()
+			}, func() {
+				m.commands(asBefore + "; systemctl start nftables")()
+				m.settle()
+				m.run("systemctl", "start", "nftwl-persist", "nftwl-save")
+			}, with("persistence.boot", "fail: after a reboot there is no firewall: ")},
 			{"no boot file", m.commands("mv /etc/nftables.conf /run"), m.commands("mv /run/nftables.conf /etc"),
 				map[string]string{"persistence.boot": "fail: after a reboot there is no firewall: nftables.service loads it, .*/etc/nftables.conf: no such file"}},
 			{"what it includes is removed", m.commands("mv /etc/nftwl /run"), m.commands("mv /run/nftwl /etc"),
