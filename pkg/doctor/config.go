@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"slices"
-	"strings"
 	"syscall"
 
 	"nftwl/pkg/config"
@@ -22,7 +20,6 @@ func (d *Doctor) checkConfig(context.Context) {
 		return
 	}
 	d.config, d.valid = c, true
-	d.checkPorts()
 	info, err := os.Stat(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		d.ok("config", "no %s, so the defaults hold", path)
@@ -47,43 +44,4 @@ func (d *Doctor) checkConfig(context.Context) {
 	default:
 		d.ok("config", "%s is valid", path)
 	}
-}
-
-// checkPorts looks at the ports of submission: who reads mail sends some, too.
-func (d *Doctor) checkPorts() {
-	missing := slices.DeleteFunc([]uint16{465, 587}, func(port uint16) bool { return slices.Contains(d.config.Ports, port) })
-	open := listening(missing)
-	switch {
-	case open != nil:
-		d.warn("config.ports", remedy{words: "add them to ports in " + d.configPath()},
-			"nobody is trusted to send mail by %s, which this machine listens on, and which ports lacks", ports(open))
-	case len(missing) == 2:
-		d.skip("config.ports", "ports has neither 465 nor 587, and nothing listens on them here")
-	}
-}
-
-// listening returns those of TCP's ports that somebody listens on: see
-// proc_net_tcp(5).
-func listening(ports []uint16) (open []uint16) {
-	for _, name := range []string{"tcp", "tcp6"} {
-		text, _ := os.ReadFile("/proc/thread-self/net/" + name) // without IPv6 there is none
-		for line := range strings.Lines(string(text)) {
-			fields := strings.Fields(line)
-			for _, port := range ports {
-				const listen = "0A" // TCP_LISTEN of include/net/tcp_states.h
-				if len(fields) > 3 && fields[3] == listen && strings.HasSuffix(fields[1], fmt.Sprintf(":%04X", port)) && !slices.Contains(open, port) {
-					open = append(open, port)
-				}
-			}
-		}
-	}
-	return open
-}
-
-func ports(list []uint16) string {
-	words := make([]string, len(list))
-	for i, port := range list {
-		words[i] = fmt.Sprint(port)
-	}
-	return strings.Join(words, " and ")
 }
