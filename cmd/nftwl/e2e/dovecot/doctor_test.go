@@ -683,3 +683,23 @@ func TestDoctorOverridden(t *testing.T) {
 		diagnoses(t, s.doctor(), healthy)
 	})
 }
+
+// What has no cause that is known is told by Dovecot's log, and what hangs is not
+// waited for.
+func TestDoctorOnFailure(t *testing.T) {
+	t.Parallel()
+	eachDovecot(t, func(t *testing.T, d dovecot) {
+		s := d.start(t, with{dovecot: runSecond, files: map[string]string{"nftwl": "#!/bin/sh\necho nftwl: error: broken somehow >&2\nexit 1\n"}})
+		s.install()
+		loadSets(t)
+		diagnoses(t, s.doctor(), healthy.but(diagnosis{
+			"dovecot.executable": "warn: ",
+			"dovecot.login":      "fail: a login by service nftwl was tried: every login is denied: broken somehow$",
+		}))
+		s.write("nftwl", "#!/bin/sh\nexec sleep 4\n", 0o755)
+		diagnoses(t, s.doctor(), healthy.but(diagnosis{
+			"dovecot.executable": "warn: ",
+			"dovecot.login":      "fail: a login by service nftwl was tried: no answer within 1s",
+		}))
+	})
+}
