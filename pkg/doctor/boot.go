@@ -18,29 +18,50 @@ import (
 
 // checkBoot checks that the rules survive a reboot: it loads those that a unit
 // loads at boot into a network namespace of its own, and compares the table of
-// the sets with the one that is there now. It tells whether they do not load.
-func (d *Doctor) checkBoot(ctx context.Context, u unit) (unsound bool) {
+// the sets with the one that is there now.
+func (d *Doctor) checkBoot(ctx context.Context) {
 	const check = "persistence.boot"
-	file, id := loaded(u), u["Id"]
+	program := systemctl()
+	if program == "" {
+		d.skip(check, "systemd does not run here")
+		return
+	}
+	var err error
+	if d.units, err = show(ctx, program, "nftables.service",
+		"nftwl-persist.service", "nftwl-snapshot.service", "nftwl-save.timer", "nftwl-save.service"); err != nil {
+		d.skip(check, "%v", err)
+		return
+	}
+	u := d.units[0]
+	if loaded(d.units[1]) != "" {
+		u = d.units[1]
+	}
+	d.checkBootOf(ctx, u)
+}
+
+func (d *Doctor) checkBootOf(ctx context.Context, u unit) {
+	const check = "persistence.boot"
+	file, id := loaded(u), strings.TrimSuffix(u["Id"], ".service")
 	nft := find("nft")
 	switch {
 	case !u.startsAtBoot() && u["ActiveState"] != "active":
-		return false // persistence.unit says so
+		return // persistence.unit says so
 	case file == "" || nft == "" || d.conn == nil:
-		d.skip(check, "what %s loads cannot be seen", id)
-		return false
+		d.skip(check, "what %s loads cannot be seen", u["Id"])
+		return
 	}
+	d.noRules = true
 	info, err := os.Stat(file)
 	if err != nil {
 		d.fail(check, remedy{"make the rules, and do what it prints then", "nftwl setup nftables --write"},
-			"after a reboot there is no firewall: %s loads it, and it cannot be read: %v", id, err)
-		return true
+			"after a reboot there is no firewall: %s loads it, and it cannot be read: %v", u["Id"], err)
+		return
 	}
 	// Ours runs as a user of its own.
 	if strings.HasPrefix(id, "nftwl-") && info.Mode()&0o004 == 0 {
 		d.fail(check, remedy{"let all read it; it holds no secrets", "chmod 644 " + quote(file)},
-			"%s has mode %04o: %s, which runs as a user of its own, cannot read it", file, info.Mode().Perm(), id)
-		return true
+			"%s has mode %04o: %s, which runs as a user of its own, cannot read it", file, info.Mode().Perm(), u["Id"])
+		return
 	}
 	table := d.config.Table
 	then, untold := d.afterBoot(ctx, nft, file)
@@ -48,23 +69,30 @@ func (d *Doctor) checkBoot(ctx context.Context, u unit) (unsound bool) {
 		if _, errs, err := run(ctx, nft, "--check", "--file", file); err != nil {
 			d.fail(check, remedy{"correct it, then: systemctl reload " + id, "nft -c -f " + quote(file)},
 				"after a reboot there is no firewall: nft does not load %s: %v", file, firstError(errs, err))
-			return true
+			return
+		}
+	}
+	d.noRules = false
+	if len(then) > 0 {
+		d.reload = "nft -f " + quote(file)
+		if d.units != nil && d.units[4]["LoadState"] == "loaded" { // it restores, too
+			d.reload += " && systemctl start nftwl-save"
 		}
 	}
 	now, _, err := run(ctx, nft, "-s", "-t", "list", "table", table.Family.String(), table.Name)
 	switch {
 	case err != nil: // sets says that the table is missing
 		d.ok(check, "nft loads %s", file)
-		return false
+		return
 	case untold != nil:
 		d.skip(check, "nft loads %s; what it has cannot be compared with what is loaded: %v", file, untold)
-		return false
+		return
 	}
 	lost, added := difference(now, then), difference(then, now)
 	if i := slices.IndexFunc(lost, d.essential(now)); i > 0 {
 		lost[0] = lost[i]
 	}
-	reload := remedy{fmt.Sprintf("put it into %s, or what that includes; or, where that is what you want, load it", file), "systemctl reload " + strings.TrimSuffix(id, ".service")}
+	reload := remedy{fmt.Sprintf("put it into %s, or what that includes; or, where that is what you want, load it", file), "systemctl reload " + id}
 	switch {
 	case len(then) == 0:
 		d.fail(check, remedy{fmt.Sprintf("include the rules in %s; or name in %s the table that it has", file, d.configPath()), "nftwl setup nftables"},
@@ -74,13 +102,12 @@ func (d *Doctor) checkBoot(ctx context.Context, u unit) (unsound bool) {
 	case lost != nil:
 		d.warn(check, reload, "%s lacks what is loaded now, so that after a reboot table %s has no %q", file, table, lost[0])
 	case added != nil:
-		d.warn(check, remedy{"load it", "systemctl reload " + strings.TrimSuffix(id, ".service")}, "%s has changed since it was loaded: %q", file, added[0])
+		d.warn(check, remedy{"load it", "systemctl reload " + id}, "%s has changed since it was loaded: %q", file, added[0])
 	case !maps.EqualFunc(chains(now), chains(then), slices.Equal):
 		d.warn(check, reload, "%s has the rules of table %s in another order than they are in now", file, table)
 	default:
 		d.ok(check, "%s has what table %s has now", file, table)
 	}
-	return false
 }
 
 // essential returns what tells whether a line of the table's listing is one that

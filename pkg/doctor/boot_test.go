@@ -83,7 +83,7 @@ table inet filter {
 			d.checkConfig(t.Context())
 			d.checkKernel(t.Context())
 			defer d.conn.Close()
-			d.checkBoot(t.Context(), unit{"Id": "nftables.service", "UnitFileState": "enabled", "ExecStart": "{ path=/usr/sbin/nft ; argv[]=/usr/sbin/nft -f " + file + " ; }"})
+			d.checkBootOf(t.Context(), unit{"Id": "nftables.service", "UnitFileState": "enabled", "ExecStart": "{ path=/usr/sbin/nft ; argv[]=/usr/sbin/nft -f " + file + " ; }"})
 			expect(t, *results, v.want...)
 		})
 	}

@@ -52,6 +52,9 @@ type Doctor struct {
 	valid  bool           // config is what the administrator wrote
 	conn   *nftset.Conn   // nil where the kernel's nftables cannot be read
 
+	units    []unit          // of nftables and of ours; nil where they cannot be seen
+	noRules  bool            // the file that a unit loads at boot does not load
+	reload   string          // a command that loads it; "" where it does not have the table
 	unusable map[string]bool // sets, by name
 
 	dovecot *doveconf.Settings // nil where they cannot be read
@@ -68,6 +71,7 @@ func (d *Doctor) Run(ctx context.Context, report func(Result)) {
 	for _, check := range []func(context.Context){
 		d.checkConfig,
 		d.checkKernel,
+		d.checkBoot,
 		d.checkSets,
 		d.checkRules,
 		d.checkDovecot,

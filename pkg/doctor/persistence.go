@@ -20,21 +20,10 @@ var reloadUnits = remedy{"have systemd read the files again", "systemctl daemon-
 
 func (d *Doctor) checkPersistence(ctx context.Context) {
 	saving := false
-	if program := systemctl(); program == "" {
-		d.skip("persistence.unit", "systemd does not run here")
-	} else if units, err := show(ctx, program, "nftables.service",
-		"nftwl-persist.service", "nftwl-snapshot.service", "nftwl-save.timer", "nftwl-save.service"); err != nil {
-		d.skip("persistence.unit", "%v", err)
-	} else {
-		nftables, persist := units[0], units[1]
-		boots := nftables // the unit that loads the rules
-		alone := loaded(persist) != ""
-		if alone {
-			boots = persist
-		}
-		unsound := d.checkBoot(ctx, boots)
-		if d.checkPersist(ctx, nftables, persist, alone, unsound) {
-			saving = d.checkSave(ctx, persist, units[2], units[3], units[4])
+	if d.units != nil {
+		nftables, persist := d.units[0], d.units[1]
+		if d.checkPersist(ctx, nftables, persist, loaded(persist) != "") {
+			saving = d.checkSave(ctx, persist, d.units[2], d.units[3], d.units[4])
 		}
 	}
 	d.checkSnapshot(saving)
@@ -45,7 +34,7 @@ const standalone = "/etc/nftwl/standalone.nft"
 
 // checkPersist tells whether the unit that keeps the sets is in use. It can be
 // one that loads the rules, too.
-func (d *Doctor) checkPersist(ctx context.Context, nftables, persist unit, alone, unsound bool) bool {
+func (d *Doctor) checkPersist(ctx context.Context, nftables, persist unit, alone bool) bool {
 	const check = "persistence.unit"
 	const nothing = "after a reboot neither the rules nor the sets are there"
 	lost := "the sets are empty after each reload of nftables and each reboot"
@@ -85,7 +74,7 @@ func (d *Doctor) checkPersist(ctx context.Context, nftables, persist unit, alone
 			"a restart or reload of nftables.service flushes all tables, and nftwl-persist.service does not follow it")
 	case !alone && !nftables.startsAtBoot():
 		d.fail(check, follow, "nftwl-persist.service follows nftables.service, which is not enabled: %s", nothing)
-	case unsound && (state == "failed" || nftables["ActiveState"] == "failed" || persist["ReloadResult"] != "success"): // persistence.boot says why
+	case d.noRules && (state == "failed" || nftables["ActiveState"] == "failed" || persist["ReloadResult"] != "success"): // persistence.boot says why
 	case !alone && nftables["ActiveState"] != "active":
 		d.fail(check, remedy{"fix what it says, then start it: it loads /etc/nftables.conf in place of all rules", nftables.journal()},
 			"nftables.service is %s, and so the sets are not kept", nftables["ActiveState"])

@@ -34,6 +34,9 @@ func (d *Doctor) checkSets(ctx context.Context) {
 			set, err := d.conn.Set(d.config.Table, name)
 			d.unusable[name] = err != nil
 			switch {
+			case errors.Is(err, nftset.ErrNoTable) && d.noRules:
+				d.skip("sets", "%v: persistence.boot says why", err)
+				return
 			case errors.Is(err, nftset.ErrNoTable):
 				d.fail("sets", d.loadSets(ctx), "%v", err)
 				return
@@ -82,6 +85,9 @@ func (d *Doctor) loadSets(ctx context.Context) remedy {
 				return remedy{words: fmt.Sprintf("table %s has a set %s: if those rules are the ones in use, put into %s: table: %[1]s", table, words[1], d.configPath())}
 			}
 		}
+	}
+	if d.reload != "" {
+		return remedy{"load the rules again", d.reload}
 	}
 	return remedy{"load the set definitions, or name the right table and sets in " + d.configPath(), install.LoadSets(d.config.Table)}
 }

@@ -245,6 +245,15 @@ func TestDoctorPersistence(t *testing.T) {
 				map[string]string{"persistence.bad": "warn: .*" + file + ".bad"}},
 		})
 
+		// Where there is no table, the remedy brings the rules as well.
+		m.tries("sets", []fault{
+			{"flushed by hand", m.commands("nft flush ruleset"), nil, map[string]string{"sets": "fail: table inet filter does not exist"}},
+			{"flushed, and the boot file has an error", m.commands("nft flush ruleset; echo nonsense >>/etc/nftables.conf"), m.commands(asBefore + "; nft -f /etc/nftables.conf; systemctl start nftwl-save"),
+				map[string]string{"sets": "skip: table inet filter does not exist: persistence.boot says why"}},
+		})
+		m.run("nft", "list", "chain", "inet", "filter", "input")
+		m.diagnoses("the rules are back", "persistence", nil)
+
 		// As nftwl-save.timer says.
 		m.run("systemctl", "stop", "nftwl-save.timer")
 		m.run("ln", "-sf", "/dev/null", "/etc/systemd/system/nftwl-save.timer")
