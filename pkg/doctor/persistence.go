@@ -22,6 +22,12 @@ func (d *Doctor) checkPersistence(ctx context.Context) {
 	saving := false
 	if d.units != nil {
 		nftables, persist := d.units[0], d.units[1]
+		for _, u := range d.units[1:3] {
+			// A later save has made good what a reload did not.
+			if microseconds(d.units[4]["ExecMainExitTimestampMonotonic"]) > microseconds(u["StateChangeTimestampMonotonic"]) {
+				u["ReloadResult"] = "success"
+			}
+		}
 		if d.checkPersist(ctx, nftables, persist, loaded(persist) != "") {
 			saving = d.checkSave(ctx, persist, d.units[2], d.units[3], d.units[4])
 		}
