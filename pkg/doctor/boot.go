@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -89,7 +88,7 @@ func (d *Doctor) checkBootOf(ctx context.Context, u unit) {
 		return
 	}
 	lost, added := difference(now, then), difference(then, now)
-	if i := slices.IndexFunc(lost, d.essential(now)); i > 0 {
+	if i := slices.IndexFunc(lost, essential); i > 0 {
 		lost[0] = lost[i]
 	}
 	reload := remedy{fmt.Sprintf("put it into %s, or what that includes; or, where that is what you want, load it", file), "systemctl reload " + id}
@@ -97,59 +96,27 @@ func (d *Doctor) checkBootOf(ctx context.Context, u unit) {
 	case len(then) == 0:
 		d.fail(check, remedy{fmt.Sprintf("include the rules in %s; or name in %s the table that it has", file, d.configPath()), "nftwl setup nftables"},
 			"after a reboot table %s is gone: %s does not have it", table, file)
-	case lost != nil && d.essential(now)(lost[0]):
+	case lost != nil && essential(lost[0]):
 		d.fail(check, remedy{words: fmt.Sprintf("put it back into %s, or into what that includes", file)}, "%s lacks what is loaded now, so that after a reboot table %s has no %q", file, table, lost[0])
 	case lost != nil:
 		d.warn(check, reload, "%s lacks what is loaded now, so that after a reboot table %s has no %q", file, table, lost[0])
 	case added != nil:
 		d.warn(check, remedy{"load it", "systemctl reload " + id}, "%s has changed since it was loaded: %q", file, added[0])
-	case !maps.EqualFunc(chains(now), chains(then), slices.Equal):
+	case !bytes.Equal(chains(now), chains(then)):
 		d.warn(check, reload, "%s has the rules of table %s in another order than they are in now", file, table)
 	default:
 		d.ok(check, "%s has what table %s has now", file, table)
 	}
 }
 
-// essential returns what tells whether a line of the table's listing is one that
-// nftwl hangs on: the sets, the rules that look them up, and those by which
-// packets come there.
-func (d *Doctor) essential(table []byte) func(line string) bool {
-	words := d.config.Sets()
-	has := func(line string) bool {
-		return strings.Contains(line, " hook ") || slices.ContainsFunc(strings.FieldsFunc(line, func(r rune) bool { return strings.ContainsRune(" @,", r) }),
-			func(word string) bool { return slices.Contains(words, word) })
-	}
-	all := chains(table)
-	for range all { // until no chain more leads there
-		for name, rules := range all {
-			if slices.ContainsFunc(rules[1:], has) && !slices.Contains(words, name) {
-				words = append(words, name)
-			}
-		}
-	}
-	return has
+// essential is about the lines of a listing that more hangs on than one rule: the
+// sets and their look-ups, and how packets come to a chain.
+func essential(line string) bool {
+	return slices.ContainsFunc([]string{"set ", "@", "hook ", "chain ", "jump ", "goto "}, func(word string) bool { return strings.Contains(line, word) })
 }
 
-// chains returns the lines of each chain of a listing; the first is its hook, or
-// empty.
-func chains(table []byte) map[string][]string {
-	all := make(map[string][]string)
-	name := ""
-	for line := range strings.Lines(string(table)) {
-		switch words := strings.Fields(line); {
-		case len(words) == 3 && words[0] == "chain":
-			name = words[1]
-			all[name] = []string{""}
-		case len(words) == 1 && words[0] == "}":
-			name = ""
-		case name != "" && strings.Contains(line, " hook "):
-			all[name][0] = strings.TrimSpace(line)
-		case name != "":
-			all[name] = append(all[name], strings.TrimSpace(line))
-		}
-	}
-	return all
-}
+// chains is the end of a table's listing, after the sets, whose order means nothing.
+func chains(table []byte) []byte { return table[max(bytes.Index(table, []byte("\n\tchain ")), 0):] }
 
 // firstError is the first error that nft printed.
 func firstError(errs []byte, err error) error {

@@ -161,15 +161,13 @@ func (d *Doctor) checkPolicyDovecot(ctx context.Context, dovecot *doveconf.AuthP
 		d.skip(check, "%s", d.unread)
 		return
 	}
-	lacks := func(names ...string) (missing string) {
-		for _, name := range names {
-			if dovecot.Attributes[name] == "" {
-				missing += ", " + name
-			}
-		}
-		return strings.TrimPrefix(missing, ", ")
-	}
 	attributes := reload("take auth_policy_request_attributes of the drop-in that nftwl setup policy prints")
+	lacks := ""
+	for _, name := range []string{"login", "pwhash", "remote", "protocol", "local", "mech", "proxy", "nftwl_trust", "nftwl_timeout"} {
+		if dovecot.Attributes[name] == "" {
+			lacks += " " + name
+		}
+	}
 	switch {
 	case dovecot.URL == "":
 		d.fail(check, setupPolicy, "Dovecot reports no logins: auth_policy_server_url is not set")
@@ -180,8 +178,8 @@ func (d *Doctor) checkPolicyDovecot(ctx context.Context, dovecot *doveconf.AuthP
 	case !dovecot.Report:
 		d.fail(check, reload("set auth_policy_report_after_auth = yes"), "Dovecot reports no logins: auth_policy_report_after_auth is no")
 		return
-	case lacks("login", "pwhash", "remote", "protocol") != "":
-		d.fail(check, attributes, "Dovecot's reports lack %s", lacks("login", "pwhash", "remote", "protocol"))
+	case dovecot.Attributes["login"] == "" || dovecot.Attributes["pwhash"] == "" || dovecot.Attributes["remote"] == "":
+		d.fail(check, attributes, "Dovecot's reports lack%s", lacks)
 		return
 	}
 	where := reload("set auth_policy_server_url = http://%s/", policy.Listen)
@@ -209,8 +207,8 @@ func (d *Doctor) checkPolicyDovecot(ctx context.Context, dovecot *doveconf.AuthP
 		d.fail(check, remedy{"have nftwld read it", "systemctl restart nftwld"}, "nftwld refuses the key in %s", policy.KeyFile)
 	case status != 200:
 		d.fail(check, where, "Dovecot reports to %s, where nftwld takes none (status %d)", dovecot.URL, status)
-	case lacks("local", "mech", "proxy", "nftwl_trust", "nftwl_timeout") != "":
-		d.warn(check, attributes, "Dovecot's reports lack %s", lacks("local", "mech", "proxy", "nftwl_trust", "nftwl_timeout"))
+	case lacks != "":
+		d.warn(check, attributes, "Dovecot's reports lack%s", lacks)
 	case dovecot.Check && d.dovecot.Values["haproxy_trusted_networks"] == "":
 		d.warn(check, reload("set auth_policy_check_before_auth = no and auth_policy_check_after_auth = no"),
 			"each login waits for nftwld's answer, which only a proxy with the PROXY protocol is a reason for")

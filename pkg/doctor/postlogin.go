@@ -125,10 +125,8 @@ func (d *Doctor) checkLogin(ctx context.Context, p *postLogin) {
 	case untried != "":
 	case gone && d.master == 0:
 		untried = "Dovecot is not running"
-	case errors.Is(err, errUntried):
-		untried = err.Error()
 	case err == nil && trusted == nil:
-		untried = "nftwl would trust no address of the documentation, or has no set for it"
+		untried = "nftwl ignores the addresses that could be tried, 192.0.2.0/24 and 2001:db8::/32, trusts them already, or has no set for them"
 	case err == nil:
 		d.ok(check, "a login by %s was tried: it trusts %s; that was removed again", p.Name, strings.Join(trusted, " and "))
 		return

@@ -2,6 +2,7 @@ package doctor
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -27,64 +28,66 @@ const (
 )
 
 var (
-	errUntried   = errors.New("a login cannot be tried")
 	errDenied    = errors.New(denied)
 	errUntrusted = errors.New(untrusted)
 )
 
 // tryLogins has a post-login service trust an address of each family that
 // belongs to no one (RFC 5737, RFC 3849), and removes them again. It returns
-// those that were trusted; an error is that of the first that was not.
+// those that were trusted, none where none can be tried; an error is that of the
+// first that was not trusted.
 func (d *Doctor) tryLogins(p *postLogin) (trusted []string, err error) {
-	for i, addr := range documentation() {
-		if d.unusable[d.config.Trusted.For(addr)] || trust.Refuse(d.config, addr) != nil {
-			continue
+	for _, ipv6 := range []bool{false, true} {
+		for range 10 { // most often the first is not trusted already
+			addr, local := documentation(ipv6)
+			tried, err := d.tryLogin(p, addr, local)
+			if err != nil {
+				return nil, err
+			}
+			if tried {
+				trusted = append(trusted, addr.String())
+				break
+			}
 		}
-		local := [2]string{"192.0.2.0", "2001:db9::"}[i]
-		if err := d.tryLogin(p, addr, local); err != nil {
-			return nil, err
-		}
-		trusted = append(trusted, addr.String())
 	}
 	return trusted, nil
 }
 
-// documentation returns an address of each family. They are other ones each time,
-// so that two doctors do not meet.
-func documentation() [2]netip.Addr {
+// documentation returns an address of the documentation, another one each time,
+// and one that is no client's.
+func documentation(ipv6 bool) (addr netip.Addr, local string) {
 	four, six := [4]byte{192, 0, 2}, [16]byte{0x20, 0x01, 0x0d, 0xb8}
 	_, _ = rand.Read(six[4:]) // never fails
-	four[3] = six[4] | 1      // not the network's own address
-	return [2]netip.Addr{netip.AddrFrom4(four), netip.AddrFrom16(six)}
+	if ipv6 {
+		return netip.AddrFrom16(six), "2001:db9::"
+	}
+	four[3] = six[4] | 1
+	return netip.AddrFrom4(four), "192.0.2.0"
 }
 
-func (d *Doctor) tryLogin(p *postLogin, addr netip.Addr, local string) error {
+// tryLogin tells whether an address can be tried, and if so, why it was not
+// trusted.
+func (d *Doctor) tryLogin(p *postLogin, addr netip.Addr, local string) (tried bool, err error) {
+	if d.unusable[d.config.Trusted.For(addr)] || trust.Refuse(d.config, addr) != nil {
+		return false, nil
+	}
 	d.conn.SetTimeout(patience)
 	set, err := d.conn.Set(d.config.Table, d.config.Trusted.For(addr))
 	if err != nil {
-		return err
+		return false, err
 	}
 	keys := trust.Keys(set, trust.Network(d.config, addr), d.config.Ports)
-	before, err := d.conn.Lookup(set, keys...)
-	if err != nil {
-		return err
-	}
-	if len(before) > 0 {
-		return fmt.Errorf("%w: %s is trusted already", errUntried, addr)
+	if before, err := d.conn.Lookup(set, keys...); err != nil || len(before) > 0 {
+		return false, err
 	}
 	// What an interrupted doctor leaves there ends by itself.
 	answer := askPostLogin(p.socket, local, addr.String(), p.login.MailUser)
 	d.conn.SetTimeout(patience)
 	added, err := d.conn.Remove(set, keys, func(e nftset.Element) bool { return e.Timeout <= time.Minute })
-	switch {
-	case answer != nil:
-		return answer
-	case err != nil:
-		return err
-	case len(added) < len(keys):
-		return errUntrusted
+	if err == nil && len(added) < len(keys) {
+		err = errUntrusted
 	}
-	return nil
+	return true, cmp.Or(answer, err)
 }
 
 // askPostLogin asks a post-login service as a mail process does: see
@@ -114,9 +117,7 @@ func askPostLogin(path, local, remote string, mailUser bool) error {
 		return err
 	}
 	answer := make([]byte, 1024)
-	var fds [64]byte
-	n, nfds, _, _, err := conn.(*net.UnixConn).ReadMsgUnix(answer, fds[:])
-	closeAll(fds[:nfds])
+	n, err := conn.Read(answer) // which closes the descriptor that comes back
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return fmt.Errorf("%w within %v", errNoAnswer, maxLogin)
@@ -128,17 +129,6 @@ func askPostLogin(path, local, remote string, mailUser bool) error {
 		return fmt.Errorf("an answer that is none: %.40q", answer[:n])
 	}
 	return nil
-}
-
-// closeAll closes the descriptors that came with a message.
-func closeAll(control []byte) {
-	messages, _ := unix.ParseSocketControlMessage(control) // none where it is no such
-	for _, m := range messages {
-		fds, _ := unix.ParseUnixRights(&m)
-		for _, fd := range fds {
-			_ = unix.Close(fd)
-		}
-	}
 }
 
 // logged returns ": " and the first line that a service has logged as an error since

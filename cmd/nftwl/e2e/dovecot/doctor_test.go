@@ -3,6 +3,7 @@ package dovecot
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"maps"
 	"net"
 	"net/textproto"
@@ -588,6 +589,16 @@ func TestDoctorLeavesNothing(t *testing.T) {
 			diagnoses(t, s.doctor(), healthy)
 		}
 		wantTrusted(t, client4, "alice", day)
+		// Nor is one taken that is trusted already: of these few are not.
+		for i := range 128 {
+			if i != 64 {
+				nstest.Nft(t, fmt.Sprintf("add element inet filter trusted_ipv4 { 192.0.2.%d . 993 timeout 1h }", 2*i+1))
+			}
+		}
+		diagnoses(t, s.doctor(), healthy.but(diagnosis{"dovecot.login": "ok: .* tried: it trusts (192.0.2.129 and )?2001:db8:"}))
+		if n := strings.Count(ruleset(t), "192.0.2."); n != 127+4 { // alice has one of them, and 4 ports more
+			t.Errorf("%d elements of 192.0.2.0/24 are left", n)
+		}
 		s.wantLog()
 	})
 }
