@@ -144,12 +144,13 @@ func (d *Doctor) afterBoot(ctx context.Context, nft, file string) (table []byte,
 			err = fmt.Errorf("unshare network namespace: %w", err)
 			return
 		}
-		if ip := find("ip"); ip != "" {
-			for _, device := range devices {
-				// A device less is one that the file may not name.
-				_ = exec.CommandContext(ctx, ip, "tuntap", "add", "dev", device.Name, "mode", "tun").Run()
-			}
+		var add strings.Builder
+		for _, device := range devices {
+			fmt.Fprintf(&add, "tuntap add dev %s mode tun\n", device.Name)
 		}
+		ip := exec.CommandContext(ctx, find("ip"), "-force", "-batch", "-")
+		ip.Stdin = strings.NewReader(add.String())
+		_ = ip.Run() // one that is missing is one that the file may not name
 		var errs []byte
 		if _, errs, err = run(ctx, nft, "--file", file); err != nil {
 			err = firstError(errs, err)
