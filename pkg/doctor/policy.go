@@ -35,9 +35,9 @@ func (d *Doctor) checkPolicy(ctx context.Context) {
 	policy := d.config.Policy
 	switch {
 	case policy != nil:
-		d.checkPolicyService(ctx)
+		down := d.checkPolicyService(ctx)
 		d.checkPolicyKey(policy)
-		if d.checkPolicyReports(ctx, policy) {
+		if d.checkPolicyReports(ctx, policy, down) {
 			d.checkPolicyDovecot(ctx, dovecot, policy)
 		}
 	case dovecot == nil || dovecot.URL == "" || !d.valid:
@@ -49,17 +49,18 @@ func (d *Doctor) checkPolicy(ctx context.Context) {
 	}
 }
 
-func (d *Doctor) checkPolicyService(ctx context.Context) {
+// checkPolicyService tells whether a unit is known to be down.
+func (d *Doctor) checkPolicyService(ctx context.Context) (down bool) {
 	const check = "policy.service"
 	program := systemctl()
 	if program == "" {
 		d.skip(check, "systemd does not run here")
-		return
+		return false
 	}
 	units, err := show(ctx, program, "nftwld.socket", "nftwld.service")
 	if err != nil {
 		d.skip(check, "%v", err)
-		return
+		return false
 	}
 	enable := remedy{"enable them", "systemctl enable --now nftwld.socket nftwld.service"}
 	for _, u := range units {
@@ -79,9 +80,10 @@ func (d *Doctor) checkPolicyService(ctx context.Context) {
 		default:
 			continue
 		}
-		return
+		return u["ActiveState"] != "active"
 	}
 	d.ok(check, "nftwld.socket and nftwld.service are enabled and active")
+	return false
 }
 
 // checkPolicyKey checks that nobody but root can read the key.
@@ -107,10 +109,13 @@ func (d *Doctor) checkPolicyKey(policy *config.Policy) {
 }
 
 // checkPolicyReports asks nftwld what it has counted, and tells whether it
-// answers.
-func (d *Doctor) checkPolicyReports(ctx context.Context, policy *config.Policy) bool {
+// answers. One that is down has been reported.
+func (d *Doctor) checkPolicyReports(ctx context.Context, policy *config.Policy, down bool) bool {
 	const check = "policy.reports"
 	status, body, err := request(ctx, policy.Listen.String(), "GET /metrics HTTP/1.0\r\n\r\n")
+	if err != nil && down {
+		return false
+	}
 	if err != nil {
 		d.fail(check, remedy{"start it, or see why it does not answer", "systemctl restart nftwld.socket nftwld.service"}, "nftwld does not answer on %s: %v", policy.Listen, err)
 		return false

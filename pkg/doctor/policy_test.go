@@ -37,7 +37,7 @@ func TestPolicyReports(t *testing.T) {
 			server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, v.metrics) })}
 			go func() { _ = server.Serve(l) }() // it ends with the listener
 			d, results := newDoctor(t, "")
-			d.checkPolicyReports(t.Context(), &config.Policy{Listen: netip.MustParseAddrPort(l.Addr().String())})
+			d.checkPolicyReports(t.Context(), &config.Policy{Listen: netip.MustParseAddrPort(l.Addr().String())}, false)
 			expect(t, *results, v.want...)
 		})
 	}

@@ -1,6 +1,9 @@
 package systemd
 
-import "testing"
+import (
+	"strings"
+	"testing"
+)
 
 // The doctor sees nftwld's units, also from within their sandbox: its metrics
 // say when it started without /proc/stat.
@@ -34,6 +37,14 @@ func TestDoctorPolicy(t *testing.T) {
 			m.commands(f.fix)()
 			m.settle()
 		}
+		// One cause is one finding, and its remedy works as it is written.
+		m.run("systemctl", "stop", "nftwld.socket", "nftwld.service")
+		got, commands := m.findings("policy")
+		if !strings.HasPrefix(got["policy.service"], "fail: nftwld.socket is inactive") || got["policy.reports"] != "" {
+			t.Errorf("stopped: %q", got)
+		}
+		m.run("sh", "-euc", commands["policy.service"])
+		m.settle()
 		m.run("chmod", "644", "/etc/nftwl/policy.key")
 		m.diagnoses("a key for all", "policy", with("policy.key", "fail: /etc/nftwl/policy.key belongs to user 0, with mode 0644"))
 		m.run("chmod", "600", "/etc/nftwl/policy.key")
