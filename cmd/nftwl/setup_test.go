@@ -839,6 +839,7 @@ func TestSetupNextOfRules(t *testing.T) {
 		{"rules", "/etc/nftables.conf", mine, []string{include, "jump nftwl"}, []string{example, "must be in table"}},
 		{"another table", "/etc/nftables.conf", strings.ReplaceAll(mine, "inet filter", "ip mine"), []string{"must be in table inet filter"}, nil},
 		{"included", "/etc/nftables.conf", "flush ruleset\n" + include + "\n" + mine, []string{"nft -c -f"}, []string{include, example}},
+		{"included by its path", "/etc/nftables.conf", "flush ruleset\ninclude \"/etc/nftwl/nftwl.nft\"\n" + mine, nil, []string{example}},
 		{"ufw", "/etc/ufw/ufw.conf", "ENABLED=yes\n", []string{"/etc/nftwl/standalone.nft", "in ufw, for everyone"}, []string{include, "sets.nft"}},
 		{"ufw, disabled", "/etc/ufw/ufw.conf", "ENABLED=no\n", []string{example}, []string{"ufw"}},
 		{"firewalld", "/etc/systemd/system/multi-user.target.wants/firewalld.service", "", []string{"/etc/nftwl/standalone.nft", "in firewalld, for everyone"}, []string{include}},
@@ -858,17 +859,125 @@ func TestSetupNextOfRules(t *testing.T) {
 					t.Errorf("%q is in\n%s", words, next)
 				}
 			}
-			// While something includes the files, undoing leaves them there.
-			if strings.HasPrefix(c.name, "included") {
-				_, undo, _ := strings.Cut(out, "\nTo undo it:\n")
-				h.try(nil, "/bin/sh", "-c", undo)
-				if _, err := os.Stat("/etc/nftwl/nftwl.nft"); err != nil {
-					t.Errorf("the next boot has no firewall: %v", err)
-				}
-			}
 			if h.read(c.path) != c.text {
 				t.Error("it has been changed")
 			}
+			if strings.HasPrefix(c.name, "included") {
+				_, undo, _ := strings.Cut(out, "\nTo undo it:\n")
+				h.try(nil, "/bin/sh", "-c", undo)
+				_, err := os.Stat("/etc/nftwl/nftwl.nft")
+				// While something includes the files, they stay.
+				if included := strings.Contains(h.read(c.path), "include"); included != (err == nil) || included != (c.name != "included") {
+					t.Errorf("%v, and %s is\n%s", err, c.path, h.read(c.path))
+				}
+				h.run("/usr/sbin/nft", "-c", "-f", c.path)
+			}
 		})
+	}
+}
+
+// Rules that are in the kernel, and in no file of nftables: by the real
+// iptables, and as Docker and fail2ban name theirs.
+func TestSetupLooksAtTheKernel(t *testing.T) {
+	const stop = "# STOP: loading /etc/nftables.conf deletes these tables"
+	const debian = "flush ruleset\ntable inet filter {\n\tchain input {\n\t\ttype filter hook input priority filter;\n\t}\n}\n"
+	const closed = " -P INPUT DROP; %[1]s -A INPUT -p tcp --dport 22 -j ACCEPT"
+	const docker = "iptables-nft -t nat -N DOCKER; iptables-nft -t nat -A POSTROUTING -s 172.17.0.0/16 -j MASQUERADE; iptables-nft -N DOCKER-USER; iptables-nft -A FORWARD -j DOCKER-USER"
+	const f2b = "nft 'table inet f2b-table { chain f2b-chain { type filter hook input priority filter - 1; tcp dport 25 ip saddr 192.0.2.66 reject; }; }'"
+	const byHand = "nft 'table inet filter { chain input { type filter hook input priority filter; policy drop; tcp dport 22 accept; }; }'"
+	for _, c := range []struct {
+		name, rules, conf string
+		own               bool // the rules get a table of their own
+		want, not         []string
+	}{
+		{"iptables", "iptables-nft" + fmt.Sprintf(closed, "iptables-nft"), debian, true, []string{"in iptables, for everyone"}, []string{stop}},
+		{"iptables for IPv6", "ip6tables-nft -A INPUT -p tcp --dport 25 -j REJECT", debian, true, []string{"in iptables, for everyone"}, []string{stop}},
+		{"iptables-persistent", "mkdir /etc/iptables; touch /etc/iptables/rules.v4; iptables-nft" + fmt.Sprintf(closed, "iptables-nft"), "", true, []string{"in iptables-persistent, for everyone"}, []string{stop}},
+		{"legacy", "iptables-legacy" + fmt.Sprintf(closed, "iptables-legacy"), debian, true, []string{"in iptables, for everyone"}, []string{stop}},
+		{"legacy, beside rules", "iptables-legacy" + fmt.Sprintf(closed, "iptables-legacy"), debian + "table ip mine { }\n", false,
+			[]string{"Table iptables-legacy filter (iptables) stays in force"}, []string{stop}},
+		{"Docker", docker, debian, false, []string{stop, "#   ip nat (iptables, Docker)", "#   ip filter (iptables, Docker)", "table: inet nftwl"}, nil},
+		{"fail2ban", f2b, debian, false, []string{stop, "#   inet f2b-table (fail2ban)"}, []string{"inet filter ("}},
+		{"by hand", byHand, debian, false, []string{stop, "#   inet filter"}, nil},
+		{"by hand, no file", byHand, "", false, []string{stop, "#   inet filter"}, nil},
+		{"in the file", byHand, strings.Replace(debian, ";\n\t}", ";\n\t\ttcp dport 22 accept\n\t}", 1), false, []string{`include "nftwl/nftwl.nft"`}, []string{stop}},
+		{"in what it includes", f2b, "flush ruleset\ninclude \"/etc/more.nft\"\n", false, []string{`include "nftwl/nftwl.nft"`}, []string{stop}},
+		{"no rules", "nft 'table inet filter { chain input { type filter hook input priority filter; }; }'", debian, false, []string{"cp /etc/nftwl/nftables.conf"}, []string{stop}},
+		{"nftwl's own sets", "nftwl restore /etc/nftwl.sets", debian, false, []string{"cp /etc/nftwl/nftables.conf"}, []string{stop}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			nstest.Need(t, "iptables-legacy", "iptables")
+			h := newHost(t)
+			h.write("/etc/more.nft", "table inet f2b-table { }\n")
+			h.write("/etc/nftwl.sets", h.read(filepath.Join(nstest.Root(t), "contrib/nftables/sets.nft")))
+			if c.conf != "" {
+				h.write("/etc/nftables.conf", c.conf)
+			}
+			h.run("/bin/sh", "-euc", c.rules)
+			rules := h.run("/usr/sbin/nft", "--stateless", "list", "ruleset")
+			out := h.setup("nftables", "--write")
+			next, _, _ := strings.Cut(out, "\nTo undo it:\n")
+			for _, words := range c.want {
+				if !strings.Contains(next, words) {
+					t.Errorf("%q is not in\n%s", words, next)
+				}
+			}
+			for _, words := range c.not {
+				if strings.Contains(next, words) {
+					t.Errorf("%q is in\n%s", words, next)
+				}
+			}
+			if now := h.run("/usr/sbin/nft", "--stateless", "list", "ruleset"); now != rules {
+				t.Errorf("the rules have changed to\n%s", now)
+			}
+
+			own := c.own
+			if strings.Contains(next, "table: inet nftwl") && !own {
+				// The way out that it shows.
+				h.write("/etc/nftwl.yaml", "table: inet nftwl\n")
+				m := regexp.MustCompile(`(?m)^  #   (mv .*)$`).FindStringSubmatch(next)
+				if m == nil {
+					t.Fatalf("no way out in\n%s", next)
+				}
+				h.run("/bin/sh", "-euc", m[1])
+				own = true
+			}
+			if own {
+				h.run("/usr/sbin/nft", "-f", "/etc/nftwl/standalone.nft")
+				now := h.run("/usr/sbin/nft", "--stateless", "list", "ruleset")
+				if !strings.HasPrefix(now, rules) || !strings.Contains(now, "table inet nftwl {") {
+					t.Errorf("rules are lost; there are\n%s", now)
+				}
+			}
+		})
+	}
+	t.Run("a user", func(t *testing.T) {
+		nstest.NeedUsers(t)
+		h := newHost(t)
+		if out := h.run("setpriv", "--reuid=1000", "--regid=1000", "--clear-groups", "--inh-caps=-all", "/usr/bin/nftwl", "setup", "nftables"); !strings.Contains(out, "# Which rules the kernel has now is not known: ") {
+			t.Error(out)
+		}
+	})
+}
+
+// The configuration has got another table since the rules were written.
+func TestSetupOtherTable(t *testing.T) {
+	for _, c := range []struct{ before, after string }{
+		{"# all defaults\n", "table: inet mail\n"},
+		{"table: inet mail\n", "# all defaults\n"},
+	} {
+		h := newHost(t)
+		h.write("/etc/nftwl.yaml", c.before)
+		h.setup("nftables", "--write")
+		h.write("/etc/nftwl.yaml", c.after)
+		h.refuses(1, []string{"/etc/nftwl has the rules for table inet ", "\nnftwl: hint: put table: inet "}, "nftables", "--write")
+		_, stderr, _ := h.try(nil, "/usr/bin/nftwl", "setup", "nftables", "--write")
+		_, fix, _ := strings.Cut(strings.TrimSpace(stderr), ", or: ")
+		h.run("/bin/sh", "-euc", fix)
+		if out := h.setup("nftables", "--write"); strings.Contains(out, "written: ") {
+			t.Errorf("after %q:\n%s", fix, out)
+		}
+		h.run("/usr/bin/nftwl", "restore", "/etc/nftwl/sets.nft")
+		h.run("/usr/bin/nftwl", "list")
 	}
 }

@@ -1,12 +1,15 @@
 package setup
 
 import (
+	"cmp"
 	"fmt"
 	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -45,18 +48,20 @@ func Nftables(o *Options) (*Plan, error) {
 		names = slices.DeleteFunc(names, func(name string) bool { return name == standalone })
 	}
 	p := new(Plan)
+	ssh := cmp.Or(joined(sshPorts()), "22")
 	for _, name := range names {
 		text, err := contrib.Files.ReadFile(name)
 		if err != nil {
 			return nil, err
 		}
 		e := editor{name: name, text: string(text)}
-		e.fit(c, from, table)
+		e.fit(c, from, table, ssh)
 		if e.err != nil {
 			return nil, e.err
 		}
 		p.add(filepath.Join(rulesFolder, filepath.Base(name)), e.text)
 	}
+	p.checkTable(o, table)
 	if c.IPv6Prefix > 64 && c.IPv6Prefix < 128 {
 		p.note("With ipv6_prefix: %d the limit counts each /%d as a source of its own, of which a client has many.", c.IPv6Prefix, c.IPv6Prefix)
 	}
@@ -64,7 +69,7 @@ func Nftables(o *Options) (*Plan, error) {
 	if own {
 		p.nextOwn(o, main, table, foreign)
 	} else {
-		p.nextInclude(o, main, table)
+		p.nextInclude(o, main, table, ssh)
 	}
 	p.Undo = append(p.Undo,
 		"# Unless something still includes them, or there would be no firewall at all:",
@@ -72,6 +77,46 @@ func Nftables(o *Options) (*Plan, error) {
 		"rmdir "+rulesFolder,
 	)
 	return p, nil
+}
+
+// checkTable replaces what there is to say about files of another table's rules,
+// which differ in nothing else.
+func (p *Plan) checkTable(o *Options, table nftset.Table) {
+	var paths []string
+	var other string
+	for _, f := range p.Files {
+		text, err := os.ReadFile(f.Path)
+		m := tableLine.FindSubmatch(text)
+		if err != nil || m == nil || string(m[1]) == table.String() {
+			continue
+		}
+		other = string(m[1])
+		if strings.ReplaceAll(string(text), other, table.String()) != f.Text {
+			return
+		}
+		paths = append(paths, f.Path)
+	}
+	if len(paths) == 0 {
+		return
+	}
+	p.Problems = []Problem{{
+		fmt.Sprintf("%s has the rules for table %s, and the configuration has table %s", rulesFolder, other, table),
+		fmt.Sprintf("put table: %s into %s, or: sed -i 's/%s/%s/' %s", other, cmp.Or(o.ConfigPath, config.Path), other, table, strings.Join(paths, " ")),
+	}}
+}
+
+var tableLine = regexp.MustCompile(`(?m)^table (\w+ \S+) \{$`)
+
+// joined is how nft writes ports: "" for none.
+func joined(ports []int) string {
+	var words []string
+	for _, port := range ports {
+		words = append(words, strconv.Itoa(port))
+	}
+	if len(words) < 2 {
+		return strings.Join(words, "")
+	}
+	return "{ " + strings.Join(words, ", ") + " }"
 }
 
 // ownTable reports whether the rules are to be in a table of their own, and
@@ -103,9 +148,12 @@ func (e *editor) replace(old, new string) {
 	e.text = strings.ReplaceAll(e.text, old, new)
 }
 
-// fit makes the text agree with the configuration.
-func (e *editor) fit(c *config.Config, from, table nftset.Table) {
+// fit makes the text agree with the configuration, and with the ports of SSH.
+func (e *editor) fit(c *config.Config, from, table nftset.Table, ssh string) {
 	base := filepath.Base(e.name)
+	if base == "nftables.conf" || base == "standalone.nft" {
+		e.replace("\ttcp dport 22 ", "\ttcp dport "+ssh+" ")
+	}
 	defaults := config.Default()
 	if base == "sets.nft" || base == "standalone.nft" {
 		for _, l := range []struct {
@@ -173,31 +221,62 @@ func mainFile() ruleset {
 	return files[0]
 }
 
-func (p *Plan) nextInclude(o *Options, main ruleset, table nftset.Table) {
+// warn puts first what a flush of the ruleset would delete.
+func (p *Plan) warn(o *Options, main ruleset, own bool) {
+	tables, err := liveTables()
+	if err != nil {
+		p.note("Which rules the kernel has now is not known: %v. Run it as root: loading %s deletes all rules that are not in it.", err, main.path)
+	}
+	for _, t := range tables {
+		if t.legacy() {
+			p.note("Table %s stays in force beside nftables: what it drops stays dropped.", &t)
+		}
+	}
+	gone := lost(tables, main.path, o.Config)
+	if len(gone) == 0 {
+		return
+	}
+	p.Next = append(p.Next, "# STOP: loading "+main.path+" deletes these tables, whose rules it lacks:")
+	for _, t := range gone {
+		p.Next = append(p.Next, "#   "+t.String())
+	}
+	p.Next = append(p.Next, "# Add their rules to it, or have their programs make them again afterwards.")
+	if !own {
+		p.Next = append(p.Next,
+			"# Or nftwl's rules get a table of their own, and nothing is deleted: put",
+			"# \"table: inet nftwl\" into "+cmp.Or(o.ConfigPath, config.Path)+", and do this instead of what follows:",
+			"#   mv "+rulesFolder+" "+rulesFolder+".old && "+o.shell()+" setup nftables --write",
+		)
+	}
+}
+
+func (p *Plan) nextInclude(o *Options, main ruleset, table nftset.Table, ssh string) {
+	p.warn(o, main, false)
 	text, err := os.ReadFile(main.path)
 	switch {
 	case err == nil && strings.Contains(string(text), "\ninclude \"nftwl/nftwl.nft\""):
 	case err != nil || isEmptyFirewall(string(text)):
-		p.Next = []string{
-			"# " + main.path + " has no rules yet. " + rulesFolder + "/nftables.conf is a whole firewall as an",
-			"# example: it opens the ports of SSH (22) and mail, and no others. Look at it, then:",
-			"cp " + rulesFolder + "/nftables.conf " + main.path,
-		}
+		p.Next = append(p.Next,
+			"# "+main.path+" has no rules. "+rulesFolder+"/nftables.conf is a whole firewall as an",
+			"# example: it opens the ports of SSH ("+strings.Trim(ssh, "{ }")+") and mail, and no others. Look at it, then:",
+			"cp "+rulesFolder+"/nftables.conf "+main.path,
+		)
 	default:
-		p.Next = []string{
-			"# Put into " + main.path + ", before your table:",
+		p.Next = append(p.Next,
+			"# Put into "+main.path+", before your table:",
 			`#   include "nftwl/nftwl.nft"`,
 			"# and into its input chain, after the rules for established connections and",
 			"# SSH, and before any for the mail ports:",
 			"#   jump nftwl",
-		}
+		)
 		if !strings.Contains(string(text), "table "+table.String()) {
 			p.Next = append(p.Next, "# The chain must be in table "+table.String()+".")
 		}
 	}
 	p.Next = append(p.Next, "nft -c -f "+main.path, main.load, o.shell()+" doctor")
 	p.Undo = []string{
-		"# Take the include and the jump out of " + main.path + ", then:",
+		"# This takes the include and the jump out. Look that the mail ports stay open:",
+		`sed -i '/include "nftwl\|jump nftwl/d' ` + main.path,
 		"nft -c -f " + main.path + " && systemctl reload nftables",
 	}
 }
@@ -219,11 +298,7 @@ func isEmptyFirewall(text string) bool {
 
 func (p *Plan) nextOwn(o *Options, main ruleset, table nftset.Table, foreign string) {
 	if table != o.Config.Table {
-		file := o.ConfigPath
-		if file == "" {
-			file = config.Path
-		}
-		p.Next = []string{"# Put this into " + file + ":", "#   table: " + table.String()}
+		p.Next = []string{"# Put this into " + cmp.Or(o.ConfigPath, config.Path) + ":", "#   table: " + table.String()}
 	}
 	p.Undo = []string{"nft delete table " + table.String()}
 	switch {
@@ -239,6 +314,8 @@ func (p *Plan) nextOwn(o *Options, main ruleset, table nftset.Table, foreign str
 			"# Nothing loads it at boot yet: let a service of your own do that.",
 		)
 	default:
+		p.warn(o, main, true)
+		p.Undo = append([]string{`sed -i '/include "nftwl/d' ` + main.path}, p.Undo...)
 		p.Next = append(p.Next,
 			"# Put into "+main.path+":",
 			`#   include "nftwl/standalone.nft"`,

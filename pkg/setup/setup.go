@@ -284,7 +284,8 @@ func (o *Options) shell() string {
 }
 
 // foreignFirewall names the program that the firewall belongs to, if it is one
-// that nothing can be included into.
+// that nothing can be included into: ufw, firewalld, or iptables, whose rules
+// are in the kernel while nftables' own file has none.
 func foreignFirewall() string {
 	text, err := os.ReadFile("/etc/ufw/ufw.conf")
 	if err == nil {
@@ -298,5 +299,23 @@ func foreignFirewall() string {
 	if _, err := os.Stat("/etc/systemd/system/multi-user.target.wants/firewalld.service"); err == nil {
 		return "firewalld"
 	}
+	text, err = os.ReadFile(mainFile().path)
+	if err != nil || isEmptyFirewall(string(text)) {
+		tables, _ := liveTables() // nextInclude reports the error
+		for _, t := range tables {
+			if t.closes && t.ofIPTables() {
+				return t.owners[0]
+			}
+		}
+	}
 	return ""
+}
+
+// share is where the administrator finds a directory of contrib's: where a
+// package has put it, or in the sources.
+func share(name string) string {
+	if dir := "/usr/share/nftwl/" + name; exists(dir) {
+		return dir
+	}
+	return "contrib/" + name
 }

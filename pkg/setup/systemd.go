@@ -29,7 +29,7 @@ func Systemd(o *Options) (*Plan, error) {
 	}
 	p := new(Plan)
 	if !exists("/run/systemd/system") {
-		p.problem("contrib/openrc has the same for OpenRC; without either, 'nftwl save' and 'nftwl restore' do it",
+		p.problem(share("openrc")+" has the same for OpenRC; without either, 'nftwl save' and 'nftwl restore' do it",
 			"systemd does not run here")
 	}
 	p.checkProgram(o.Executable, o.installed())
