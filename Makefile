@@ -17,9 +17,10 @@ build:
 packages:
 	sh contrib/packaging/build.sh
 
-# The sets over a login, a save and a restore, in a namespace.
+# Connections through the firewall before and after a login and a ban, in
+# namespaces, without root.
 demo: build
-	PATH=$(CURDIR)/build:$$PATH $(NAMESPACE) sh testdata/demo.sh
+	PATH=$(CURDIR)/build:$$PATH go run ./testdata/demo
 
 # Everything: unit tests, the kernel in namespaces, real Dovecot, systemd and
 # nft of two Debian releases. Installs what it needs where it may.

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"nftwl/pkg/config"
 	"nftwl/pkg/nstest"
 )
@@ -80,24 +82,65 @@ func TestReadmeTranscripts(t *testing.T) {
 
 func quoteShell(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
-// make demo, but for make: it needs no nft and no privilege outside of its
-// namespace.
+// make demo, as it prints it: real connections, before and after a login and a
+// ban. Without nft it shows the sets alone, and says why.
 func TestDemo(t *testing.T) {
-	nstest.New(t)
-	cmd := exec.Command("/bin/sh", "testdata/demo.sh")
-	cmd.Dir = nstest.Root(t)
-	cmd.Env = []string{"PATH=" + filepath.Dir(nstest.Build(t, "cmd/nftwl")) + ":/usr/bin:/bin"}
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		t.Fatalf("%v: %s", err, out)
+	program := nstest.Build(t, "testdata/demo")
+	demo := func() string {
+		t.Helper()
+		cmd := exec.Command(program)
+		cmd.Dir = nstest.Root(t)
+		cmd.Env = []string{"PATH=" + filepath.Dir(nstest.Build(t, "cmd/nftwl")) + ":/usr/bin:/bin"}
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		return string(out)
 	}
-	for _, words := range []string{"the mail process of alice", "restored 20, expired 0, already there 0"} {
-		if !strings.Contains(string(out), words) {
-			t.Errorf("%q is not in\n%s", words, out)
+	count := func(out string, lines map[string]int) {
+		t.Helper()
+		for line, want := range lines {
+			if n := len(regexp.MustCompile(`(?m)^`+line).FindAllString(out, -1)); n != want {
+				t.Errorf("%q is there %d times, and not %d, in\n%s", line, n, want, out)
+			}
 		}
 	}
-	// The list before the flush, and after the restore.
-	if n := strings.Count(string(out), "\ntrusted  2001:db8::7 "); n != 2 {
-		t.Errorf("bob is listed %d times in\n%s", n, out)
+	nstest.Need(t, "ip", "iproute2")
+	nstest.Need(t, "nft", "nftables")
+	nstest.New(t)
+	out := demo()
+	count(out, map[string]int{
+		`198\.51\.100\.8  to port 587: open open open open open dropped dropped dropped$`: 1, // a stranger
+		`192\.0\.2\.7     to port 587:( open){8}$`:                                        2, // trusted
+		`198\.51\.100\.66 to port 993: open$`:                                             1, // before the ban
+		`198\.51\.100\.66 to port 993: dropped$`:                                          2,
+		`the mail process of alice$`:                                                      1,
+		`trusted  2001:db8::7 .* bob$`:                                                    2,
+		`banned   198\.51\.100\.66 .* guessing$`:                                          2,
+	})
+	if n := strings.Count(out, "\n"); n > 50 {
+		t.Errorf("it has %d lines", n)
 	}
+	for line := range strings.Lines(out) {
+		if len([]rune(line)) > 81 {
+			t.Errorf("a long line: %s", line)
+		}
+	}
+
+	for _, err := range []error{
+		unix.Unshare(unix.CLONE_NEWNS),
+		unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
+		unix.Mount("none", "/usr/sbin", "tmpfs", 0, ""),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	out = demo()
+	count(out, map[string]int{
+		`# No connections are shown: nft is not installed \(package nftables\)$`: 1,
+		` to port `:                              0,
+		`trusted  2001:db8::7 .* bob$`:           2,
+		`banned   198\.51\.100\.66 .* guessing$`: 2,
+	})
 }
