@@ -3,114 +3,250 @@ package systemd
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
+	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
-	"regexp"
+	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"nftwl/pkg/nstest"
 )
 
 // The README's installation, as it is written there, on a mail server that has
-// never heard of nftwl. It ends with a doctor who finds nothing.
+// never heard of nftwl, from a package and from source. It ends with a doctor
+// that finds nothing. Undone as the README says, mail still comes and goes.
 func TestReadmeInstall(t *testing.T) {
 	t.Parallel()
-	onEach(t, func(t *testing.T, b base) {
-		t.Parallel()
-		ways := []string{"package"}
-		if b.root == "/" {
-			ways = append(ways, "source")
+	eachWay(t, func(t *testing.T, b base, source bool) {
+		m := newUninstalled(t, b)
+		before := m.etc()
+		start := time.Now()
+		m.installs(source)
+		if v := m.run("nftwl", "version"); !source && !strings.HasPrefix(v, "nftwl v1.2.3 go1.") {
+			t.Errorf("version: %s", v)
 		}
-		for _, way := range ways {
-			t.Run(way, func(t *testing.T) {
-				t.Parallel()
-				m := newUninstalled(t, b)
-				m.must(os.Rename(m.file("root/new.deb"), m.file("root/nftwl_1.2.3_amd64.deb")))
-				before := m.etc()
-				start := time.Now()
-				for _, block := range m.section("Install") {
-					switch {
-					case block.language == "nft":
-						// What is pasted, below the distribution's first lines.
-						m.write("etc/nftables.conf", flushed+block.text)
-					case block.language != "sh":
-						// Shown, but nothing to paste: setup writes it, or it is the default.
-					case strings.Contains(block.text, "apt install") && way == "source":
-						// install -m 755 build/nftwl /usr/bin/nftwl
-						text, err := os.ReadFile(nstest.Build(t, "cmd/nftwl"))
-						m.must(err)
-						m.write("usr/bin/nftwl", string(text))
-						m.must(os.Chmod(m.file("usr/bin/nftwl"), 0o755))
-					case strings.Contains(block.text, "nftwl doctor"):
-						// Until now nobody has logged in.
-						m.healthy()
-					default:
-						m.run("sh", "-euc", "cd /root\n"+block.text)
-					}
-				}
-				if v := m.run("nftwl", "version"); way == "package" && !strings.HasPrefix(v, "nftwl v1.2.3 go1.") {
-					t.Errorf("version: %s", v)
-				}
-				m.settle()
-				m.logsIn(1)
-				m.trusts(1)
-				t.Logf("%v from the first command to a trusted login, and doctor in between", time.Since(start).Round(100*time.Millisecond))
-				m.run("systemctl", "reload", "nftables")
-				m.settle()
-				m.trusts(1)
-				m.healthy()
+		m.settle()
+		m.logsIn(1)
+		m.trusts(1)
+		t.Logf("%v from the first command to a trusted login, and doctor in between", time.Since(start).Round(100*time.Millisecond))
+		m.run("systemctl", "reload", "nftables")
+		m.settle()
+		m.trusts(1)
+		m.healthy()
 
-				// The other way, which goes as well.
-				if way == "source" {
-					m.installNftwld()
-				}
-				m.write("etc/nftwl.yaml", "policy: {}\n")
-				m.run("nftwl", "setup", "policy", "--write")
-				m.run("sh", "-euc", "systemctl daemon-reload; systemctl enable --now nftwld.socket nftwld; doveadm reload")
-				m.until("a report arrives", func() error {
-					m.logsIn(3)
-					if m.nftwldStatus().Reports["imap"]["success"] == 0 {
-						return errors.New("not yet")
-					}
-					return nil
-				})
+		// 587 is open to strangers, up to the limit.
+		opens := m.internet()
+		if n := opens("587", 12); n == 0 || n == 12 {
+			t.Errorf("with nftwl, a stranger opens %d of 12 connections", n)
+		}
 
-				for _, block := range m.section("Undo") {
-					switch {
-					case strings.Contains(block.text, "reload nftables"):
-						m.write("etc/nftables.conf", flushed)
-						m.run("sh", "-euc", block.text)
-					case strings.Contains(block.text, "apt purge"):
-						if way == "source" {
-							block.text = strings.Replace(block.text, "apt purge nftwl\n", "", 1)
-						}
-						m.run("sh", "-euc", strings.Replace(block.text, "apt purge", "apt-get --yes purge", 1))
-					case way == "source":
-						m.run("sh", "-euc", block.text)
-					}
-				}
-				m.settle()
-				m.logsIn(2)
-				if rules := m.run("nft", "list", "ruleset"); rules != "" {
-					t.Errorf("still in the kernel:\n%s", rules)
-				}
-				m.run("systemctl", "reload", "nftables") // which nothing is part of any more
-				m.settle()
-				after := m.etc()
-				for path, text := range after {
-					if before[path] != text && path != "nftables.conf" && !strings.HasPrefix(path, enabled) {
-						t.Errorf("/etc/%s is left behind, or changed", path)
-					}
-				}
-				m.left(defaults)
-				if units := m.run("systemctl", "list-units", "--all", "--plain", "--no-legend", "nftwl*"); units != "" {
-					t.Errorf("still there: %s", units)
-				}
-			})
+		// The other way, which goes as well.
+		m.write("etc/nftwl.yaml", "policy: {}\n")
+		m.run("nftwl", "setup", "policy", "--write")
+		m.run("sh", "-euc", "systemctl daemon-reload; systemctl enable --now nftwld.socket nftwld; doveadm reload")
+		m.until("a report arrives", func() error {
+			m.logsIn(3)
+			if m.nftwldStatus().Reports["imap"]["success"] == 0 {
+				return errors.New("not yet")
+			}
+			return nil
+		})
+
+		m.undoes(source)
+		m.settle()
+		m.logsIn(2)
+		rules := m.run("nft", "list", "ruleset")
+		if strings.Contains(rules, "nftwl") || strings.Contains(rules, "trusted") {
+			t.Errorf("still in the kernel:\n%s", rules)
+		}
+		for _, port := range []string{"465", "587"} {
+			if n := opens(port, 12); n != 12 {
+				t.Errorf("port %s: %d of 12 connections open after the end, under\n%s", port, n, rules)
+			}
+		}
+		m.run("systemctl", "reload", "nftables") // which nothing is part of any more
+		m.settle()
+		after := m.etc()
+		for path, text := range after {
+			if before[path] != text && path != "nftables.conf" && !strings.HasPrefix(path, enabled) {
+				t.Errorf("/etc/%s is left behind, or changed", path)
+			}
+		}
+		m.left(defaults)
+		if units := m.run("systemctl", "list-units", "--all", "--plain", "--no-legend", "nftwl*"); units != "" {
+			t.Errorf("still there: %s", units)
 		}
 	})
+}
+
+// eachWay runs a test for each way to install: from a package, and from source
+// where there is Go.
+func eachWay(t *testing.T, test func(t *testing.T, b base, source bool)) {
+	onEach(t, func(t *testing.T, b base) {
+		t.Parallel()
+		t.Run("package", func(t *testing.T) { t.Parallel(); test(t, b, false) })
+		if b.root == "/" {
+			t.Run("source", func(t *testing.T) { t.Parallel(); test(t, b, true) })
+		}
+	})
+}
+
+// installs goes through the README's installation.
+func (m *machine) installs(source bool) {
+	m.Helper()
+	m.write("etc/apt/apt.conf.d/90-nftwl-test", "APT::Get::Assume-Yes \"true\";\n")
+	m.must(os.Rename(m.file("root/new.deb"), m.file("root/nftwl_1.2.3_amd64.deb")))
+	for _, b := range nstest.Blocks(m, "README.md", "Install") {
+		switch {
+		case b.Language == "nft":
+			// What is pasted, below the distribution's first lines.
+			m.write("etc/nftables.conf", flushed+b.Text)
+		case b.Language != "sh":
+			// Shown, but nothing to paste: setup writes it, or it is the default.
+		case strings.Contains(b.Text, "make build"):
+			if source {
+				m.inSources(b.Text)
+			}
+		case source && strings.Contains(b.Text, "apt install"):
+		case strings.Contains(b.Text, "nftwl doctor"):
+			// Until now nobody has logged in.
+			m.healthy()
+		default:
+			m.shell(b.Text)
+		}
+	}
+}
+
+// undoes goes through the README's way back.
+func (m *machine) undoes(source bool) {
+	m.Helper()
+	var lines []string
+	for _, b := range nstest.Blocks(m, "README.md", "Undo") {
+		switch {
+		case lines == nil:
+			lines = strings.SplitAfter(b.Text, "\n")
+			if !source {
+				m.shell(b.Text)
+			}
+		case source:
+			var whole strings.Builder
+			replaced := false
+			for _, line := range lines {
+				if line == "apt purge nftwl\n" {
+					line, replaced = b.Text, true
+				}
+				whole.WriteString(line)
+			}
+			if !replaced {
+				m.Fatalf("no line to replace by\n%s", b.Text)
+			}
+			m.shell(whole.String())
+		}
+	}
+	m.run("rm", "/etc/apt/apt.conf.d/90-nftwl-test")
+}
+
+// shell runs a block of a document.
+func (m *machine) shell(text string) string {
+	m.Helper()
+	return m.run("sh", "-euc", "cd /root\n"+text)
+}
+
+// inSources runs a block in a copy of the sources, with Go.
+func (m *machine) inSources(text string) {
+	m.Helper()
+	root, env := nstest.Root(m), "export PATH=$PATH:"+filepath.Join(runtime.GOROOT(), "bin")
+	for _, name := range []string{"GOCACHE", "GOMODCACHE"} {
+		out, err := exec.Command("go", "env", name).Output()
+		m.must(err)
+		env += " " + name + "=" + strings.TrimSpace(string(out))
+	}
+	m.run("sh", "-euc", "mkdir -p /root/sources; cd /root/sources; cp -r "+
+		root+"/cmd "+root+"/contrib "+root+"/pkg "+root+"/go.* "+root+"/Makefile .\n"+env+"\n"+text)
+}
+
+// internet gives the machine a network with another one on it, and servers for
+// submission, which greet. What it returns tells how many connections of so many
+// they have greeted.
+func (m *machine) internet() (opens func(port string, times int) int) {
+	m.Helper()
+	inNetwork := func(join func() error, f func()) {
+		m.Helper()
+		var err error
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			runtime.LockOSThread() // and thrown away with the goroutine
+			if err = join(); err == nil {
+				f()
+			}
+		}()
+		<-done
+		m.must(err)
+	}
+	for _, port := range []string{"465", "587"} {
+		inNetwork(m.joinNetwork, func() {
+			l, err := net.Listen("tcp4", ":"+port)
+			if err != nil {
+				m.Error(err)
+				return
+			}
+			m.Cleanup(func() { l.Close() })
+			go func() {
+				for conn, err := l.Accept(); err == nil; conn, err = l.Accept() {
+					fmt.Fprint(conn, "220\r\n")
+					conn.Close()
+				}
+			}()
+		})
+	}
+	work, thread := make(chan func()), make(chan int)
+	go inNetwork(func() error { return unix.Unshare(unix.CLONE_NEWNET) }, func() {
+		thread <- unix.Gettid()
+		for f := range work {
+			f()
+		}
+	})
+	m.Cleanup(func() { close(work) })
+	network := func(id int, commands ...string) {
+		m.Helper()
+		cmd := exec.Command("nsenter", "-t", strconv.Itoa(id), "-n", "ip", "-batch", "-")
+		cmd.Stdin = strings.NewReader(strings.Join(commands, "\n"))
+		if out, err := cmd.CombinedOutput(); err != nil {
+			m.Fatalf("ip: %v: %s", err, out)
+		}
+	}
+	id := <-thread
+	network(m.pid, fmt.Sprintf("link add net0 type veth peer name net0 netns %d", id), "address add 203.0.113.1/24 dev net0", "link set net0 up")
+	network(id, "address add 203.0.113.2/24 dev net0", "link set net0 up")
+	return func(port string, times int) (n int) {
+		for range times {
+			done := make(chan struct{})
+			work <- func() {
+				defer close(done)
+				conn, err := net.DialTimeout("tcp4", "203.0.113.1:"+port, time.Second)
+				if err != nil {
+					return
+				}
+				defer conn.Close()
+				if err := conn.SetDeadline(time.Now().Add(time.Second)); err != nil {
+					return
+				}
+				if _, err := conn.Read(make([]byte, 1)); err == nil {
+					n++
+				}
+			}
+			<-done
+		}
+		return n
+	}
 }
 
 // enabled is where nftables.service is, which stays: it is not nftwl's.
@@ -146,19 +282,3 @@ func (m *machine) healthy() {
 }
 
 type block struct{ language, text string }
-
-// section returns the blocks of a section of the README.
-func (m *machine) section(name string) (blocks []block) {
-	m.Helper()
-	readme, err := os.ReadFile(filepath.Join(nstest.Root(m), "README.md"))
-	m.must(err)
-	_, text, found := strings.Cut(string(readme), "\n## "+name+"\n")
-	text, _, _ = strings.Cut(text, "\n## ")
-	for _, b := range regexp.MustCompile("(?s)\n```(\\w*)\n(.*?\n)```\n").FindAllStringSubmatch(text, -1) {
-		blocks = append(blocks, block{b[1], b[2]})
-	}
-	if !found || len(blocks) == 0 {
-		m.Fatalf("the README has no blocks under %q", name)
-	}
-	return blocks
-}

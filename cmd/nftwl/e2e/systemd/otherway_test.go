@@ -5,48 +5,50 @@ import (
 	"os"
 	"strings"
 	"testing"
+
+	"nftwl/pkg/nstest"
 )
 
 // The README's other way, as it is written there, after the first; and back.
 // Its doctor finds nothing in between.
 func TestReadmeOtherWay(t *testing.T) {
 	t.Parallel()
-	onEach(t, func(t *testing.T, b base) {
-		t.Parallel()
+	eachWay(t, func(t *testing.T, b base, source bool) {
 		m := newUninstalled(t, b)
-		m.must(os.Rename(m.file("root/new.deb"), m.file("root/nftwl_1.2.3_amd64.deb")))
-		for _, block := range m.section("Install") {
-			switch {
-			case block.language == "nft":
-				m.write("etc/nftables.conf", flushed+block.text)
-			case block.language == "sh" && !strings.Contains(block.text, "nftwl doctor"):
-				m.run("sh", "-euc", "cd /root\n"+block.text)
-			}
-		}
+		m.installs(source)
 		m.settle()
-		for _, block := range m.section("The other way: nftwld") {
-			if block.language == "sh" {
-				m.run("sh", "-euc", block.text)
-			}
+		for _, b := range nstest.Blocks(t, "README.md", "The other way: nftwld") {
+			m.shell(b.Text)
 		}
-		m.run("sh", "-euc", "rm /etc/dovecot/conf.d/90-nftwl* && doveadm reload")
 		m.learns(1)
 		m.healthy()
 		m.diagnoses("the other way", "policy", map[string]string{"policy.reports": "ok: "})
 
-		// Another key, as docs/operation.md says.
-		m.run("sh", "-euc", `rm /etc/nftwl/policy.key /etc/dovecot/conf.d/91-nftwl-policy*
-			nftwl setup policy --write
-			systemctl restart nftwld && doveadm reload`)
+		// Another key.
+		for _, b := range nstest.Blocks(t, "docs/operation.md", "Changing the configuration") {
+			m.shell(b.Text)
+		}
 		m.learns(2)
 		m.healthy()
-
-		m.run("sh", "-euc", "nftwl setup dovecot --write && doveadm reload")
-		m.run("sh", "-euc", `rm /etc/dovecot/conf.d/91-nftwl*; doveadm reload; systemctl disable --now nftwld.socket nftwld
-			rm /etc/nftwl.yaml`)
+		m.shell("systemctl reload nftwld; systemctl restart nftwld.socket nftwld")
 		m.learns(3)
+
+		for _, b := range nstest.Blocks(t, "docs/policy.md", "The way back") {
+			m.shell(b.Text)
+		}
+		m.learns(4)
 		m.healthy()
+		m.state("nftwld.socket", "inactive")
+		if m.exists("etc/nftwl/policy.key") || strings.Contains(m.run("cat", "/etc/nftwl.yaml"), "\npolicy:") {
+			t.Error("something is left of it")
+		}
 	})
+}
+
+// exists tells whether the machine has a file.
+func (m *machine) exists(path string) bool {
+	_, err := os.Lstat(m.file(path))
+	return err == nil
 }
 
 // learns has a client log in, and waits until it is trusted.
