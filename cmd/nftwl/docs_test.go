@@ -2,6 +2,8 @@ package main
 
 import (
 	"bytes"
+	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -199,4 +201,64 @@ func TestDocsRules(t *testing.T) {
 			}
 		}
 	}
+}
+
+// Every block of shell is run by a test, which asks nstest.Blocks for those of
+// its heading; and every command in a line of its own words is in some test, as
+// it is written.
+func TestDocsBlocksRun(t *testing.T) {
+	root := nstest.Root(t)
+	var tests strings.Builder
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && strings.HasSuffix(path, "_test.go") {
+			var text []byte
+			text, err = os.ReadFile(path)
+			tests.Write(text)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	run := make(map[string]bool) // document and heading
+	for _, m := range regexp.MustCompile(`nstest\.Blocks\(\w+, ("[^"]+", "[^"]+")\)`).FindAllStringSubmatch(tests.String(), -1) {
+		run[m[1]] = true
+	}
+	part := regexp.MustCompile("(?m)^ *```(\\w*)\n((?s:.*?)\n) *```$|^#+ (.*)$")
+	// What is more than a word, and names nothing that the reader fills in.
+	command := regexp.MustCompile("`((?:sudo|rm|mv|cp|diff|sed|apt|install|systemctl|systemd-analyze|doveadm|nft|nftwld?|fail2ban-client)\\s[^`]+)`")
+	for name, text := range documents(t) {
+		if untested[name] {
+			continue
+		}
+		heading, inBlocks := "", ""
+		for _, m := range part.FindAllStringSubmatch(text, -1) {
+			switch {
+			case m[3] != "":
+				heading = m[3]
+			case m[1] == "sh":
+				inBlocks += m[2]
+				if key := fmt.Sprintf("%q, %q", name, heading); !run[key] {
+					t.Errorf("no test has nstest.Blocks(t, %s), which has:\n%s", key, m[2])
+				}
+			}
+		}
+		for _, m := range command.FindAllStringSubmatch(part.ReplaceAllString(text, ""), -1) {
+			line := strings.Join(strings.Fields(m[1]), " ")
+			words := strings.Fields(line)
+			if regexp.MustCompile(`\b[A-Z]{4,}\b|…|^systemctl edit `).MatchString(line) || len(words) < 3 && (words[0] == "nftwl" || words[0] == "nftwld" || words[0] == "nft") {
+				continue
+			}
+			if !strings.Contains(tests.String(), line) && !strings.Contains(inBlocks, line) {
+				t.Errorf("%s: %q is in no test", name, line)
+			}
+		}
+	}
+}
+
+// untested are the documents whose commands build and test nftwl itself; and
+// those whose tests do not ask for their blocks yet.
+var untested = map[string]bool{
+	"CONTRIBUTING.md": true, "docs/measurements.md": true,
+	"docs/fail2ban.md": true, "docs/firewall.md": true, "docs/containers.md": true, "docs/troubleshooting.md": true,
 }

@@ -1,0 +1,122 @@
+package systemd
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"nftwl/pkg/nstest"
+)
+
+// The commands of the README and of docs, as they are written there, on a
+// machine that was installed by the README. TestDocsBlocksRun of cmd/nftwl finds
+// those that are in no test.
+func TestDocsCommands(t *testing.T) {
+	t.Parallel()
+	eachWay(t, func(t *testing.T, b base, source bool) {
+		m := newUninstalled(t, b)
+		m.installs(source)
+		m.settle()
+		shows := func(out string, words ...string) {
+			t.Helper()
+			for _, w := range words {
+				if !strings.Contains(out, w) {
+					t.Errorf("%q is not in\n%s", w, out)
+				}
+			}
+		}
+
+		for _, b := range nstest.Blocks(t, "docs/operation.md", "Monitoring") {
+			switch {
+			case b.Language == "sh":
+				shows(m.shell(b.Text), "192.0.2.1")
+			case strings.Contains(b.Text, "root nftwl doctor |"):
+				_, command, _ := strings.Cut(b.Text, " root ")
+				if out, err := m.try("sh", "-c", command); out != "" || err == nil {
+					t.Errorf("%s: %v, %s", command, err, out)
+				}
+			}
+		}
+		m.run("nft", "delete", "table", "inet", "filter")
+		m.logsIn(1)
+		m.run("systemctl", "reload", "nftables")
+		m.settle()
+		m.run("nftwl", "add", "192.0.2.7")
+		for _, b := range nstest.Blocks(t, "README.md", "See that it works") {
+			shows(m.shell(b.Text), "192.0.2.7", "chain nftwl {", client(1)+" is not trusted: table inet filter does not exist")
+		}
+
+		for _, b := range nstest.Blocks(t, "docs/roaming.md", "Roaming clients, shared addresses") {
+			m.shell(b.Text)
+			shows(m.run("nftwl", "list", "trusted"), "permanent  office printer")
+		}
+
+		for _, command := range []string{
+			"nftwl ban 192.0.2.7; nftwl list banned",
+			"nftwl unban 192.0.2.7 && systemctl start nftwl-save",
+			"nftwl list trusted",
+			"nftwl list banned",
+			"nft -c -f /etc/nftables.conf",
+			"doveadm log errors",
+			"systemd-analyze security nftwl-save",
+			"nftwl setup fail2ban --write",
+		} {
+			m.shell(command)
+		}
+		if source {
+			for _, b := range nstest.Blocks(t, "docs/operation.md", "Upgrading") {
+				m.inSources(b.Text)
+			}
+		} else {
+			// standalone.nft alone is not in use.
+			shows(m.shell("diff -r /usr/share/nftwl/nftables /etc/nftwl || test $? = 1"), "Only in /usr/share/nftwl/nftables: standalone.nft\n")
+			m.run("dpkg", "--install", "/root/old.deb")
+			m.shell("apt install ./nftwl_*_amd64.deb")
+		}
+		m.logsIn(2)
+		m.trusts(2)
+	})
+}
+
+// Dovecot without root, and Dovecot without the capability.
+func TestDocsPrivileges(t *testing.T) {
+	t.Parallel()
+	onEach(t, func(t *testing.T, b base) {
+		t.Parallel()
+		m := newUninstalled(t, b)
+		m.installs(false)
+		m.settle()
+		blocks := nstest.Blocks(t, "docs/privileges.md", "`nftwl login`")
+
+		const unit = "etc/systemd/system/dovecot.service.d/10-test.conf"
+		m.write(unit, "[Service]\nCapabilityBoundingSet=~CAP_NET_ADMIN\n")
+		m.run("sh", "-euc", "systemctl daemon-reload; systemctl restart dovecot")
+		m.logsIn(1)
+		if _, err := m.try("nftwl", "check", "-q", client(1)); err == nil {
+			t.Error("it is trusted without the capability")
+		}
+		m.shell(blocks[1].Text)
+		m.learns(1)
+
+		m.shell(blocks[0].Text)
+		text, err := os.ReadFile(filepath.Join(nstest.Root(t), "docs/privileges.md"))
+		m.must(err)
+		words := strings.Join(strings.Fields(string(text)), " ")
+		const user, executable = "user = nftwl-login", "executable = script-login /usr/local/sbin/nftwl login"
+		if !strings.Contains(words, "`"+user+"` and `"+executable+"`") {
+			t.Errorf("the document has other settings than %s and %s", user, executable)
+		}
+		m.run("sed", "-i", "-e", "s,user = root,"+user+",", "-e", "s,executable = script-login .*,"+executable+",", "/etc/dovecot/conf.d/90-nftwl.conf")
+		m.run("doveadm", "reload")
+		m.until("nftwl runs as another user", func() error {
+			m.logsIn(2)
+			if out := m.run("doveconf", "-n"); !strings.Contains(out, user) {
+				return errors.New(out)
+			}
+			_, err := m.try("nftwl", "check", "-q", client(2))
+			return err
+		})
+	})
+}
