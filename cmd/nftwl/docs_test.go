@@ -140,6 +140,9 @@ func refused(args []string) string {
 	if !cmd.HasParent() {
 		return "no command"
 	}
+	if cmd.Hidden {
+		return "an internal command"
+	}
 	var flags []string
 	for _, arg := range rest {
 		if strings.HasPrefix(arg, "-") && arg != "-" {
@@ -155,6 +158,25 @@ func refused(args []string) string {
 		}
 	}
 	return ""
+}
+
+// The manual page names no command that is not for its reader.
+func TestDocsManual(t *testing.T) {
+	page, err := os.ReadFile(filepath.Join(nstest.Root(t), "contrib/man/nftwl.8"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := regexp.MustCompile(`(?m)^\.SS nftwl (.*)$`).FindAllStringSubmatch(string(page), -1)
+	if len(found) == 0 {
+		t.Error("it has no commands")
+	}
+	for _, m := range found {
+		words := strings.FieldsFunc(m[1], func(r rune) bool { return strings.ContainsRune(` |[]\`, r) })
+		words = slices.DeleteFunc(words, func(w string) bool { return strings.ToLower(w) != w || strings.HasPrefix(w, "-") })
+		if why := refused(words); why != "" {
+			t.Errorf("nftwl %s: %s", m[1], why)
+		}
+	}
 }
 
 func TestDocsShell(t *testing.T) {

@@ -25,7 +25,9 @@ func Command(b *strings.Builder, cmd *cobra.Command) {
 	}
 	b.WriteString(Flags(cmd))
 	for _, below := range cmd.Commands() {
-		Command(b, below)
+		if !below.Hidden {
+			Command(b, below)
+		}
 	}
 }
 
