@@ -807,16 +807,22 @@ func TestSetupRules(t *testing.T) {
 				}
 			}
 
-			// Gone as it came.
+			// Gone as it came, and submission is as open as without nftwl.
 			_, undo, _ := strings.Cut(out, "\nTo undo it:\n")
-			os.Remove("/etc/nftables.conf") // or it would still include them
 			h.try(nil, "/bin/sh", "-c", undo)
 			if _, err := os.Stat("/etc/nftwl"); err == nil {
 				t.Error("/etc/nftwl is left")
 			}
-			if own {
-				if left := h.run(nft, "list", "ruleset"); left != "" {
-					t.Errorf("left: %s", left)
+			if !own {
+				h.run(nft, "-f", "/etc/nftables.conf") // as systemctl would
+			}
+			left := h.run(nft, "list", "ruleset")
+			if strings.Contains(left, "nftwl") || own && left != "" {
+				t.Errorf("left: %s", left)
+			}
+			for _, from := range []string{"198.51.100.10", "2001:db8:a:401::7"} {
+				if n := opens(from); n != 8 {
+					t.Errorf("without nftwl %s opens %d connections under\n%s", from, n, left)
 				}
 			}
 		})
