@@ -330,10 +330,16 @@ func TestSetupProblems(t *testing.T) {
 		args  []string
 		want  string
 	}{
-		{"no Dovecot", func(h *host) { h.must(os.RemoveAll("/etc/dovecot")) }, []string{"dovecot"}, "/etc/dovecot/conf.d is not a folder: Dovecot is not installed"},
-		{"no fail2ban", func(h *host) { h.must(os.RemoveAll("/etc/fail2ban")) }, []string{"fail2ban"}, "/etc/fail2ban is not a folder: fail2ban is not installed"},
+		{"no Dovecot", func(h *host) { h.must(os.RemoveAll("/etc/dovecot")) }, []string{"dovecot"}, "/etc/dovecot/conf.d is not a directory: Dovecot is not installed"},
+		{"no fail2ban", func(h *host) { h.must(os.RemoveAll("/etc/fail2ban")) }, []string{"fail2ban"}, "/etc/fail2ban is not a directory: fail2ban is not installed"},
 		{"no systemd", func(h *host) { h.must(os.RemoveAll("/run/systemd")) }, []string{"systemd"}, "systemd does not run here"},
-		{"snapshot", func(h *host) { h.write("/etc/nftwl.yaml", "snapshot: /var/lib/nftwl/../x/sets.nft\n") }, []string{"systemd"}, "snapshot: the units may write in /var/lib/nftwl/ alone, and not /var/lib/x/sets.nft"},
+		{"from source", func(h *host) { h.must(os.RemoveAll("/run/systemd")) }, []string{"systemd"}, "contrib/openrc has the same"},
+		{"from a package", func(h *host) {
+			h.must(os.RemoveAll("/run/systemd"))
+			h.must(unix.Mount("none", "/usr/share", "tmpfs", 0, "mode=755"))
+			h.must(os.MkdirAll("/usr/share/nftwl/openrc", 0o755))
+		}, []string{"systemd"}, "/usr/share/nftwl/openrc has the same"},
+		{"snapshot", func(h *host) { h.write("/etc/nftwl.yaml", "snapshot: /var/lib/nftwl/../x/sets.nft\n") }, []string{"systemd"}, "snapshot: the units can write in /var/lib/nftwl/ alone, and not /var/lib/x/sets.nft"},
 		{"folder is a file", func(h *host) { h.write("/etc/nftwl", "") }, []string{"nftables"}, "/etc/nftwl/banned.nft: not a directory"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

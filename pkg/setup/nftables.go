@@ -24,8 +24,8 @@ const (
 	ownRules    = rulesFolder + "/standalone.nft"
 )
 
-// Nftables plans the sets and rules as the configuration has them: to be
-// included, or in a table of their own.
+// Nftables plans the sets and rules for the configuration, which an
+// administrator includes, or in a table of their own.
 func Nftables(o *Options) (*Plan, error) {
 	c := o.Config
 	if c.Table.Family != nftset.INet {
@@ -72,15 +72,15 @@ func Nftables(o *Options) (*Plan, error) {
 		p.nextInclude(o, main, table, ssh)
 	}
 	p.Undo = append(p.Undo,
-		"# Unless something still includes them, or there would be no firewall at all:",
+		"# The rules, unless something still includes them and would not load without:",
 		"grep -sn nftwl/ "+main.path+" || "+p.remove(),
 		"rmdir "+rulesFolder,
 	)
 	return p, nil
 }
 
-// checkTable replaces what there is to say about files of another table's rules,
-// which differ in nothing else.
+// checkTable replaces the problems of files that differ only in the table's name
+// by one that says so.
 func (p *Plan) checkTable(o *Options, table nftset.Table) {
 	var paths []string
 	var other string
@@ -119,16 +119,16 @@ func joined(ports []int) string {
 	return "{ " + strings.Join(words, ", ") + " }"
 }
 
-// ownTable reports whether the rules are to be in a table of their own, and
-// names the program that the firewall belongs to, where that is known.
+// ownTable reports whether the rules belong in a table of their own, and names
+// the program that the firewall belongs to, if that is known.
 func (o *Options) ownTable() (own bool, foreign string) {
 	foreign = foreignFirewall()
 	return foreign != "" || o.Config.Table.Name == "nftwl", foreign
 }
 
-// unitLoads reports whether nftwl-persist.service is to load that table itself.
-// Where nftables.service is in use, its file includes the rules: what it flushes
-// would be gone otherwise.
+// unitLoads reports whether nftwl-persist.service must load that table itself. If
+// nftables.service is in use, its file includes the rules, because it flushes
+// all others.
 func (o *Options) unitLoads() bool {
 	own, foreign := o.ownTable()
 	used, _ := filepath.Glob(unitFolder + "/*.wants/nftables.service") // the pattern is right
@@ -143,7 +143,7 @@ type editor struct {
 
 func (e *editor) replace(old, new string) {
 	if !strings.Contains(e.text, old) && e.err == nil {
-		e.err = fmt.Errorf("a defect of nftwl's: contrib/%s does not have %q", e.name, old)
+		e.err = fmt.Errorf("internal error: contrib/%s lacks %q", e.name, old)
 	}
 	e.text = strings.ReplaceAll(e.text, old, new)
 }
@@ -202,8 +202,8 @@ func mask(bits int) string {
 	return netip.PrefixFrom(ones, bits).Masked().Addr().String()
 }
 
-// A ruleset is the file that is loaded at boot, and how it is loaded again. It
-// is never written here.
+// A ruleset is the file that is loaded at boot, and the command that loads it
+// again. It is never written here.
 type ruleset struct{ path, load string }
 
 func mainFile() ruleset {
@@ -275,7 +275,7 @@ func (p *Plan) nextInclude(o *Options, main ruleset, table nftset.Table, ssh str
 	}
 	p.Next = append(p.Next, "nft -c -f "+main.path, main.load, o.shell()+" doctor")
 	p.Undo = []string{
-		"# This takes the include and the jump out. Look that the mail ports stay open:",
+		"# Take the include and the jump out. Your own rules must open the mail ports:",
 		`sed -i '/include "nftwl\|jump nftwl/d' ` + main.path,
 		"nft -c -f " + main.path + " && systemctl reload nftables",
 	}
@@ -311,7 +311,7 @@ func (p *Plan) nextOwn(o *Options, main ruleset, table nftset.Table, foreign str
 	case foreign != "":
 		p.Next = append(p.Next,
 			"nft -c -f "+ownRules+" && nft -f "+ownRules,
-			"# Nothing loads it at boot yet: let a service of your own do that.",
+			"# Nothing loads it at boot yet: a service of your own must.",
 		)
 	default:
 		p.warn(o, main, true)

@@ -24,8 +24,8 @@ const (
 	policySettings = policyFile + ".ext"
 )
 
-// Policy plans what has Dovecot report authentications to nftwld: the key, the
-// units and Dovecot's settings. The key and the salt that are there stay.
+// Policy plans what makes Dovecot report authentications to nftwld: the key, the
+// units and Dovecot's settings. An existing key and salt stay.
 func Policy(o *Options) (*Plan, error) {
 	policy := config.DefaultPolicy
 	if o.Config.Policy != nil {
@@ -58,7 +58,7 @@ func Policy(o *Options) (*Plan, error) {
 	if units {
 		p.Next = append(p.Next, "systemctl daemon-reload && systemctl enable --now nftwld.socket nftwld")
 	} else {
-		p.Next = append(p.Next, "# Have nftwld run, as root or with CAP_NET_ADMIN:", o.withConfig(o.daemon()))
+		p.Next = append(p.Next, "# Run nftwld, as root or with CAP_NET_ADMIN:", o.withConfig(o.daemon()))
 	}
 	p.Next = append(p.Next,
 		"doveconf -n >/dev/null && doveadm reload",
@@ -161,7 +161,7 @@ func (p *Plan) addSettings(o *Options, listen netip.AddrPort, key string, old []
 	p.needFolder(dovecotFolder, "Dovecot")
 	version := "2.4"
 	if out, err := dovecotVersion(); err != nil {
-		p.problem("", "which Dovecot there is, 2.3 or 2.4, is not known: %v", err)
+		p.problem("", "cannot tell whether this is Dovecot 2.3 or 2.4: %v", err)
 	} else if strings.HasPrefix(out, "2.3.") {
 		version = "2.3"
 	} else if !strings.HasPrefix(out, "2.4.") {
@@ -194,7 +194,7 @@ func (p *Plan) addSettings(o *Options, listen netip.AddrPort, key string, old []
 			"Dovecot reports to another policy server, %s, and it takes only one", url)
 	}
 	if exists(DropIn) {
-		p.note("%s has Dovecot run 'nftwl login', too. Both ways work together, and one is enough: with this one, that file can go.", DropIn)
+		p.note("%s has Dovecot run 'nftwl login', too. Both ways work together, but one is enough: you can remove that file.", DropIn)
 	}
 	return nil
 }

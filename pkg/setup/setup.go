@@ -1,6 +1,6 @@
 // Package setup knows which of contrib's files fit this machine, and where they
-// belong. It reads and writes files, and prints nothing; what is to be reloaded
-// or enabled it leaves to the administrator.
+// belong. It reads and writes files, and prints nothing. It reloads and enables
+// nothing: that is for the administrator.
 package setup
 
 import (
@@ -30,7 +30,7 @@ type Plan struct {
 	Files    []File
 	Problems []Problem // why it cannot be written
 	Notes    []string  // what the administrator should know
-	Next     []string  // lines for a shell; what is in words is a comment
+	Next     []string  // lines for a shell; words are in comments
 	Undo     []string  // as Next, for after a write
 }
 
@@ -56,8 +56,8 @@ func (p *Plan) note(format string, args ...any) {
 	p.Notes = append(p.Notes, fmt.Sprintf(format, args...))
 }
 
-// add adds a file. What is at its path already must be the same. The file may be
-// changed until the next one is added.
+// add adds a file. If there is one at its path, it must be the same. The caller
+// can change what add returns until it adds another.
 func (p *Plan) add(path, text string) *File {
 	f := File{Path: path, Text: text}
 	info, err := os.Lstat(path)
@@ -81,12 +81,12 @@ func (p *Plan) add(path, text string) *File {
 	return &p.Files[len(p.Files)-1]
 }
 
-// needFolder reports that a program's folder is missing, which is not made:
-// nobody would read what is in it.
+// needFolder reports that a program's directory is missing. It is not made:
+// nobody would read it.
 func (p *Plan) needFolder(dir, program string) {
 	if info, err := os.Stat(dir); err != nil || !info.IsDir() {
-		p.problem("install "+program+"; where its configuration is in another folder, put there what this command prints without --write",
-			"%s is not a folder: %s is not installed, or its configuration is elsewhere", dir, program)
+		p.problem("install "+program+"; if its configuration is in another directory, put there what this command prints without --write",
+			"%s is not a directory: %s is not installed, or its configuration is elsewhere", dir, program)
 	}
 }
 
@@ -99,8 +99,8 @@ func (p *Plan) remove() string {
 	return strings.Join(words, " ")
 }
 
-// Write puts the files in their places, and returns the paths of those that
-// were not there: all or, with an error, none. It replaces nothing.
+// Write writes the files that are not there, and returns their paths: all or,
+// with an error, none. It replaces nothing.
 func (p *Plan) Write() (written []string, err error) {
 	var made []string
 	defer func() {
@@ -129,7 +129,7 @@ func (p *Plan) Write() (written []string, err error) {
 	return written, nil
 }
 
-// makeFolder returns the folders that it had to make, the outermost first.
+// makeFolder returns the directories that it had to make, the outermost first.
 func makeFolder(dir string) (made []string, err error) {
 	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
@@ -144,10 +144,10 @@ func makeFolder(dir string) (made []string, err error) {
 	return append(made, dir), os.Chmod(dir, 0o755) // whatever the umask
 }
 
-// writeFile makes a file, whole and on disk or not at all. It is linked, and not
-// renamed, since that would replace what someone else has put there meanwhile.
+// writeFile makes a file, whole and on disk or not at all. It links the file: a
+// rename would replace what someone else has put there meanwhile.
 func writeFile(file File) error {
-	// None of those who read such a folder takes a hidden file.
+	// No program that reads such a directory takes a hidden file.
 	f, err := os.CreateTemp(filepath.Dir(file.Path), ".nftwl-*")
 	if err != nil {
 		return err
@@ -204,8 +204,8 @@ func (o *Options) withConfig(command string) string {
 	return command
 }
 
-// checkPaths refuses what one of those who read the files would split, expand
-// or take for a comment, and each in a way of its own.
+// checkPaths refuses characters that Dovecot, systemd or fail2ban would split at,
+// expand or take for a comment.
 func (o *Options) checkPaths(more ...string) error {
 	for _, path := range append(more, o.Executable, o.ConfigPath) {
 		if strings.Trim(path, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._+-") != "" {
@@ -283,9 +283,9 @@ func (o *Options) shell() string {
 	return o.withConfig(command)
 }
 
-// foreignFirewall names the program that the firewall belongs to, if it is one
-// that nothing can be included into: ufw, firewalld, or iptables, whose rules
-// are in the kernel while nftables' own file has none.
+// foreignFirewall names the program that the firewall belongs to, if nothing can
+// be included into its rules: ufw, firewalld, or iptables, if its rules are in
+// the kernel and nftables' own file has none.
 func foreignFirewall() string {
 	text, err := os.ReadFile("/etc/ufw/ufw.conf")
 	if err == nil {
@@ -295,7 +295,7 @@ func foreignFirewall() string {
 			}
 		}
 	}
-	// A link that dangles is of one that was removed.
+	// A dangling link is left of one that was removed.
 	if _, err := os.Stat("/etc/systemd/system/multi-user.target.wants/firewalld.service"); err == nil {
 		return "firewalld"
 	}

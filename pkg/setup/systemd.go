@@ -29,7 +29,7 @@ func Systemd(o *Options) (*Plan, error) {
 	}
 	p := new(Plan)
 	if !exists("/run/systemd/system") {
-		p.problem(share("openrc")+" has the same for OpenRC; without either, 'nftwl save' and 'nftwl restore' do it",
+		p.problem(share("openrc")+" has the same for OpenRC; otherwise run 'nftwl save' and 'nftwl restore' yourself",
 			"systemd does not run here")
 	}
 	p.checkProgram(o.Executable, o.installed())
@@ -77,7 +77,7 @@ func Systemd(o *Options) (*Plan, error) {
 	return p, nil
 }
 
-// addUnit adds a unit, unless a package has installed the same.
+// addUnit adds a unit, unless a package has installed the same one.
 func (p *Plan) addUnit(name, text string) bool {
 	path := filepath.Join(unitFolder, name)
 	same, err := os.ReadFile(filepath.Join(packageFolder, name))
@@ -94,7 +94,7 @@ func (p *Plan) notePackaged(names []string) {
 	}
 }
 
-// checkSandbox reports what a unit that executes program would not find.
+// checkSandbox reports what a unit that executes program could not read.
 func (p *Plan) checkSandbox(o *Options, program, install string) {
 	path := cmp.Or(o.ConfigPath, config.Path)
 	for _, path := range []string{program, path} {
@@ -118,7 +118,7 @@ func (p *Plan) checkSandbox(o *Options, program, install string) {
 func (p *Plan) checkSnapshot(o *Options) {
 	path := cmp.Or(o.ConfigPath, config.Path)
 	if snapshot := filepath.Clean(o.Config.Snapshot); !strings.HasPrefix(snapshot, stateFolder) {
-		p.problem("put it into that folder ("+path+"), or the units by hand, with another StateDirectory= in sandbox.conf",
-			"snapshot: the units may write in %s alone, and not %s", stateFolder, snapshot)
+		p.problem("put it into that directory ("+path+"), or write the units by hand, with another StateDirectory= in sandbox.conf",
+			"snapshot: the units can write in %s alone, and not %s", stateFolder, snapshot)
 	}
 }
