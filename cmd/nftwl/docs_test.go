@@ -265,6 +265,9 @@ func TestDocsBlocksRun(t *testing.T) {
 				}
 			}
 		}
+		if lookedAt[name] {
+			continue
+		}
 		for _, m := range command.FindAllStringSubmatch(part.ReplaceAllString(text, ""), -1) {
 			line := strings.Join(strings.Fields(m[1]), " ")
 			words := strings.Fields(line)
@@ -278,9 +281,9 @@ func TestDocsBlocksRun(t *testing.T) {
 	}
 }
 
-// untested are the documents whose commands build and test nftwl itself; and
-// those whose tests do not ask for their blocks yet.
-var untested = map[string]bool{
-	"CONTRIBUTING.md": true, "docs/measurements.md": true,
-	"docs/fail2ban.md": true, "docs/firewall.md": true, "docs/containers.md": true, "docs/troubleshooting.md": true,
-}
+// untested are documents whose commands build and test nftwl itself, and one
+// whose blocks its own test has yet to ask for.
+var untested = map[string]bool{"CONTRIBUTING.md": true, "docs/measurements.md": true, "docs/fail2ban.md": true}
+
+// lookedAt are documents whose commands within a line no test has yet.
+var lookedAt = map[string]bool{"docs/firewall.md": true, "docs/containers.md": true, "docs/troubleshooting.md": true}

@@ -246,32 +246,41 @@ func greet(l net.Listener) {
 }
 
 // opens opens connections, one after the other, and prints what becomes of
-// each. One counts as open when the server has greeted it: to its client a
-// connection is open before the server has the last packet of the handshake,
-// which the rules can drop.
+// each. One counts as open when the server has greeted it: the limit resets a
+// connection with the last packet of its handshake, when its client believes it
+// open.
 func (d *demo) opens(from string, port, times int) {
 	if d.err != nil || d.internet == nil {
 		return
 	}
 	fmt.Printf("%-13s to port %d:", from, port)
 	for range times {
-		word := " dropped"
-		d.there(func() {
-			// An address and not a name, so that this thread makes the socket.
-			dialer := net.Dialer{Timeout: time.Second, LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
-			conn, err := dialer.Dial("tcp4", address(port))
-			if err != nil {
-				return
-			}
-			defer conn.Close()
-			if conn.SetDeadline(time.Now().Add(time.Second)) != nil {
-				return
-			}
-			if _, err := conn.Read(make([]byte, 1)); err == nil {
-				word = " open"
-			}
-		})
+		word := " open"
+		var err error
+		d.there(func() { err = connect(from, address(port)) })
+		if errors.Is(err, unix.ECONNRESET) {
+			word = " reset"
+		} else if err != nil {
+			word = " dropped"
+		}
 		fmt.Print(word)
 	}
 	fmt.Println()
+}
+
+// connect opens a connection, from a thread in the internet, and waits for the
+// server's greeting.
+func connect(from, to string) error {
+	// An address and not a name, so that this thread makes the socket.
+	dialer := net.Dialer{Timeout: time.Second, LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+	conn, err := dialer.Dial("tcp4", to)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	err = conn.SetDeadline(time.Now().Add(time.Second))
+	if err == nil {
+		_, err = conn.Read(make([]byte, 1))
+	}
+	return err
 }

@@ -226,8 +226,11 @@ func TestPackageStandalone(t *testing.T) {
 			m.write("etc/theirs.nft", theirs)
 			m.write("etc/systemd/system/theirs.service", theirService)
 			m.run("rm", "-f", "/etc/nftables.conf")
-			m.run("nftwl", "setup", "nftables", "--write")
-			m.run("nftwl", "setup", "systemd", "--write")
+			for _, b := range nstest.Blocks(t, "docs/firewall.md", "Variants") {
+				if b.Language == "sh" {
+					m.shell(b.Text)
+				}
+			}
 			// It may, and what its end does is the administrator's affair.
 			m.run("sed", "-i", "-e", "s,^ExecStop=.*,ExecStop=/usr/sbin/nft delete table inet nftwl,", "/etc/systemd/system/"+persist)
 			m.run("systemctl", "daemon-reload")
