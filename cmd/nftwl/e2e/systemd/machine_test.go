@@ -215,10 +215,10 @@ func boot(args []string) error {
 	}
 	for name, number := range map[string]uint64{
 		"null": unix.Mkdev(1, 3), "zero": unix.Mkdev(1, 5), "full": unix.Mkdev(1, 7),
-		"random": unix.Mkdev(1, 8), "urandom": unix.Mkdev(1, 9), "tty": unix.Mkdev(5, 0),
+		"random": unix.Mkdev(1, 8), "urandom": unix.Mkdev(1, 9), "tty": unix.Mkdev(5, 0), "net/tun": unix.Mkdev(10, 200),
 	} {
 		name = filepath.Join(root, "dev", name)
-		if err := errors.Join(unix.Mknod(name, unix.S_IFCHR, int(number)), os.Chmod(name, 0o666)); err != nil {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o755), unix.Mknod(name, unix.S_IFCHR, int(number)), os.Chmod(name, 0o666)); err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
 	}
