@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -87,6 +88,8 @@ func TestPackageNamed(t *testing.T) {
 		names("/bin/nftwl login")
 		if out := m.fails("dpkg", "--remove", "nftwl"); !strings.Contains(out, "names /bin/nftwl: without it") {
 			t.Errorf("it does not say why: %s", out)
+		} else {
+			m.hint(out)
 		}
 		m.logsIn(1)
 		// A script names it for Dovecot, in one way or the other.
@@ -161,6 +164,8 @@ func TestPackageNftwld(t *testing.T) {
 		m.run("doveadm", "reload")
 		if out := m.run("dpkg", "--remove", "nftwl"); !strings.Contains(out, "rm /etc/dovecot/conf.d/91-nftwl-policy.conf*") {
 			t.Errorf("it does not say what to remove: %s", out)
+		} else {
+			m.hint(out)
 		}
 		m.logsIn(3)
 		for _, list := range []string{"list-units --all nftwl*", "list-unit-files nftwl*", "list-units --failed"} {
@@ -170,8 +175,18 @@ func TestPackageNftwld(t *testing.T) {
 			}
 		}
 		m.run("dpkg", "--purge", "nftwl")
-		m.left("etc/dovecot/conf.d/91-nftwl-policy.conf", "etc/dovecot/conf.d/91-nftwl-policy.conf.ext", "etc/nftwl", "etc/nftwl-defaults.yaml")
+		m.left("etc/nftwl", "etc/nftwl-defaults.yaml")
 	})
+}
+
+// hint runs the command that a package's script has as a hint.
+func (m *machine) hint(out string) {
+	m.Helper()
+	hint := regexp.MustCompile(`(?m)^nftwl: hint: (rm .*)$`).FindStringSubmatch(out)
+	if hint == nil {
+		m.Fatalf("no hint in %s", out)
+	}
+	m.shell(hint[1])
 }
 
 // apk is not in Debian: what it does is done here step by step, in its order,
