@@ -7,7 +7,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -162,14 +161,12 @@ func (m *machine) shell(text string) string {
 // inSources runs a block in a copy of the sources, with Go.
 func (m *machine) inSources(text string) {
 	m.Helper()
-	root, env := nstest.Root(m), "export PATH=$PATH:"+filepath.Join(runtime.GOROOT(), "bin")
-	for _, name := range []string{"GOCACHE", "GOMODCACHE"} {
-		out, err := exec.Command("go", "env", name).Output()
-		m.must(err)
-		env += " " + name + "=" + strings.TrimSpace(string(out))
-	}
-	m.run("sh", "-euc", "mkdir -p /root/sources; cd /root/sources; cp -r "+
-		root+"/cmd "+root+"/contrib "+root+"/pkg "+root+"/go.* "+root+"/Makefile .\n"+env+"\n"+text)
+	out, err := exec.Command("go", "env", "GOROOT", "GOCACHE", "GOMODCACHE").Output()
+	m.must(err)
+	env := lines(string(out))
+	m.run("sh", "-euc", `mkdir -p /root/sources; cd /root/sources; (cd "$1"; tar -cf - cmd contrib pkg go.mod go.sum Makefile) | tar -xf -
+		export PATH="$PATH:$2/bin" GOCACHE="$3" GOMODCACHE="$4"
+		`+text, "sh", nstest.Root(m), env[0], env[1], env[2])
 }
 
 // internet gives the machine a network with another one on it, and servers for
@@ -280,5 +277,3 @@ func (m *machine) healthy() {
 		m.Errorf("doctor: %v", err)
 	}
 }
-
-type block struct{ language, text string }
