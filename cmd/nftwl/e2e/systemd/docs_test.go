@@ -45,7 +45,7 @@ func TestDocsCommands(t *testing.T) {
 		m.settle()
 		m.run("nftwl", "add", "192.0.2.7")
 		for _, b := range nstest.Blocks(t, "README.md", "See that it works") {
-			shows(m.shell(b.Text), "192.0.2.7", "chain nftwl {", client(1)+" is not trusted: table inet filter does not exist")
+			shows(m.shell(b.Text), "192.0.2.7", "nftwl: trusted IPv4", client(1)+" is not trusted: table inet filter does not exist")
 		}
 
 		for _, b := range nstest.Blocks(t, "docs/roaming.md", "Roaming clients, shared addresses") {
