@@ -85,7 +85,7 @@ func (d *demo) show() {
 		err = os.Symlink(contrib, filepath.Join(dir, "nftwl")) // as /etc/nftwl
 	}
 	d.err = err
-	sets, snapshot := filepath.Join(contrib, "sets.nft"), filepath.Join(dir, "snapshot.nft")
+	snapshot := filepath.Join(dir, "snapshot.nft")
 	reload := func() {
 		d.print("$ nft -f nftables.conf")
 		d.start(exec.Command("nft", "-I", dir, "-f", filepath.Join(contrib, "nftables.conf")))
@@ -99,7 +99,7 @@ func (d *demo) show() {
 		d.opens(stranger, 587, 8)
 	} else {
 		d.print("# No connections are shown: " + missing)
-		d.run("nftwl", "restore", sets)
+		d.makeSets(filepath.Join(contrib, "sets.nft"), snapshot)
 		reload = func() {
 			d.run("nftwl", "flush", "trusted")
 			d.run("nftwl", "flush", "banned")
@@ -123,6 +123,23 @@ func (d *demo) show() {
 	d.run("nftwl", "list")
 	d.opens(alice, 587, 8)
 	d.opens(guesser, 993, 1)
+}
+
+// makeSets makes the sets without nft: nftwl restores a snapshot by itself, in
+// which each set has its own block.
+func (d *demo) makeSets(definitions, snapshot string) {
+	text, err := os.ReadFile(definitions)
+	if d.err == nil {
+		d.err = err
+	}
+	const table = "table inet filter {\n"
+	_, sets, _ := strings.Cut(string(text), table)
+	sets = "# nftwl snapshot 1, saved " + time.Now().UTC().Format(time.RFC3339) + "\n" +
+		table + strings.ReplaceAll(sets, "\n\n", "\n}\n"+table) + "# nftwl end, 0 elements\n"
+	if err := os.WriteFile(snapshot, []byte(sets), 0o600); d.err == nil {
+		d.err = err
+	}
+	d.run("nftwl", "restore", snapshot)
 }
 
 // lacks names the programs that are not installed, and the packages that have
