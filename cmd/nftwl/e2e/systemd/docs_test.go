@@ -120,3 +120,58 @@ func TestDocsPrivileges(t *testing.T) {
 		})
 	})
 }
+
+// From a plain fail2ban to one that bans through nftwl, and back.
+func TestDocsFail2ban(t *testing.T) {
+	t.Parallel()
+	onEach(t, func(t *testing.T, b base) {
+		t.Parallel()
+		m := newUninstalled(t, b)
+		if !m.exists("usr/bin/fail2ban-client") {
+			nstest.Skip(t, "no fail2ban on %s", b.name)
+		}
+		m.installs(false)
+		m.settle()
+		// Its logs are files here, and there is none of sshd's.
+		m.write("etc/fail2ban/jail.d/defaults-debian.conf", "")
+		m.write("etc/fail2ban/jail.local", "[DEFAULT]\npostfix_backend = polling\ndovecot_backend = polling\nbackend = polling\n")
+		m.write("var/log/mail.log", "")
+		shell := func(blocks []nstest.Block) (out string) {
+			m.Helper()
+			for _, b := range blocks {
+				if b.Language == "sh" {
+					out += m.shell(b.Text)
+				}
+			}
+			return out
+		}
+		answers := func() {
+			m.Helper()
+			m.until("fail2ban answers", func() error {
+				_, err := m.try("fail2ban-client", "ping")
+				return err
+			})
+		}
+		shell(nstest.Blocks(t, "docs/fail2ban.md", "With fail2ban"))
+		answers()
+		m.run("fail2ban-client", "set", "dovecot", "banip", "198.51.100.66")
+		m.until("it bans", func() error {
+			_, err := m.try("nftwl", "check", "-q", "--banned", "--port", "143", "198.51.100.66")
+			return err
+		})
+		if out := shell(nstest.Blocks(t, "docs/fail2ban.md", "Seeing and ending bans")); !strings.Contains(out, "198.51.100.66  110,143") {
+			t.Errorf("the ban is not in\n%s", out)
+		}
+		m.until("the ban ends", func() error {
+			if _, err := m.try("nftwl", "check", "-q", "--banned", "--port", "143", "198.51.100.66"); err == nil {
+				return errors.New("not yet")
+			}
+			return nil
+		})
+		shell(nstest.Blocks(t, "docs/fail2ban.md", "Undo"))
+		answers()
+		if out := m.run("fail2ban-client", "status"); strings.Contains(out, "postfix-lost") {
+			t.Errorf("its jails are left: %s", out)
+		}
+	})
+}
