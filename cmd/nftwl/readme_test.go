@@ -34,8 +34,7 @@ func TestReadmeConfigIsTheDefault(t *testing.T) {
 	}
 }
 
-// What is to be pasted is what is shipped, and tried with Dovecot, less its
-// comments.
+// What is to be pasted is how the shipped drop-in begins, less its comments.
 func TestReadmeDovecotIsTheDropIn(t *testing.T) {
 	dropIn, err := os.ReadFile(filepath.Join(nstest.Root(t), "contrib", "dovecot", "90-nftwl.conf"))
 	if err != nil {
@@ -48,7 +47,8 @@ func TestReadmeDovecotIsTheDropIn(t *testing.T) {
 		}
 	}
 	for _, block := range readme(t, "dovecot") {
-		if block != bare.String() {
+		block, _, _ := strings.Cut(block, "# and the same for ")
+		if !strings.HasPrefix(bare.String(), block) {
 			t.Errorf("the README has\n%sand the drop-in\n%s", block, &bare)
 		}
 	}
