@@ -89,6 +89,8 @@ func (c *Conn) send(b []byte) error {
 
 // message is a reply of the kernel's.
 type message struct {
+	typ        uint16 // with the subsystem; 0 for an ack
+	family     Family
 	flags      uint16
 	seq        uint32
 	ack        bool   // an acknowledgement, an error or the end of a dump
@@ -150,6 +152,7 @@ func (c *Conn) receive(f func(m message) error) error {
 				}
 			}
 		case len(body) >= nfHeader:
+			m.typ, m.family = typ, Family(body[0])
 			m.generation = binary.BigEndian.Uint16(body[2:])
 			m.body = body[nfHeader:]
 		}

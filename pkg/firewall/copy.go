@@ -1,0 +1,418 @@
+package firewall
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"nftwl/pkg/nftset"
+)
+
+// Rule is a rule of the machine's.
+type Rule struct {
+	Table   nftset.Table
+	Chain   string
+	Handle  uint64 // as `nft -a list ruleset` shows it
+	Comment string
+	Sets    []string // that it looks up
+
+	rejects bool // it answers what it drops
+}
+
+// table is a table and all that is in it.
+type table struct {
+	nftset.Table
+	objects map[uint16][]nftset.Object // by the message that makes them, in the order in which they were made
+	hooks   map[string]hook            // of its base chains
+	rules   map[string][]*Rule         // by chain
+	omitted []string                   // sets whose elements were not copied, with the reason
+}
+
+// hook is where a base chain sees packets.
+type hook struct {
+	kind   string // "filter", "nat" or "route"
+	number uint32 // unix.NF_INET_LOCAL_IN, …; another family's have no meaning here
+}
+
+// The kinds of objects, in the order in which they refer to each other. The
+// first attribute of each names its table.
+var kinds = []struct{ get, add uint16 }{
+	{unix.NFT_MSG_GETTABLE, unix.NFT_MSG_NEWTABLE},
+	{unix.NFT_MSG_GETCHAIN, unix.NFT_MSG_NEWCHAIN},
+	{unix.NFT_MSG_GETOBJ, unix.NFT_MSG_NEWOBJ},
+	{unix.NFT_MSG_GETFLOWTABLE, unix.NFT_MSG_NEWFLOWTABLE},
+	{unix.NFT_MSG_GETSET, unix.NFT_MSG_NEWSET},
+	{0, unix.NFT_MSG_NEWSETELEM},
+	{unix.NFT_MSG_GETRULE, unix.NFT_MSG_NEWRULE},
+}
+
+// Of a message of any kind in kinds.
+const attrTable = 1
+
+// Numbers that x/sys/unix does not have, from
+// include/uapi/linux/netfilter/nf_tables.h.
+const (
+	hookDev       = 3 // NFTA_HOOK_DEV
+	hookDevs      = 4 // NFTA_HOOK_DEVS
+	deviceName    = 1 // NFTA_DEVICE_NAME; NFTA_DEVICE_PREFIX is another
+	chainUse      = 6 // NFTA_CHAIN_USE
+	chainFlags    = 10
+	ruleUserData  = 7
+	setHandle     = 16
+	setType       = 19
+	setCount      = 20
+	flowtableName = 2
+	flowtableHook = 3
+	flowtableDevs = 3 // NFTA_FLOWTABLE_HOOK_DEVS
+)
+
+// readTables reads the ruleset of the connection's namespace, without elements
+// of sets. It is of one generation.
+func readTables(conn *nftset.Conn) ([]*table, error) {
+	for range 10 {
+		before, err := conn.Generation()
+		if err != nil {
+			return nil, err
+		}
+		var tables []*table
+		for _, kind := range kinds {
+			if kind.get == 0 {
+				continue
+			}
+			err := conn.Objects(kind.get, true, 0, nil, func(o nftset.Object) error {
+				t := nftset.Table{Family: o.Family, Name: text(attribute(o.Attrs, attrTable))}
+				i := slices.IndexFunc(tables, func(x *table) bool { return x.Table == t })
+				if i < 0 {
+					i = len(tables)
+					tables = append(tables, &table{Table: t, objects: make(map[uint16][]nftset.Object), hooks: make(map[string]hook), rules: make(map[string][]*Rule)})
+				}
+				tables[i].add(kind.add, o)
+				return nil
+			})
+			// An old kernel without flowtables is no reason to know nothing.
+			if err != nil && kind.get != unix.NFT_MSG_GETFLOWTABLE {
+				return nil, fmt.Errorf("read the ruleset: %w", err)
+			}
+		}
+		if after, err := conn.Generation(); err != nil || after == before {
+			return tables, err
+		}
+	}
+	return nil, nftset.ErrBusy
+}
+
+func (t *table) add(kind uint16, o nftset.Object) {
+	t.objects[kind] = append(t.objects[kind], o)
+	switch kind {
+	case unix.NFT_MSG_NEWCHAIN:
+		if h := attribute(o.Attrs, unix.NFTA_CHAIN_HOOK); h != nil {
+			t.hooks[text(attribute(o.Attrs, unix.NFTA_CHAIN_NAME))] = hook{text(attribute(o.Attrs, unix.NFTA_CHAIN_TYPE)), number(attribute(h, unix.NFTA_HOOK_HOOKNUM))}
+		}
+	case unix.NFT_MSG_NEWRULE:
+		chain := text(attribute(o.Attrs, unix.NFTA_RULE_CHAIN))
+		rule := &Rule{Table: t.Table, Chain: chain, Comment: comment(attribute(o.Attrs, ruleUserData))}
+		if handle := attribute(o.Attrs, unix.NFTA_RULE_HANDLE); len(handle) == 8 {
+			rule.Handle = binary.BigEndian.Uint64(handle)
+		}
+		for _, e := range expressions(o) {
+			if e.name == "lookup" {
+				rule.Sets = append(rule.Sets, text(attribute(e.data, unix.NFTA_LOOKUP_SET)))
+			}
+			rule.rejects = rule.rejects || e.name == "reject" ||
+				e.name == "target" && text(attribute(e.data, unix.NFTA_TARGET_NAME)) == "REJECT"
+		}
+		t.rules[chain] = append(t.rules[chain], rule)
+	}
+}
+
+type expression struct {
+	name string
+	data []byte // attributes; nil for none
+}
+
+func expressions(rule nftset.Object) (all []expression) {
+	each(attribute(rule.Attrs, unix.NFTA_RULE_EXPRESSIONS), func(_ uint16, e []byte) {
+		all = append(all, expression{text(attribute(e, unix.NFTA_EXPR_NAME)), attribute(e, unix.NFTA_EXPR_DATA)})
+	})
+	return all
+}
+
+// encode returns the attributes of a rule's expressions.
+func encode(expressions []expression) (list []byte) {
+	for _, e := range expressions {
+		elem := nftset.AppendAttribute(nil, unix.NFTA_EXPR_NAME, name(e.name))
+		if e.data != nil {
+			elem = nftset.AppendAttribute(elem, unix.NFTA_EXPR_DATA, e.data)
+		}
+		list = nftset.AppendAttribute(list, unix.NFTA_LIST_ELEM, elem)
+	}
+	return list
+}
+
+// prepare makes of objects that were read what another namespace takes, where
+// only the devices are there.
+func (t *table) prepare(devices []*device) {
+	for kind, objects := range t.objects {
+		for i := range objects {
+			o := &objects[i]
+			o.Type = kind
+			switch kind {
+			case unix.NFT_MSG_NEWTABLE:
+				// The other flags bind a table to a process.
+				dormant := number(attribute(o.Attrs, unix.NFTA_TABLE_FLAGS)) & unix.NFT_TABLE_F_DORMANT
+				o.Attrs = nftset.AppendAttribute(only(o.Attrs, unix.NFTA_TABLE_NAME), unix.NFTA_TABLE_FLAGS, big32(dormant))
+			case unix.NFT_MSG_NEWCHAIN:
+				// The flags are for hardware, and for a chain without a name.
+				o.Attrs = without(o.Attrs, unix.NFTA_CHAIN_HANDLE, chainUse, chainFlags)
+				hook := attribute(o.Attrs, unix.NFTA_CHAIN_HOOK)
+				if list := attribute(hook, hookDevs); list != nil {
+					if list = present(list, devices); list == nil {
+						o.Attrs = only(o.Attrs, attrTable, unix.NFTA_CHAIN_NAME) // it sees other packets alone
+						break
+					}
+					hook = nftset.AppendAttribute(without(hook, hookDev, hookDevs), hookDevs, list)
+					o.Attrs = nftset.AppendAttribute(without(o.Attrs, unix.NFTA_CHAIN_HOOK), unix.NFTA_CHAIN_HOOK, hook)
+				}
+			case unix.NFT_MSG_NEWFLOWTABLE:
+				// Of no device: first packets never go by it.
+				hook := without(attribute(o.Attrs, flowtableHook), flowtableDevs)
+				o.Attrs = nftset.AppendAttribute(only(o.Attrs, attrTable, flowtableName), flowtableHook, hook)
+			case unix.NFT_MSG_NEWSET:
+				o.Attrs = nftset.AppendAttribute(without(o.Attrs, setHandle, setType, setCount), unix.NFTA_SET_ID, big32(uint32(i+1)))
+			case unix.NFT_MSG_NEWRULE:
+				o.Attrs = prepareRule(*o)
+			}
+		}
+	}
+}
+
+// present returns those of a list of devices that are there.
+func present(list []byte, devices []*device) (kept []byte) {
+	each(list, func(typ uint16, pattern []byte) {
+		for _, d := range devices {
+			if text(pattern) == d.name || typ != deviceName && strings.HasPrefix(d.name, text(pattern)) {
+				kept = nftset.AppendAttribute(kept, deviceName, name(d.name))
+			}
+		}
+	})
+	return kept
+}
+
+func prepareRule(o nftset.Object) []byte {
+	all := expressions(o)
+	extension := false // of iptables'
+	var protocol byte
+	for i, e := range all {
+		switch e.name {
+		case "match", "target":
+			extension = true
+		case "cmp":
+			if value := attribute(attribute(e.data, unix.NFTA_CMP_DATA), unix.NFTA_DATA_VALUE); len(value) == 1 && protocol == 0 {
+				protocol = value[0]
+			}
+		case "dynset":
+			// The kernel lists a timeout of 0 where a rule gives none, and refuses it
+			// in a set without timeouts.
+			if timeout := attribute(e.data, unix.NFTA_DYNSET_TIMEOUT); len(bytes.Trim(timeout, "\x00")) == 0 {
+				all[i].data = without(e.data, unix.NFTA_DYNSET_TIMEOUT)
+			}
+		}
+	}
+	attrs := without(o.Attrs, unix.NFTA_RULE_HANDLE, unix.NFTA_RULE_POSITION, unix.NFTA_RULE_EXPRESSIONS)
+	attrs = nftset.AppendAttribute(attrs, unix.NFTA_RULE_EXPRESSIONS, encode(all))
+	if extension {
+		// Extensions ask for the protocol that the rule is for, and the kernel does
+		// not list it apart. It is the one byte that a rule of iptables-nft compares.
+		compat := nftset.AppendAttribute(nil, unix.NFTA_RULE_COMPAT_PROTO, big32(uint32(protocol)))
+		compat = nftset.AppendAttribute(compat, unix.NFTA_RULE_COMPAT_FLAGS, big32(0))
+		attrs = nftset.AppendAttribute(attrs, unix.NFTA_RULE_COMPAT, compat)
+	}
+	return attrs
+}
+
+// Sets of up to few elements are copied whole. Of larger ones that have
+// addresses for keys, what the probe can ask for is looked up; others are
+// copied up to many.
+const (
+	few  = 4096
+	many = 65536
+)
+
+// errMany ends the dump of a set.
+var errMany = errors.New("too many elements")
+
+// readElements reads the elements of the sets.
+func (t *table) readElements(conn **nftset.Conn, sources []netip.Prefix, ports []uint16) error {
+	for _, set := range t.objects[unix.NFT_MSG_NEWSET] {
+		kind := keyKind(number(attribute(set.Attrs, unix.NFTA_SET_KEY_TYPE)))
+		most := few
+		if !slices.Contains(keyKinds, kind) {
+			most = many
+		}
+		list := nftset.AppendAttribute(nil, attrTable, name(t.Name))
+		list = slices.Clip(nftset.AppendAttribute(list, unix.NFTA_SET_ELEM_LIST_SET, attribute(set.Attrs, unix.NFTA_SET_NAME)))
+		var found []nftset.Object
+		count := int(number(attribute(set.Attrs, setCount))) // which kernels before 6.16 do not tell
+		if count <= most {
+			count = 0
+			err := (*conn).Objects(unix.NFT_MSG_GETSETELEM, true, t.Family, list, func(o nftset.Object) error {
+				each(attribute(o.Attrs, unix.NFTA_SET_ELEM_LIST_ELEMENTS), func(uint16, []byte) { count++ })
+				if found = append(found, o); count > most {
+					return errMany
+				}
+				return nil
+			})
+			if errors.Is(err, errMany) { // the connection is of no more use
+				(*conn).Close()
+				if *conn, err = nftset.Dial(); err != nil {
+					return err
+				}
+				(*conn).SetTimeout(patience)
+			} else if err != nil && !errors.Is(err, unix.ENOENT) { // it is gone
+				return fmt.Errorf("read set %s: %w", text(attribute(set.Attrs, unix.NFTA_SET_NAME)), err)
+			}
+		}
+		switch {
+		case count <= most:
+		case most == many:
+			found = nil
+			t.omitted = append(t.omitted, fmt.Sprintf("the elements of %s %s, more than %d", t.Table, text(attribute(set.Attrs, unix.NFTA_SET_NAME)), most))
+		default:
+			found = nil
+			flags := []uint32{0}
+			if number(attribute(set.Attrs, unix.NFTA_SET_FLAGS))&unix.NFT_SET_INTERVAL != 0 { // two elements: its start, and its end
+				flags = append(flags, unix.NFT_SET_ELEM_INTERVAL_END)
+			}
+			seen := make(map[string]bool)
+			for _, key := range kind.keys(sources, ports) {
+				for _, flag := range flags {
+					elem := nftset.AppendAttribute(nil, unix.NFTA_SET_ELEM_KEY, nftset.AppendAttribute(nil, unix.NFTA_DATA_VALUE, key))
+					elem = nftset.AppendAttribute(elem, unix.NFTA_SET_ELEM_FLAGS, big32(flag))
+					elems := nftset.AppendAttribute(list, unix.NFTA_SET_ELEM_LIST_ELEMENTS, nftset.AppendAttribute(nil, unix.NFTA_LIST_ELEM, elem))
+					err := (*conn).Objects(unix.NFT_MSG_GETSETELEM, false, t.Family, elems, func(o nftset.Object) error {
+						if !seen[string(o.Attrs)] {
+							seen[string(o.Attrs)] = true
+							found = append(found, o)
+						}
+						return nil
+					})
+					if err != nil && !errors.Is(err, unix.ENOENT) {
+						return fmt.Errorf("look up in set %s: %w", text(attribute(set.Attrs, unix.NFTA_SET_NAME)), err)
+					}
+				}
+			}
+		}
+		t.objects[unix.NFT_MSG_NEWSETELEM] = append(t.objects[unix.NFT_MSG_NEWSETELEM], found...)
+	}
+	return nil
+}
+
+// keyKind is the type of a set's keys, as nft numbers it (enum datatypes in
+// its include/datatype.h, six bits a part): one of those below, or 0.
+type keyKind uint32
+
+const (
+	addr4     keyKind = 7
+	addr6     keyKind = 8
+	addr4Port         = addr4<<6 | 13
+	addr6Port         = addr6<<6 | 13
+)
+
+var keyKinds = []keyKind{addr4, addr6, addr4Port, addr6Port}
+
+// keys returns those by which rules can look up the sources, under any mask.
+func (k keyKind) keys(sources []netip.Prefix, ports []uint16) (keys [][]byte) {
+	for _, source := range sources {
+		if a := source.Addr(); a.Is6() != (k == addr6 || k == addr6Port) {
+			continue
+		}
+		for bits := range source.Bits() + 1 {
+			p, _ := source.Addr().Prefix(bits) // fails only for bits out of range
+			key := p.Addr().AsSlice()
+			if k == addr4 || k == addr6 {
+				keys = append(keys, key)
+				continue
+			}
+			for _, port := range ports {
+				keys = append(keys, append(slices.Clip(key), byte(port>>8), byte(port), 0, 0))
+			}
+		}
+	}
+	return keys
+}
+
+// load puts the table into the connection's namespace.
+func (t *table) load(conn *nftset.Conn) error {
+	batch := conn.Batch()
+	for _, kind := range kinds {
+		for _, o := range t.objects[kind.add] {
+			batch.Put(t.Table, o)
+		}
+	}
+	return batch.Commit()
+}
+
+// Attributes of objects that the kernel made are never truncated, so that
+// reading them has no errors.
+
+func each(b []byte, f func(typ uint16, data []byte)) {
+	_ = nftset.Attributes(b, func(typ uint16, data []byte) error { f(typ, data); return nil })
+}
+
+func attribute(b []byte, which uint16) (found []byte) {
+	each(b, func(typ uint16, data []byte) {
+		if typ == which {
+			found = data
+		}
+	})
+	return found
+}
+
+// only returns the attributes of some types, and without the others.
+func only(b []byte, types ...uint16) []byte {
+	return choose(b, func(typ uint16) bool { return slices.Contains(types, typ) })
+}
+
+func without(b []byte, types ...uint16) []byte {
+	return choose(b, func(typ uint16) bool { return !slices.Contains(types, typ) })
+}
+
+func choose(b []byte, keep func(typ uint16) bool) (kept []byte) {
+	each(b, func(typ uint16, data []byte) {
+		if keep(typ) {
+			kept = nftset.AppendAttribute(kept, typ, data)
+		}
+	})
+	return kept
+}
+
+func name(s string) []byte { return append([]byte(s), 0) }
+
+func text(b []byte) string { return string(bytes.TrimRight(b, "\x00")) }
+
+func number(b []byte) uint32 {
+	if len(b) != 4 {
+		return 0
+	}
+	return binary.BigEndian.Uint32(b)
+}
+
+func big32(n uint32) []byte { return binary.BigEndian.AppendUint32(nil, n) }
+
+// comment reads a rule's comment from what nft keeps for itself: a type, a
+// length and a value (NFTNL_UDATA_RULE_COMMENT is 0).
+func comment(b []byte) string {
+	for len(b) >= 2 && len(b) >= 2+int(b[1]) {
+		if b[0] == 0 {
+			return text(b[2 : 2+int(b[1])])
+		}
+		b = b[2+int(b[1]):]
+	}
+	return ""
+}
