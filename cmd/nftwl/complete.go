@@ -24,6 +24,8 @@ func addCompletions(root *cobra.Command, configPath *string) {
 			cmd.ValidArgsFunction = completeAddresses(configPath, trusted)
 		case "unban":
 			cmd.ValidArgsFunction = completeAddresses(configPath, banned, limited)
+		case "why":
+			cmd.ValidArgsFunction = completeAddresses(configPath, allLists...)
 		}
 		// An error is a command without that flag.
 		_ = cmd.RegisterFlagCompletionFunc("port", completePorts(configPath))
@@ -37,7 +39,7 @@ func completeAddresses(configPath *string, lists ...list) cobra.CompletionFunc {
 	return func(cmd *cobra.Command, args []string, prefix string) (offers []cobra.Completion, _ cobra.ShellCompDirective) {
 		const how = cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveKeepOrder
 		lists := lists
-		if cmd.Name() == "check" {
+		if cmd.Name() == "check" || cmd.Name() == "why" {
 			if len(args) > 0 {
 				return nil, how
 			}

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"nftwl/pkg/firewall"
 	"nftwl/pkg/install"
 	"nftwl/pkg/nftset"
 	"nftwl/pkg/snapshot"
@@ -38,6 +39,12 @@ func hintFor(err error) string {
 	var old *snapshot.NotRestoredError
 	if errors.As(err, &owner) {
 		return "see who wrote it; 'nftwl restore " + owner.Path + "' restores it all the same"
+	}
+	switch {
+	case errors.Is(err, firewall.ErrPermission):
+		return "run it as root"
+	case errors.Is(err, firewall.ErrTUN):
+		return "load the kernel's module: modprobe tun"
 	}
 	hint := install.Remedy(err)
 	if hint == "" && errors.As(err, &old) {
