@@ -71,7 +71,6 @@ fuzz:
 	go test -run '^$$' -fuzz FuzzParseTimeout -fuzztime $(FUZZTIME) -fuzzminimizetime 1x ./pkg/nftset
 	go test -run '^$$' -fuzz FuzzDecide -fuzztime $(FUZZTIME) -fuzzminimizetime 1x ./pkg/trust
 	go test -run '^$$' -fuzz FuzzParsePostLogin -fuzztime $(FUZZTIME) -fuzzminimizetime 1x ./pkg/install
-	go test -run '^$$' -fuzz FuzzRead -fuzztime $(FUZZTIME) -fuzzminimizetime 1x ./pkg/ruleset
 
 clean:
 	rm -rf build

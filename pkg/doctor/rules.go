@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -11,149 +12,194 @@ import (
 	"time"
 
 	"nftwl/pkg/config"
+	"nftwl/pkg/firewall"
 	"nftwl/pkg/nftset"
-	"nftwl/pkg/ruleset"
 	"nftwl/pkg/trust"
 )
 
-// The rules are read from the kernel and asked what becomes of a client, since
-// there are as many ways to write a firewall as there are administrators.
-func (d *Doctor) checkRules(ctx context.Context) {
-	nft := find("nft")
-	switch {
-	case d.conn == nil:
+// The rules are tried on packets, in a copy: there are as many ways to write a
+// firewall as there are administrators.
+func (d *Doctor) checkRules(context.Context) {
+	if d.conn == nil {
 		d.skip("rules", "nftables cannot be read")
 		return
-	case nft == "":
-		d.skip("rules", "nft is not installed, so the rules cannot be read")
+	}
+	p := &probe{Doctor: d, open: make(map[key]*firewall.Result), past: make(map[key]bool), asked: make(map[*nftset.Set]bool)}
+	ports := slices.Concat(d.config.Ports, mailboxes, submission)
+	slices.Sort(ports)
+	ports = slices.Compact(ports)
+	var err error
+	if p.copy, err = firewall.Open([]netip.Prefix{sources4, sources6}, ports); err != nil {
+		d.skip("rules", "the rules cannot be tried: %v", err)
 		return
 	}
-	rules, err := readRules(ctx, nft)
-	if err != nil {
-		d.skip("rules", "the rules cannot be read: %v", err)
-		return
-	}
-	p := &probe{Doctor: d, rules: rules, passedOver: make(map[*ruleset.Rule]bool)}
+	defer p.copy.Close()
 	for _, ipv6 := range []bool{false, true} {
 		// Empty too where IPv6 is in the kernel and switched off.
 		if addresses, _ := os.ReadFile("/proc/thread-self/net/if_inet6"); ipv6 && len(addresses) == 0 {
 			d.skip("rules.ipv6", "IPv6 is off in the kernel")
 			break
 		}
-		if c := d.client(ipv6); c != nil {
-			p.clients = append(p.clients, c)
+		if f := d.family(ipv6); f != nil {
+			p.families = append(p.families, f)
 		}
 	}
-	if len(p.clients) == 0 {
-		d.rulesElsewhere(rules)
+	if len(p.families) == 0 {
+		d.rulesElsewhere(p.copy)
 		return
 	}
-	for _, c := range p.clients {
-		p.checkTrusted(c)
+	p.checkOpen(ports)
+	if p.cut != nil && !p.opened {
+		p.fail("rules.established", p.accept(p.cut), "%s drops all but the first packet of connections, so none works", p.rule(p.cut.Step))
+		return
 	}
-	for _, c := range p.clients {
-		p.checkBanned(c)
-	}
-	p.checkEstablished()
-	p.checkLimit()
-	p.checkStrangers()
-	p.checkUnseen()
-}
-
-func readRules(ctx context.Context, nft string) (*ruleset.Ruleset, error) {
-	var rules ruleset.Ruleset
-	out, err := output(ctx, nft, append(slices.Clone(ruleset.Arguments), "list", "ruleset")...)
-	if err == nil {
-		err = rules.Read(out)
-	}
-	if err != nil {
-		return nil, err
-	}
-	for _, list := range rules.Unread() {
-		// One that is gone meanwhile stays unknown.
-		if out, err := output(ctx, nft, list...); err == nil {
-			if err := rules.Read(out); err != nil {
-				return nil, err
-			}
+	// Before a limit of everybody's has counted what the other checks send.
+	banned := p.settle(p.banned)
+	limit, well := p.limits()
+	trusted := p.settle(p.trusted)
+	for i := range trusted {
+		// One jump does away with both.
+		if t, b := &trusted[i], &banned[i]; t.jump && b.jump {
+			t.text, t.remedy = t.text+"; "+b.text, b.remedy
+			*b = finding{status: told}
 		}
 	}
-	return &rules, nil
+	p.conclude("rules.trusted", "a trusted address is let in, also when it is banned or over the limit", trusted)
+	p.conclude("rules.banned", "a banned address is kept out", banned)
+	p.concludeAll("rules.established", "open connections outlive a ban and the end of a trust", p.settle(p.established))
+	switch {
+	case slices.ContainsFunc(limit, isBad):
+		p.concludeAll("rules.limit", well, limit)
+	case !slices.ContainsFunc(d.config.Ports, submits):
+		p.skip("rules.limit", "no port of submission is among the ports of the configuration")
+	case slices.ContainsFunc(slices.Collect(maps.Keys(p.past)), func(k key) bool { return submits(k.port) }):
+		p.skip("rules.limit", "strangers are let in as banned addresses are: see rules.banned")
+	default:
+		p.concludeAll("rules.limit", well, limit)
+	}
+	p.checkStrangers()
+	p.checkUnseen()
+	if p.err != nil {
+		p.skip("rules", "not all rules could be tried: %v", p.err)
+	}
 }
 
 // rulesElsewhere says that the sets are not where the configuration has them.
-func (d *Doctor) rulesElsewhere(rules *ruleset.Ruleset) {
-	for _, s := range rules.Sets(d.config.Trusted.IPv4) {
-		if s.Table != d.config.Table.String() {
-			d.fail("rules", remedy{words: fmt.Sprintf("if those rules are the ones in use, put into %s: table: %s", cmp.Or(d.ConfigPath, config.Path), s.Table)},
-				"table %s lacks the sets, and table %s has one named %s", d.config.Table, s.Table, s.Name)
+func (d *Doctor) rulesElsewhere(c *firewall.Copy) {
+	for _, table := range c.Tables(d.config.Trusted.IPv4) {
+		if table != d.config.Table {
+			d.fail("rules", remedy{words: fmt.Sprintf("if those rules are the ones in use, put into %s: table: %s", cmp.Or(d.ConfigPath, config.Path), table)},
+				"table %s lacks the sets, and table %s has one named %s", d.config.Table, table, d.config.Trusted.IPv4)
 			return
 		}
 	}
 	d.skip("rules", "table %s lacks the sets that they would look up", d.config.Table)
 }
 
-// A client of a family, and what the sets hold when they hold it.
-type client struct {
-	family          string // "ipv4"
-	addr            netip.Addr
-	device          string // that its packets come in by; empty for unknown
-	trusted, banned ruleset.Set
-	trustedKeys     []nftset.Key
-	bannedKeys      []nftset.Key
-	networkKeys     []nftset.Key // its /64, banned; empty for IPv4
+// The ports at which mail is read, and mailboxes are managed: whoever is not
+// trusted yet must reach one of them, and mail readers open too many connections
+// at once for a limit. At others passwords are guessed and, once guessed, spam
+// is sent.
+var (
+	mailboxes  = []uint16{110, 143, 993, 995}
+	submission = []uint16{465, 587}
+)
+
+func submits(port uint16) bool {
+	return port != 25 && port != 4190 && !slices.Contains(mailboxes, port)
 }
 
-// client returns nil where the family's sets are missing or of no use, as the
+// A probe sends packets to a copy of the rules.
+type probe struct {
+	*Doctor
+	copy     *firewall.Copy
+	families []*family
+	sources  int                      // that were used
+	open     map[key]*firewall.Result // what a stranger met first
+	past     map[key]bool             // where banned addresses are let in
+	asked    map[*nftset.Set]bool     // whether the rules mask what they look up, which they do not
+	opened   bool                     // a connection was
+	cut      *firewall.Result         // that did not let in what follows a first packet
+	err      error                    // the first; what follows it is not known
+}
+
+type key struct {
+	*family
+	port uint16
+}
+
+// A family is IPv4 or IPv6, with its sets.
+type family struct {
+	name            string // "IPv4"
+	trusted, banned *nftset.Set
+}
+
+// family returns nil where the family's sets are missing or of no use, as the
 // checks of the sets have said.
-func (d *Doctor) client(ipv6 bool) *client {
-	// No addresses of the documentation, which firewalls often drop. Their bits
-	// are ones, so that a mask shows.
-	c := &client{family: "ipv4", addr: netip.MustParseAddr("100.255.255.255")}
+func (d *Doctor) family(ipv6 bool) *family {
+	f := &family{name: "IPv4"}
+	any := sources4.Addr()
 	if ipv6 {
-		c.family, c.addr = "ipv6", netip.MustParseAddr("2a00:ffff:ffff:ffff:ffff:ffff:ffff:ffff")
+		f.name, any = "IPv6", sources6.Addr()
 	}
-	table := d.config.Table
-	c.trusted = ruleset.Set{Table: table.String(), Name: d.config.Trusted.For(c.addr)}
-	c.banned = ruleset.Set{Table: table.String(), Name: d.config.Banned.For(c.addr)}
 	d.conn.SetDeadline(time.Now().Add(patience))
-	trusted, err := d.conn.Set(table, c.trusted.Name)
-	if err != nil || trusted.Key.IPv6 != ipv6 {
-		return nil
+	for set, name := range map[**nftset.Set]string{&f.trusted: d.config.Trusted.For(any), &f.banned: d.config.Banned.For(any)} {
+		var err error
+		if *set, err = d.conn.Set(d.config.Table, name); err != nil || (*set).Key.IPv6 != ipv6 || (*set).Constant {
+			return nil
+		}
 	}
-	banned, err := d.conn.Set(table, c.banned.Name)
-	if err != nil || banned.Key.IPv6 != ipv6 {
-		return nil
-	}
-	element := trust.Network(d.config, c.addr)
-	c.trustedKeys = trust.Keys(trusted, element, d.config.Ports)
-	c.bannedKeys = trust.Keys(banned, element, d.config.Ports)
-	if ipv6 {
-		c.networkKeys = trust.Keys(banned, prefix(c.addr, 64), d.config.Ports)
-	}
-	c.device = cmp.Or(defaultDevice(ipv6), defaultDevice(!ipv6))
-	return c
+	return f
 }
 
-// defaultDevice returns the interface of the default route, by which the
-// internet comes in, or "". The formats are those of proc(5) and of
-// rt6_info_route() in the kernel.
-func defaultDevice(ipv6 bool) string {
-	// The thread's, as its network namespace is where the rules were read.
-	name, device, zero := "/proc/thread-self/net/route", 0, []int{1, 7}
-	if ipv6 {
-		name, device, zero = "/proc/thread-self/net/ipv6_route", 9, []int{0, 1}
+// Packets come from these, and never leave the copy. Firewalls often drop
+// addresses of the documentation.
+var (
+	sources4 = netip.MustParsePrefix("100.240.0.0/12")
+	sources6 = netip.MustParsePrefix("2a00:ffff::/32")
+)
+
+// source returns an address that was not used before, nor its /24 or /48. Its
+// other bits are ones, so that a mask shows.
+func (p *probe) source(f *family) netip.Addr {
+	p.sources++
+	high, low := byte(p.sources>>8), byte(p.sources)
+	if f.name == "IPv4" {
+		return netip.AddrFrom4([4]byte{100, 240 | high, low, 255})
 	}
-	text, _ := os.ReadFile(name) // without it, the interface is not known
-	for line := range strings.Lines(string(text)) {
-		fields := strings.Fields(line)
-		if len(fields) < 10 || fields[device] == "lo" {
-			continue
-		}
-		if strings.Trim(fields[zero[0]]+fields[zero[1]], "0") == "" {
-			return fields[device]
+	a := [16]byte{0x2a, 0, 0xff, 0xff, high, low}
+	for i := 6; i < len(a); i++ {
+		a[i] = 0xff
+	}
+	return netip.AddrFrom16(a)
+}
+
+// put adds an address to a set of the copy, or removes it.
+func (p *probe) put(set *nftset.Set, addr netip.Addr, remove bool) {
+	batch := p.copy.Conn().Batch()
+	for _, e := range trust.Elements(set, addr, p.config.Ports, nftset.Element{Timeout: time.Hour}) {
+		if remove {
+			batch.Delete(set, e.Key)
+		} else {
+			batch.Add(set, e)
 		}
 	}
-	return ""
+	p.copy.Conn().SetTimeout(patience)
+	p.note(batch.Commit())
+}
+
+func (p *probe) note(err error) {
+	if p.err == nil {
+		p.err = err
+	}
+}
+
+// ban bans an address and its /64, as the rules' own limit does.
+func (p *probe) ban(f *family, addr netip.Addr) {
+	p.put(f.banned, trust.Network(p.config, addr), false)
+	if addr.Is6() {
+		p.put(f.banned, prefix(addr, 64), false)
+	}
 }
 
 func prefix(addr netip.Addr, bits int) netip.Addr {
@@ -161,35 +207,42 @@ func prefix(addr netip.Addr, bits int) netip.Addr {
 	return p.Addr()
 }
 
-// A probe asks the rules what becomes of packets.
-type probe struct {
-	*Doctor
-	rules   *ruleset.Ruleset
-	clients []*client
-
-	passedOver map[*ruleset.Rule]bool // by one check
-}
-
-// A situation is a packet, and what the sets hold when it comes.
-type situation struct {
-	*client
-	port            uint16
-	established     bool
-	rate            ruleset.Rate
-	trusted, banned []nftset.Key
-}
-
-func (p *probe) ask(c situation, assume *ruleset.Rule) *ruleset.Trace {
-	t := p.rules.Walk(
-		ruleset.Packet{Source: c.addr, Port: c.port, Interface: c.device, Established: c.established, Rate: c.rate},
-		map[ruleset.Set][]nftset.Key{c.client.trusted: c.trusted, c.client.banned: c.banned},
-		assume)
-	if assume == nil {
-		for _, rule := range t.PassedOver {
-			p.passedOver[rule] = true
+// connect opens a connection, with the whole handshake, and returns what became
+// of it: of its first packet, unless the last was not let in.
+func (p *probe) connect(addr netip.Addr, port uint16) (*firewall.Connection, *firewall.Result) {
+	conn, result, err := p.copy.Dial(addr, port)
+	if err == nil && result.Verdict == firewall.Accept {
+		last, answered, e := conn.Open()
+		switch {
+		case e != nil:
+			err = e
+		case !answered:
+			err = fmt.Errorf("port %d does not answer %s: rules of hook output drop what it says", port, addr)
+		case last.Verdict != firewall.Accept:
+			result, p.cut = last, last
+		default:
+			p.opened = true
 		}
 	}
-	return t
+	if p.note(err); p.err != nil { // what follows is not reported
+		result = &firewall.Result{Verdict: firewall.Accept}
+	}
+	return conn, result
+}
+
+// exceed opens more connections than a limit takes at once, until one is not let
+// in, and returns that; nil where all are.
+func (p *probe) exceed(addr netip.Addr, port uint16) *firewall.Result {
+	attempts := 20
+	if submits(port) { // where a limit can be one of whole networks, too
+		attempts = 60
+	}
+	for range attempts {
+		if _, r := p.connect(addr, port); r.Verdict != firewall.Accept {
+			return r
+		}
+	}
+	return nil
 }
 
 // A finding is what is wrong; the zero value, nothing.
@@ -197,64 +250,38 @@ type finding struct {
 	status Status
 	text   string
 	remedy remedy
+	jump   bool // is the remedy
 }
 
-// A question is asked about one port. It returns what it finds, and the trace
-// that shows it. Rules that are not understood are presumed not to match, but
-// for assume.
-type question func(port uint16, assume *ruleset.Rule) (finding, *ruleset.Trace)
+// told is the status of what another finding tells.
+const told Status = "told"
 
-// settle asks a question about ports, and returns the worst finding of which
-// the rules leave no doubt, with the ports that it is true of; else one that
-// is in doubt, as a skip; else none.
-func (p *probe) settle(ports []uint16, ask question) finding {
-	var findings []finding
-	of := make(map[finding][]uint16)
+func isBad(f finding) bool { return f.status != "" }
+
+// settle asks a question about each port for each family, and returns a finding
+// for each family: the worst, with the ports that it is true of.
+func (p *probe) settle(ask func(f *family, port uint16) finding) (findings []finding) {
+	for _, f := range p.families {
+		findings = append(findings, p.worst(p.config.Ports, func(port uint16) finding { return ask(f, port) }))
+	}
+	return findings
+}
+
+func (p *probe) worst(ports []uint16, ask func(port uint16) finding) (worst finding) {
+	var of []uint16
 	for _, port := range ports {
-		f, t := ask(port, nil)
-		if f.status == "" {
-			continue
-		}
-		if n := len(t.PassedOver); n > 0 {
-			if rule := doubt(t, func(r *ruleset.Rule) bool { f, _ := ask(port, r); return f.status == "" }); rule != nil {
-				f = finding{status: Skip, text: fmt.Sprintf("cannot be told, as nftwl does not understand %s; without that rule: %s", rule, f.text)}
-			} else {
-				f.text += passedOver(n)
-			}
-		}
-		if of[f] == nil {
-			findings = append(findings, f)
-		}
-		of[f] = append(of[f], port)
-	}
-	for _, status := range []Status{Fail, Warn, Skip} {
-		for _, f := range findings {
-			if f.status == status {
-				f.text = portList(of[f]) + ": " + f.text
-				return f
-			}
+		f := ask(port)
+		switch {
+		case f == worst && f.status != "":
+			of = append(of, port)
+		case f.status == Fail && worst.status != Fail, f.status == Warn && worst.status == "":
+			worst, of = f, []uint16{port}
 		}
 	}
-	return finding{}
-}
-
-func passedOver(n int) string {
-	return fmt.Sprintf(" (rules passed over as not understood: %d)", n)
-}
-
-// doubt returns a rule with which all would be well, if it matched: with more
-// than these, any.
-func doubt(t *ruleset.Trace, well func(*ruleset.Rule) bool) *ruleset.Rule {
-	const most = 100
-	if len(t.PassedOver) > most {
-		return t.PassedOver[0]
+	if worst.status != "" {
+		worst.text = portList(of) + ": " + worst.text
 	}
-	for _, rule := range t.PassedOver {
-		if well(rule) {
-			return rule
-		}
-	}
-	return nil
+	return worst
 }
 
 func portList(ports []uint16) string {
@@ -268,290 +295,313 @@ func portList(ports []uint16) string {
 	return "ports " + strings.Join(words, ", ")
 }
 
-// conclude reports the worst of the findings, or that all is well.
-func (p *probe) conclude(check, well string, findings ...finding) {
-	n := len(p.passedOver)
-	clear(p.passedOver)
-	for _, status := range []Status{Fail, Warn, Skip} {
-		for _, f := range findings {
-			if f.status == status {
-				p.report(Result{check, status, f.text, f.remedy.words, f.remedy.command})
-				return
+// conclude reports the findings of the families, each by itself, unless they
+// are one and the same.
+func (p *probe) conclude(check, well string, findings []finding) {
+	if len(findings) == 2 && findings[0] == findings[1] && isBad(findings[0]) {
+		findings = findings[:1]
+	}
+	for i, f := range findings {
+		p.say(check+"."+strings.ToLower(p.families[i].name), well, f)
+	}
+}
+
+// concludeAll reports the worst of the findings.
+func (p *probe) concludeAll(check, well string, findings []finding) {
+	var worst finding
+	for i, f := range findings {
+		if f.status == Fail && worst.status != Fail || f.status == Warn && worst.status == "" {
+			if worst = f; len(findings) == 2 && findings[0] != findings[1] {
+				worst.text = p.families[i].name + ", " + f.text
 			}
 		}
 	}
-	if n > 0 {
-		well += passedOver(n)
-	}
-	p.ok(check, "%s", well)
+	p.say(check, well, worst)
 }
 
-// both asks a question for each family.
-func (p *probe) both(ports []uint16, ask func(c *client) question) []finding {
-	var findings []finding
-	for _, c := range p.clients {
-		f := p.settle(ports, ask(c))
-		f.text = strings.Replace(c.family, "ip", "IP", 1) + ", " + f.text
-		findings = append(findings, f)
+func (p *probe) say(check, well string, f finding) {
+	switch {
+	case p.err != nil || f.status == told: // an error says nothing of the rules
+	case isBad(f):
+		p.report(Result{check, f.status, f.text, f.remedy.words, f.remedy.command})
+	default:
+		p.ok(check, "%s", well)
 	}
-	return findings
 }
 
-// end tells what ended a packet's way: a rule, or a policy.
-func end(t *ruleset.Trace) string {
-	if len(t.Ends) == 0 {
-		return "a firewall without a chain of hook input"
+// rule names what decided.
+func (p *probe) rule(s firewall.Step) string {
+	where := fmt.Sprintf("chain %s of table %s", s.Chain, s.Table)
+	switch {
+	case s.Chain == "":
+		return "no chain of hook input"
+	case s.Rule == nil:
+		return "the policy of " + where
+	case s.Rule.Comment != "":
+		return fmt.Sprintf("rule %d (%q) in %s", s.Rule.Handle, s.Rule.Comment, where)
 	}
-	e := t.Ends[len(t.Ends)-1]
-	if e.Rule == nil {
-		return "the policy of " + e.Chain.String()
-	}
-	return e.Rule.String()
+	return fmt.Sprintf("rule %d (%s) in %s", s.Rule.Handle, p.copy.Text(s), where)
 }
 
-// listing is a command that lists the chain in which a packet's way ended, with
-// the handles of its rules.
-func listing(t *ruleset.Trace) string {
-	if len(t.Ends) == 0 {
-		return "nft -a list ruleset"
+// before adds to a finding how to have a set looked up before a step decides.
+func (p *probe) before(f finding, s firewall.Step, set *nftset.Set) finding {
+	chain := nftName(s.Table) + " " + quote(s.Chain)
+	f.remedy.command = "nft -a list chain " + chain
+	user, base := p.copy.Lookup(set.Table, set.Name)
+	switch {
+	case s.Forwarded() && s.Verdict == firewall.Accept:
+		f.remedy.words = "the port is a container's: look at its packets before they are sent there, as containers.md says"
+	case s.Table != set.Table:
+		f.remedy.words = "open the port there too: a drop is final, and an accept holds for its own chain alone"
+	case user == nil:
+		f.remedy = remedy{"load rules that look the sets up, as nftwl.nft does, and put a jump to them before that", "nftwl setup nftables"}
+	case base || user.Chain == s.Chain:
+		f.remedy.words = "look up " + set.Name + " before that, as nftwl.nft does"
+	case s.Rule == nil:
+		f.jump, f.remedy = true, remedy{fmt.Sprintf("put `jump %s` into chain %s, in the file that makes it, too", user.Chain, s.Chain),
+			fmt.Sprintf("nft add rule %s jump %s", chain, quote(user.Chain))}
+	default:
+		f.jump, f.remedy = true, remedy{fmt.Sprintf("put `jump %s` above it, in the file that makes the chain, too", user.Chain),
+			fmt.Sprintf("nft insert rule %s position %d jump %s", chain, s.Rule.Handle, quote(user.Chain))}
 	}
-	e := t.Ends[len(t.Ends)-1]
-	chain := e.Chain
-	if e.Rule != nil {
-		chain = e.Rule.Chain
-	}
-	family, table, _ := strings.Cut(chain.Table, " ")
-	return "nft -a list chain " + family + " " + quote(table) + " " + quote(chain.Name)
+	return f
 }
 
-// masked describes a look-up that masks a client otherwise than nftwl does, or
-// returns nothing.
-func (p *probe) masked(t *ruleset.Trace, c *client, set ruleset.Set) finding {
-	for _, l := range t.Lookups {
-		if l.Set != set || l.Found {
+func nftName(t nftset.Table) string { return t.Family.String() + " " + quote(t.Name) }
+
+// masked describes rules that look a set up by other bits of an address than
+// nftwl stores, if there are any: with the element that they do look up, the
+// verdict is another.
+func (p *probe) masked(f *family, set *nftset.Set, port uint16, was firewall.Verdict, ban bool) finding {
+	if p.asked[set] { // at another port
+		return finding{}
+	}
+	whole, stored := 32, 32
+	if f.name == "IPv6" {
+		whole, stored = 128, p.config.IPv6Prefix
+	}
+	length := func(bits int) string {
+		if bits == whole {
+			return "single addresses"
+		}
+		return fmt.Sprintf("the /%d", bits)
+	}
+	for bits := whole; bits > 0 && p.err == nil; bits-- {
+		addr := p.source(f)
+		element := prefix(addr, bits)
+		if bits == stored || element == trust.Network(p.config, addr) {
 			continue
 		}
-		for bits := c.addr.BitLen(); bits > 0; bits-- {
-			stored := p.config.IPv6Prefix
-			if c.addr.Is4() {
-				stored = 32
+		if ban {
+			p.ban(f, addr)
+		}
+		p.put(set, element, false)
+		_, r := p.connect(addr, port)
+		p.put(set, element, true)
+		if (r.Verdict == firewall.Accept) == (was == firewall.Accept) {
+			continue
+		}
+		text := fmt.Sprintf("the rules look up %s in %s, and nftwl stores %s", length(bits), set.Name, length(stored))
+		if whole == 32 {
+			return finding{status: Fail, text: text, remedy: remedy{words: "look up ip saddr as it is, without a mask"}}
+		}
+		return finding{status: Fail, text: fmt.Sprintf("%s: ipv6_prefix is %d", text, stored),
+			remedy: remedy{words: "make the mask of the rule and ipv6_prefix in " + cmp.Or(p.ConfigPath, config.Path) + " equal"}}
+	}
+	p.asked[set] = p.err == nil
+	return finding{}
+}
+
+// checkOpen asks what a stranger meets first, at each port. There is no more to
+// say of a family for which every port is open, whoever is banned.
+func (p *probe) checkOpen(ports []uint16) {
+	var without []string
+	p.families = slices.DeleteFunc(p.families, func(f *family) bool {
+		open := func(r *firewall.Result) bool { return r.Verdict == firewall.Accept && r.Rule == nil && p.err == nil }
+		all := true
+		for _, port := range ports {
+			_, r := p.connect(p.source(f), port)
+			p.open[key{f, port}] = r
+			all = all && open(r)
+		}
+		if all {
+			addr := p.source(f)
+			p.ban(f, addr)
+			_, r := p.connect(addr, p.config.Ports[0])
+			all = open(r)
+		}
+		if all {
+			without = append(without, f.name)
+		}
+		return all
+	})
+	if len(without) > 0 {
+		p.fail("rules", remedy{"jump to nftwl's chain from one of hook input, as nftables.conf does", "nftwl setup nftables"},
+			"this machine has no input firewall for %s: every port is open", strings.Join(without, " and "))
+	}
+}
+
+func (p *probe) trusted(f *family, port uint16) finding {
+	addr := p.source(f)
+	p.put(f.trusted, trust.Network(p.config, addr), false)
+	p.ban(f, addr)
+	r := p.exceed(addr, port)
+	if r == nil {
+		return finding{}
+	}
+	if m := p.masked(f, f.trusted, port, r.Verdict, true); isBad(m) {
+		return m
+	}
+	text := p.rule(r.Step) + " drops trusted addresses"
+	if r.Table != f.trusted.Table {
+		text += fmt.Sprintf(", whatever table %s accepts", f.trusted.Table)
+	}
+	return p.before(finding{status: Fail, text: text}, r.Step, f.trusted)
+}
+
+func (p *probe) banned(f *family, port uint16) finding {
+	addr := p.source(f)
+	p.put(f.banned, trust.Network(p.config, addr), false)
+	if _, r := p.connect(addr, port); r.Verdict == firewall.Accept {
+		if m := p.masked(f, f.banned, port, r.Verdict, false); isBad(m) {
+			return m
+		}
+		step := r.Step
+		for _, s := range r.Path { // the last that accepts can be another table's
+			if s.Verdict == firewall.Accept && s.Table == f.banned.Table {
+				step = s
 			}
-			if l.Key.Addr != prefix(c.addr, bits) || bits == stored {
-				continue
-			}
-			text := fmt.Sprintf("%s looks up %s in %s, and nftwl stores %s", l.Rule, length(c, bits), set.Name, length(c, stored))
-			if c.addr.Is4() {
-				return finding{Fail, text, remedy{words: "look up ip saddr as it is, without a mask"}}
-			}
-			return finding{Fail, fmt.Sprintf("%s: ipv6_prefix is %d", text, stored),
-				remedy{words: "make the mask of the rule and ipv6_prefix in " + cmp.Or(p.ConfigPath, config.Path) + " equal"}}
+		}
+		p.past[key{f, port}] = true
+		return p.before(finding{status: Fail, text: p.rule(step) + " lets banned addresses in"}, step, f.banned)
+	}
+	if f.name == "IPv6" {
+		addr := p.source(f)
+		p.put(f.banned, prefix(addr, 64), false)
+		if _, r := p.connect(addr, port); r.Verdict == firewall.Accept {
+			return finding{status: Warn, text: "a banned /64 is not kept out, as the rules look up single addresses alone in " + f.banned.Name,
+				remedy: remedy{words: "look up the /64 too, as banned.nft does: who has a /64 has 2^64 addresses to come from"}}
 		}
 	}
 	return finding{}
 }
 
-func length(c *client, bits int) string {
-	if bits == c.addr.BitLen() {
-		return "single addresses"
+func (p *probe) established(f *family, port uint16) finding {
+	addr := p.source(f)
+	p.put(f.trusted, trust.Network(p.config, addr), false)
+	conn, r := p.connect(addr, port)
+	if r.Verdict != firewall.Accept || p.err != nil {
+		return finding{} // which is rules.trusted's to say
 	}
-	return fmt.Sprintf("the /%d", bits)
+	p.put(f.trusted, trust.Network(p.config, addr), true)
+	p.ban(f, addr)
+	r, err := conn.Send()
+	if p.note(err); err != nil || r.Verdict == firewall.Accept {
+		return finding{}
+	}
+	return finding{status: Warn, text: "a ban, or the end of a trust, cuts open connections: " + p.rule(r.Step) + " drops them",
+		remedy: p.accept(r)}
 }
 
-func (p *probe) checkTrusted(c *client) {
-	banned := append(slices.Clone(c.bannedKeys), c.networkKeys...)
-	p.conclude("rules.trusted."+c.family, "who is trusted gets in on "+portList(p.config.Ports)+", also when banned or over the limit",
-		p.settle(p.config.Ports, func(port uint16, assume *ruleset.Rule) (f finding, t *ruleset.Trace) {
-			for _, rate := range []ruleset.Rate{ruleset.Below, ruleset.OverAll} {
-				t = p.ask(situation{client: c, port: port, rate: rate, trusted: c.trustedKeys, banned: banned}, assume)
-				if f = p.judgeTrusted(t, c); f.status != "" {
-					break
-				}
+// accept returns how to keep connections open that a result cut.
+func (p *probe) accept(r *firewall.Result) remedy {
+	const rule = "ct state established,related accept"
+	return remedy{"put first into the chain of hook input, in the file that makes it, too: " + rule,
+		"nft insert rule " + nftName(r.Table) + " " + quote(r.Chain) + " " + rule}
+}
+
+// limits asks how strangers are limited, and returns a finding for each family,
+// and what to say where all is well.
+func (p *probe) limits() (findings []finding, well string) {
+	well = "strict: strangers are dropped"
+	ports := slices.Clone(submission)
+	for _, port := range p.config.Ports {
+		if submits(port) && !slices.Contains(ports, port) {
+			ports = append(ports, port)
+		}
+	}
+	for _, f := range p.families {
+		findings = append(findings, p.worst(ports, func(port uint16) finding {
+			if p.open[key{f, port}].Verdict != firewall.Accept || p.past[key{f, port}] {
+				return finding{}
 			}
-			return f, t
+			if !slices.Contains(p.config.Ports, port) {
+				return finding{status: Warn, text: "strangers are let in, and `ports` lacks it: nobody is trusted there, and banned addresses are let in",
+					remedy: remedy{words: "add the port to `ports` in " + cmp.Or(p.ConfigPath, config.Path) + ", or close it"}}
+			}
+			well = "a stranger above the limit is dropped and banned, each source by itself"
+			return p.limit(f, port)
 		}))
+	}
+	return findings, well
 }
 
-func (p *probe) judgeTrusted(t *ruleset.Trace, c *client) finding {
-	found := t.Found(c.trusted)
-	if found && t.Accepted {
+func (p *probe) limit(f *family, port uint16) finding {
+	limit := remedy{words: "limit each source by itself and ban who exceeds it, as submission.nft does on the ports that nftwl_submission_ports lists"}
+	addr := p.source(f)
+	over := p.exceed(addr, port)
+	if over == nil {
+		return finding{status: Warn, text: "strangers are let in without a limit", remedy: limit}
+	}
+	if _, r := p.connect(p.source(f), port); r.Verdict != firewall.Accept {
+		return finding{status: Warn, text: "the limit is one for all sources together, so an attacker has others dropped or banned: " + p.rule(r.Step), remedy: limit}
+	}
+	_, next, err := p.copy.Dial(addr, port)
+	if p.note(err); err != nil || next.Verdict != firewall.Accept && next.Rule != over.Rule {
 		return finding{}
 	}
-	if !found {
-		if f := p.masked(t, c, c.trusted); f.status != "" {
-			return f
-		}
-	}
-	first := remedy{"accept who is in " + c.trusted.Name + " before that, as contrib/nftables/nftwl.nft does", listing(t)}
-	switch {
-	case found && t.Ends[len(t.Ends)-1].Chain.Table != c.trusted.Table:
-		return finding{Fail, fmt.Sprintf("%s drops who is trusted, whatever table %s accepts", end(t), c.trusted.Table),
-			remedy{"open the port there too: a drop is final, and an accept holds for its own chain alone", listing(t)}}
-	case found:
-		return finding{Fail, end(t) + " drops who is trusted, although " + c.trusted.Name + " was looked up", first}
-	case t.Accepted:
-		return finding{Fail, fmt.Sprintf("no rule looks up %s before %s lets everybody in", c.trusted.Name, end(t)), first}
-	}
-	return finding{Fail, fmt.Sprintf("no rule looks up %s before %s drops who is trusted", c.trusted.Name, end(t)), first}
-}
-
-func (p *probe) checkBanned(c *client) {
-	lookedUp := false
-	ask := func(banned []nftset.Key) question {
-		return func(port uint16, assume *ruleset.Rule) (finding, *ruleset.Trace) {
-			t := p.ask(situation{client: c, port: port, banned: banned}, assume)
-			lookedUp = lookedUp || t.Found(c.banned) || len(t.PassedOver) > 0 // as one of these may jump to the look-up
-			return p.judgeBanned(t, c), t
-		}
-	}
-	f := p.settle(p.config.Ports, ask(c.bannedKeys))
-	if f.status == "" && !lookedUp {
-		f = finding{Warn, "no rule looks up " + c.banned.Name + ", as everybody is kept out from every port",
-			remedy{words: "drop who is in " + c.banned.Name + ", as contrib/nftables/banned.nft does"}}
-	}
-	if f.status == "" && len(c.networkKeys) > 0 {
-		if f = p.settle(p.config.Ports, ask(c.networkKeys)); f.status == Fail {
-			f.status = Warn
-			f.text = "a banned /64 is not kept out, as single addresses alone are looked up in " + c.banned.Name
-			f.remedy = remedy{words: "look up the /64 too, as contrib/nftables/banned.nft does: who has a /64 has 2^64 addresses to come from"}
-		}
-	}
-	p.conclude("rules.banned."+c.family, "who is banned is kept out", f)
-}
-
-func (p *probe) judgeBanned(t *ruleset.Trace, c *client) finding {
-	drop := remedy{"drop who is in " + c.banned.Name + " before that, as contrib/nftables/banned.nft does", listing(t)}
-	switch {
-	case !t.Accepted:
-		return finding{}
-	case t.Found(c.banned):
-		return finding{Fail, end(t) + " lets in who is banned, although " + c.banned.Name + " was looked up", drop}
-	}
-	if f := p.masked(t, c, c.banned); f.status != "" {
-		return f
-	}
-	return finding{Fail, fmt.Sprintf("no rule looks up %s before %s lets everybody in", c.banned.Name, end(t)), drop}
-}
-
-func (p *probe) checkEstablished() {
-	findings := p.both(p.config.Ports, func(c *client) question {
-		return func(port uint16, assume *ruleset.Rule) (finding, *ruleset.Trace) {
-			banned := append(slices.Clone(c.bannedKeys), c.networkKeys...)
-			t := p.ask(situation{client: c, port: port, established: true, rate: ruleset.OverAll, banned: banned}, assume)
-			if t.Accepted {
-				return finding{}, t
+	for _, name := range []string{f.banned.Name, "limited_" + strings.ToLower(f.name)} {
+		for _, a := range []netip.Addr{addr, prefix(addr, min(64, addr.BitLen()))} {
+			set, err := p.copy.Conn().Set(f.banned.Table, name)
+			if err != nil {
+				continue // the rules need not have it
 			}
-			return finding{Warn, "a ban, or the end of a trust, cuts open connections: " + end(t) + " drops them",
-				remedy{"put first into the chain of hook input: ct state established,related accept", listing(t)}}, t
-		}
-	})
-	p.conclude("rules.established", "open connections outlive a ban and the end of a trust", findings...)
-}
-
-func (p *probe) checkLimit() {
-	// Where passwords are guessed and, once guessed, spam is sent. Mail readers
-	// open too many connections at once for a limit on the other ports.
-	ports := slices.DeleteFunc([]uint16{465, 587}, func(port uint16) bool { return !slices.Contains(p.config.Ports, port) })
-	if len(ports) == 0 {
-		p.skip("rules.limit", "no port of submission is among the ports of the configuration")
-		return
-	}
-	well := "strict: strangers are dropped on " + portList(ports)
-	findings := p.both(ports, func(c *client) question {
-		return func(port uint16, assume *ruleset.Rule) (finding, *ruleset.Trace) {
-			t := p.ask(situation{client: c, port: port}, assume)
-			if !t.Accepted {
-				if assume == nil {
-					if rule := doubt(t, func(r *ruleset.Rule) bool { return p.ask(situation{client: c, port: port}, r).Accepted }); rule != nil {
-						return finding{status: Skip, text: fmt.Sprintf("cannot be told, as nftwl does not understand %s", rule)}, new(ruleset.Trace)
-					}
-				}
-				return finding{}, t
+			found, err := p.copy.Conn().Lookup(set, trust.Keys(set, a, []uint16{port})...)
+			if p.note(err); len(found) > 0 {
+				return finding{status: Fail, text: fmt.Sprintf("the limit adds %s to %s, and no rule drops it for that", a, name),
+					remedy: remedy{words: "mask alike what rules add to " + name + " and what they look up there, and drop it before any accept"}}
 			}
-			well = "strangers above the limit are dropped and banned, each source by itself"
-			return p.judgeLimit(c, port, assume)
 		}
-	})
-	p.conclude("rules.limit", well, findings...)
+	}
+	return finding{status: Warn, text: p.rule(over.Step) + " drops what is over the limit, and no rule bans the source", remedy: limit}
 }
 
-func (p *probe) judgeLimit(c *client, port uint16, assume *ruleset.Rule) (finding, *ruleset.Trace) {
-	limit := remedy{words: "limit each source by itself and ban who exceeds it, as contrib/nftables/submission.nft does"}
-	own := p.ask(situation{client: c, port: port, rate: ruleset.OverOwn}, assume)
-	bans := added(own, c.banned)
-	if own.Accepted && len(bans) == 0 {
-		all := p.ask(situation{client: c, port: port, rate: ruleset.OverAll}, assume)
-		if all.Accepted && len(added(all, c.banned)) == 0 {
-			return finding{Warn, "strangers are let in without a limit", limit}, all
-		}
-		return finding{Warn, "the limit is one for all sources together, so an attacker has others dropped or banned: " + end(all), limit}, all
-	}
-	if len(bans) == 0 {
-		return finding{Warn, end(own) + " drops who is above the limit, and no rule bans him", limit}, own
-	}
-	var keys []nftset.Key
-	for _, ban := range bans {
-		keys = append(keys, ban.Key)
-	}
-	next := p.ask(situation{client: c, port: port, banned: keys}, assume)
-	if next.Accepted || !next.Found(c.banned) {
-		return finding{Fail, fmt.Sprintf("%s bans %s, which no rule looks up before %s lets him in again", bans[0].Rule, bans[0].Key, end(next)),
-			remedy{words: "mask alike what rules add to " + c.banned.Name + " and what they look up there, and drop it before any accept"}}, next
-	}
-	return finding{}, own
-}
-
-// added returns what rules added to a set.
-func added(t *ruleset.Trace, s ruleset.Set) []ruleset.Added {
-	return slices.DeleteFunc(slices.Clone(t.Added), func(a ruleset.Added) bool { return a.Set != s })
-}
-
-// A login by IMAP or POP3 is what makes a stranger known, so somewhere these
-// must be open to him.
+// A login by IMAP or POP3 is what makes a stranger known, so one of these ports
+// must be open to strangers.
 func (p *probe) checkStrangers() {
-	ports := []uint16{110, 143, 993, 995}
-	ask := func(c *client) question {
-		return func(port uint16, assume *ruleset.Rule) (finding, *ruleset.Trace) {
-			t := p.ask(situation{client: c, port: port}, assume)
-			if t.Accepted {
-				return finding{}, t
-			}
-			return finding{Fail, end(t) + " drops who is not trusted yet, so nobody new can log in",
-				remedy{"accept new connections to those ports of IMAP or POP3 that are in use", listing(t)}}, t
+	var findings []finding
+	shut := 0
+	for _, f := range p.families {
+		one := finding{}
+		if !slices.ContainsFunc(mailboxes, func(port uint16) bool { return p.open[key{f, port}].Verdict == firewall.Accept }) {
+			r := p.open[key{f, mailboxes[1]}]
+			one = finding{status: Fail, text: portList(mailboxes) + ": " + p.rule(r.Step) + " drops who is not trusted yet, so nobody new can log in",
+				remedy: remedy{"accept new connections to those ports of IMAP or POP3 that are in use", "nft -a list chain " + nftName(r.Table) + " " + quote(r.Chain)}}
+			shut++
 		}
+		findings = append(findings, one)
 	}
-	findings := p.both(ports, ask)
-	for _, port := range ports {
-		for i, f := range p.both([]uint16{port}, ask) {
-			// One port that is open is enough, and one that may be is no failure.
-			if f.status == "" || f.status == Skip && findings[i].status == Fail {
-				findings[i] = f
-			}
-		}
-	}
-	if slices.ContainsFunc(findings, func(f finding) bool { return f.status != Fail }) {
+	if shut == 1 && len(findings) == 2 { // they get in by the other family
 		for i := range findings {
-			if findings[i].status == Fail { // and they get in by the other family
+			if isBad(findings[i]) {
 				findings[i].status = Warn
 			}
 		}
 	}
-	p.conclude("rules.strangers", "strangers can open connections to log in by IMAP or POP3", findings...)
+	p.concludeAll("rules.strangers", "strangers can open connections to log in by IMAP or POP3", findings)
 }
 
-// checkUnseen names what nftwl does not look at. There mostly is nothing, which
+// checkUnseen names what is not in the copy. There mostly is nothing, which
 // needs no line.
 func (p *probe) checkUnseen() {
-	var unseen []string
+	unseen := slices.Clone(p.copy.Omitted)
 	for _, ip := range []string{"ip", "ip6"} {
 		names, _ := os.ReadFile("/proc/thread-self/net/" + ip + "_tables_names") // without it, the kernel has none
 		for _, table := range strings.Fields(string(names)) {
 			unseen = append(unseen, fmt.Sprintf("table %s of %stables-legacy", table, ip))
 		}
 	}
-	for _, chain := range p.rules.Ingress {
-		unseen = append(unseen, chain.String()+", of hook ingress")
-	}
 	if len(unseen) > 0 {
-		p.skip("rules.unseen", "nftwl does not look at these, which may drop what the rules accept: %s", strings.Join(unseen, "; "))
+		p.skip("rules.unseen", "these could not be tried, and may drop what the other rules accept: %s", strings.Join(unseen, "; "))
 	}
 }
