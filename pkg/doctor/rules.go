@@ -49,6 +49,11 @@ func (d *Doctor) checkRules(context.Context) {
 		return
 	}
 	p.checkOpen(ports)
+	if p.mute && !p.opened {
+		p.fail("rules.established", remedy{"accept in the chains of hook output: ct state established,related accept", "nft -a list ruleset"},
+			"rules of hook output drop what this machine answers to new connections, so none works")
+		return
+	}
 	if p.cut != nil && !p.opened {
 		p.fail("rules.established", p.accept(p.cut), "%s drops all but the first packet of connections, so none works", p.rule(p.cut.Step))
 		return
@@ -119,6 +124,7 @@ type probe struct {
 	past     map[key]bool             // where banned addresses are let in
 	asked    map[*nftset.Set]bool     // whether the rules mask what they look up, which they do not
 	opened   bool                     // a connection was
+	mute     bool                     // the machine, to the first connection that was let in
 	cut      *firewall.Result         // that did not let in what follows a first packet
 	err      error                    // the first; what follows it is not known
 }
@@ -211,13 +217,15 @@ func prefix(addr netip.Addr, bits int) netip.Addr {
 // of it: of its first packet, unless the last was not let in.
 func (p *probe) connect(addr netip.Addr, port uint16) (*firewall.Connection, *firewall.Result) {
 	conn, result, err := p.copy.Dial(addr, port)
-	if err == nil && result.Verdict == firewall.Accept {
+	if err == nil && result.Verdict == firewall.Accept && !p.mute {
 		last, answered, e := conn.Open()
 		switch {
 		case e != nil:
 			err = e
+		case !answered && p.opened:
+			err = fmt.Errorf("port %d does not answer %s", port, addr)
 		case !answered:
-			err = fmt.Errorf("port %d does not answer %s: rules of hook output drop what it says", port, addr)
+			p.mute = true
 		case last.Verdict != firewall.Accept:
 			result, p.cut = last, last
 		default:

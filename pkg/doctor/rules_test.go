@@ -237,6 +237,8 @@ func TestRulesBroken(t *testing.T) {
 			want: []string{"fail rules.trusted.ipv4"}, says: "ports 465, 587: the policy of " + filter},
 		{name: "open connections are not accepted", edits: []string{"ct state established,related accept", ""}, heals: true,
 			want: []string{"fail rules.established"}, says: "the policy of " + filter + " drops all but the first packet of connections"},
+		{name: "answers are dropped", more: "table inet out { chain o { type filter hook output priority 0; policy drop; }; }",
+			want: []string{"fail rules.established"}, says: "rules of hook output drop what this machine answers"},
 		{name: "bans cut connections", edits: []string{"ct state established,related accept", "ip saddr . tcp dport @banned_ipv4 drop; ct state established,related accept"},
 			want: []string{"fail rules.trusted.ipv4", "warn rules.established"}, says: `rule `},
 		{name: "one limit for all", edits: []string{update4, all, update6, all},
