@@ -293,9 +293,9 @@ func (f *fault) login(t *testing.T, dir string) (r result) {
 // limit bounds what must happen.
 const limit = 20 * time.Second
 
-// What nftwl cannot help, since the runtime gives up before main: the command is
-// not executed, and the README says by which words to know why. The drop-in's
-// limit is enough.
+// If Go's runtime gives up before main, the command is not executed, and
+// docs/troubleshooting.md has the words by which to know why. The drop-in's limit
+// is enough.
 func TestBeforeMain(t *testing.T) {
 	nstest.NeedUsers(t)
 	nstest.Need(t, "setpriv", "util-linux")
@@ -309,7 +309,7 @@ func TestBeforeMain(t *testing.T) {
 	if _, err := fmt.Sscanf(limit, "%dG\n", &gigabytes); err != nil {
 		t.Fatalf("the drop-in's vsz_limit: %v", err)
 	}
-	readme, err := os.ReadFile(filepath.Join(nstest.Root(t), "README.md"))
+	troubleshooting, err := os.ReadFile(filepath.Join(nstest.Root(t), "docs", "troubleshooting.md"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -332,8 +332,8 @@ func TestBeforeMain(t *testing.T) {
 			t.Errorf("%s: %+v", test.what, r)
 		case test.words != "" && (r.went || r.keys != 0 || !strings.Contains(r.stderr, test.words)):
 			t.Errorf("%s: %+v", test.what, r)
-		case !strings.Contains(string(readme), "`"+test.words+"`") && test.words != "":
-			t.Errorf("the README does not have %q", test.words)
+		case !strings.Contains(string(troubleshooting), "`"+test.words+"`") && test.words != "":
+			t.Errorf("docs/troubleshooting.md does not have %q", test.words)
 		}
 	}
 }

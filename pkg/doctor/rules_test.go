@@ -152,6 +152,7 @@ func TestRulesBroken(t *testing.T) {
 	const (
 		jump       = "\t\tjump nftwl\n"
 		mailboxes  = "\t\ttcp dport { 143, 993, 995 } ct state new counter accept comment \"IMAP and POP3\"\n"
+		submission = "\t\ttcp dport { 465, 587 } ct state new counter accept comment \"submission\"\n"
 		trusted    = `include "nftwl/trusted.nft"` + "\n"
 		banned     = `include "nftwl/banned.nft"` + "\n"
 		trusted4   = `ip saddr . tcp dport @trusted_ipv4`
@@ -184,6 +185,8 @@ func TestRulesBroken(t *testing.T) {
 			want: []string{"fail rules.banned.ipv4"},
 			says: `("IMAP and POP3") in ` + filter + ` lets banned addresses in`},
 		{name: "no jump", edits: []string{jump, ""}, heals: true,
+			want: []string{"fail rules.banned.ipv4", "skip rules.limit"}, says: `ports 143, 993, 995: rule `},
+		{name: "no jump, nor a rule for submission", edits: []string{jump, "", submission, ""}, heals: true,
 			want: []string{"fail rules.trusted.ipv4"},
 			says: "ports 465, 587: the policy of " + filter + " drops trusted addresses"},
 		{name: "jump after a drop", edits: []string{jump, "\t\ttcp dport 587 ct state new drop\n" + jump}, heals: true,
@@ -230,11 +233,11 @@ func TestRulesBroken(t *testing.T) {
 		{name: "lookup with a mark", edits: []string{trusted6, "meta mark 7 " + trusted6},
 			want: []string{"fail rules.trusted.ipv6"}, says: "drops trusted addresses"},
 		{name: "jump with a mark", edits: []string{jump, "\t\tmeta mark 7 jump nftwl\n"}, heals: true,
-			want: []string{"fail rules.trusted.ipv4"}, says: "ports 465, 587: the policy of " + filter},
+			want: []string{"fail rules.banned.ipv4", "skip rules.limit"}, says: `ports 143, 993, 995: rule `},
 		{name: "jump of another interface", edits: []string{jump, "\t\tiifname \"net1\" jump nftwl\n"}, heals: true,
-			want: []string{"fail rules.trusted.ipv4"}, says: "ports 465, 587: the policy of " + filter},
+			want: []string{"fail rules.banned.ipv4", "skip rules.limit"}, says: `ports 143, 993, 995: rule `},
 		{name: "jump of another destination", edits: []string{jump, "\t\tip daddr 192.0.2.9 jump nftwl\n"}, heals: true,
-			want: []string{"fail rules.trusted.ipv4"}, says: "ports 465, 587: the policy of " + filter},
+			want: []string{"fail rules.banned.ipv4", "skip rules.limit"}, says: `ports 143, 993, 995: rule `},
 		{name: "open connections are not accepted", edits: []string{"ct state established,related accept", ""}, heals: true,
 			want: []string{"fail rules.established"}, says: "the policy of " + filter + " drops all but the first packet of connections"},
 		{name: "answers are dropped", more: "table inet out { chain o { type filter hook output priority 0; policy drop; }; }",
