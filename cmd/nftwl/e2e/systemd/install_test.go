@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"regexp"
 	"runtime"
 	"strconv"
 	"strings"
@@ -114,41 +115,25 @@ func (m *machine) installs(source bool) {
 				m.inSources(b.Text)
 			}
 		case source && strings.Contains(b.Text, "apt install"):
-		case strings.Contains(b.Text, "nftwl doctor"):
-			// Until now nobody has logged in.
-			m.healthy()
 		default:
 			m.shell(b.Text)
 		}
 	}
+	m.healthy()
 }
 
 // undoes goes through the README's way back.
 func (m *machine) undoes(source bool) {
 	m.Helper()
-	var lines []string
-	for _, b := range nstest.Blocks(m, "README.md", "Undo") {
-		switch {
-		case lines == nil:
-			lines = strings.SplitAfter(b.Text, "\n")
-			if !source {
-				m.shell(b.Text)
-			}
-		case source:
-			var whole strings.Builder
-			replaced := false
-			for _, line := range lines {
-				if line == "apt purge nftwl\n" {
-					line, replaced = b.Text, true
-				}
-				whole.WriteString(line)
-			}
-			if !replaced {
-				m.Fatalf("no line to replace by\n%s", b.Text)
-			}
-			m.shell(whole.String())
+	text := nstest.Blocks(m, "README.md", "Undo")[0].Text
+	if source {
+		purge := regexp.MustCompile("(?m)^apt purge nftwl .*\n").FindString(text)
+		if purge == "" {
+			m.Fatalf("nothing to replace in\n%s", text)
 		}
+		text = strings.Replace(text, purge, nstest.Blocks(m, "docs/operation.md", "Removing what was installed from source")[0].Text+"\n", 1)
 	}
+	m.shell(text)
 	m.run("rm", "/etc/apt/apt.conf.d/90-nftwl-test")
 }
 
