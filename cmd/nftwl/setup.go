@@ -14,17 +14,17 @@ import (
 	"github.com/spf13/cobra"
 
 	"nftwl/pkg/config"
-	"nftwl/pkg/setup"
+	"nftwl/pkg/install"
 )
 
 func newSetup(configPath *string) *cobra.Command {
 	var write bool
-	parts := map[string]func(*setup.Options) (*setup.Plan, error){
-		"dovecot":  setup.Dovecot,
-		"nftables": setup.Nftables,
-		"systemd":  setup.Systemd,
-		"fail2ban": setup.Fail2ban,
-		"policy":   setup.Policy,
+	parts := map[string]func(*install.Options) (*install.Plan, error){
+		"dovecot":  install.Dovecot,
+		"nftables": install.Nftables,
+		"systemd":  install.Systemd,
+		"fail2ban": install.Fail2ban,
+		"policy":   install.Policy,
 	}
 	cmd := &cobra.Command{
 		Use:   "setup dovecot|policy|nftables|systemd|fail2ban",
@@ -58,7 +58,7 @@ line was wrong.`,
 				return failed(err)
 			}
 			p, err := part(o)
-			var problem *setup.Problem
+			var problem *install.Problem
 			if errors.As(err, &problem) {
 				return refuse(*problem)
 			}
@@ -77,12 +77,12 @@ line was wrong.`,
 }
 
 // setupOptions are those of this machine.
-func setupOptions(configPath string) (*setup.Options, error) {
+func setupOptions(configPath string) (*install.Options, error) {
 	c, err := config.Load(configPath)
 	if err != nil {
 		return nil, err
 	}
-	o := &setup.Options{Config: c}
+	o := &install.Options{Config: c}
 	if o.Executable, err = os.Executable(); err != nil {
 		return nil, err
 	}
@@ -108,7 +108,7 @@ func setupOptions(configPath string) (*setup.Options, error) {
 }
 
 // refuse prints problems, and a remedy that several have once.
-func refuse(problems ...setup.Problem) error {
+func refuse(problems ...install.Problem) error {
 	for i, p := range problems {
 		printError(fmt.Errorf("setup: %s", p.Text))
 		last := i+1 == len(problems) || problems[i+1].Remedy != p.Remedy
@@ -120,7 +120,7 @@ func refuse(problems ...setup.Problem) error {
 }
 
 // planText is the files, and as comments what is to be said about them.
-func planText(p *setup.Plan) []byte {
+func planText(p *install.Plan) []byte {
 	var b bytes.Buffer
 	secrets := false
 	for _, f := range p.Files {
@@ -151,7 +151,7 @@ func planText(p *setup.Plan) []byte {
 }
 
 // writePlan writes the files, and says what it did.
-func writePlan(p *setup.Plan) error {
+func writePlan(p *install.Plan) error {
 	if len(p.Problems) > 0 {
 		return refuse(p.Problems...)
 	}

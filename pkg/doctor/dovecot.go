@@ -17,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nftwl/pkg/doveconf"
-	"nftwl/pkg/setup"
+	"nftwl/pkg/install"
 )
 
 // reload is a remedy in Dovecot's settings.
@@ -168,17 +168,17 @@ func readProcess(pid string) (p process, err error) {
 
 // useDropIn is the remedy where a mail service does not ask nftwl.
 func (d *Doctor) useDropIn() remedy {
-	if !exists(setup.DropIn) {
-		return remedy{"put the settings that ask nftwl into " + filepath.Dir(setup.DropIn) + ", and have Dovecot read them", "nftwl setup dovecot --write && doveadm reload"}
+	if !exists(install.DropIn) {
+		return remedy{"put the settings that ask nftwl into " + filepath.Dir(install.DropIn) + ", and have Dovecot read them", "nftwl setup dovecot --write && doveadm reload"}
 	}
-	if plan, err := setup.Dovecot(&setup.Options{Executable: d.Executable, ConfigPath: d.ConfigPath, Config: d.config}); err == nil {
+	if plan, err := install.Dovecot(&install.Options{Executable: d.Executable, ConfigPath: d.ConfigPath, Config: d.config}); err == nil {
 		for _, line := range plan.Next {
 			if override, ok := strings.CutPrefix(line, "# Delete "); ok {
 				return reload("delete %s", strings.TrimSuffix(override, "."))
 			}
 		}
 	}
-	return remedy{"compare " + setup.DropIn + " with what this prints, and see that Dovecot includes it", "nftwl setup dovecot"}
+	return remedy{"compare " + install.DropIn + " with what this prints, and see that Dovecot includes it", "nftwl setup dovecot"}
 }
 
 // checkProtocols checks whom the mail services ask after a login, and returns

@@ -18,7 +18,6 @@ import (
 	"nftwl/pkg/config"
 	"nftwl/pkg/doveconf"
 	"nftwl/pkg/install"
-	"nftwl/pkg/setup"
 )
 
 // postLogin is a post-login service, and those who ask it.
@@ -103,7 +102,7 @@ func (p *postLogin) resolve(login *install.PostLogin, libexec string) {
 
 // chain is the remedy for a post-login service without nftwl.
 func chain() remedy {
-	if exists(setup.DropIn) {
+	if exists(install.DropIn) {
 		return remedy{"have nftwl run it: 'nftwl setup dovecot' prints the services that run both, and which line elsewhere overrides them",
 			"nftwl setup dovecot"}
 	}
@@ -279,7 +278,7 @@ func (u unit) withholdsNetlink() bool {
 func (d *Doctor) checkSafe(p *postLogin) {
 	check := "dovecot.executable"
 	for _, path := range append([]string{p.nftwl}, p.scripts...) {
-		if err := setup.OnlyRoots(path); err != nil && p.root() && exists(path) {
+		if err := install.OnlyRoots(path); err != nil && p.root() && exists(path) {
 			d.fail(check, remedy{words: "let root alone write it and each directory above it, or move it to where that is so, such as /usr/bin"},
 				"Dovecot runs %s as root, and others than root can change it: %v", path, err)
 			return

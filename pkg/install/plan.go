@@ -1,7 +1,7 @@
 // Package setup knows which of contrib's files fit this machine, and where they
 // belong. It reads and writes files, and prints nothing. It reloads and enables
 // nothing: that is for the administrator.
-package setup
+package install
 
 import (
 	"cmp"

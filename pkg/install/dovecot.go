@@ -1,4 +1,4 @@
-package setup
+package install
 
 import (
 	"context"
@@ -13,7 +13,6 @@ import (
 
 	"nftwl/contrib"
 	"nftwl/pkg/doveconf"
-	"nftwl/pkg/install"
 )
 
 const (
@@ -206,7 +205,7 @@ type chain struct {
 
 // chain returns that of a service; nil if it runs nothing but nftwl.
 func (o *Options) chain(dovecot, service *doveconf.Settings) (*chain, error) {
-	login, err := install.ParsePostLogin(service.Values["executable"])
+	login, err := ParsePostLogin(service.Values["executable"])
 	if err != nil {
 		return nil, err
 	}
