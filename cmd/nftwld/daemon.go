@@ -24,6 +24,7 @@ import (
 	"golang.org/x/net/netutil"
 	"golang.org/x/sys/unix"
 
+	"nftwl/pkg/atomicfile"
 	"nftwl/pkg/config"
 	"nftwl/pkg/nftset"
 	"nftwl/pkg/policy"
@@ -264,25 +265,11 @@ func (d *daemon) saveState() {
 	if d.stateDir == "" {
 		return
 	}
-	err := func() error {
-		var state bytes.Buffer
-		if err := d.server.Save(&state); err != nil || state.Len() == 0 {
-			return err
-		}
-		f, err := os.CreateTemp(d.stateDir, ".failures-*") // mode 0600
-		if err != nil {
-			return err
-		}
-		defer os.Remove(f.Name()) // fails once it is renamed
-		defer f.Close()
-		if _, err := f.Write(state.Bytes()); err != nil {
-			return err
-		}
-		if err := f.Sync(); err != nil {
-			return err
-		}
-		return os.Rename(f.Name(), d.stateFile())
-	}()
+	var state bytes.Buffer
+	err := d.server.Save(&state)
+	if err == nil && state.Len() > 0 {
+		err = atomicfile.Replace(d.stateFile(), state.Bytes(), 0o600)
+	}
 	if err != nil {
 		d.quiet.problem("state", fmt.Errorf("failures are not saved: %w", err))
 	}
