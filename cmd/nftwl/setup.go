@@ -5,7 +5,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -29,23 +28,23 @@ func newSetup(configPath *string) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "setup dovecot|policy|nftables|systemd|fail2ban",
 		Short: "Print or write the files that a part of the installation needs",
-		Long: `Prints the files that fit this machine and its configuration, each below the
-path where it belongs, and after them, as comments, what to do next.
+		Long: `Prints the files for this machine and its configuration, each below the path
+where it belongs, and then, as comments, what to do next.
 
   dovecot    the drop-in that has Dovecot run 'nftwl login' after each login
   policy     nftwld's key and units, and the drop-in that has Dovecot report
              each authentication to it: no program runs at a login
-  nftables   the sets and rules, to be included into your own firewall, or as a
-             table of their own where ufw or firewalld own the firewall
-  systemd    the units that keep the sets over restart, reload, reboot
+  nftables   the sets and rules, to include into your own firewall, or a table
+             of their own if ufw, firewalld or iptables owns the firewall
+  systemd    the units that keep the sets over restart, reload and reboot
   fail2ban   the action, the filters and the jails
 
-With --write it puts them there, and says what to do next and how to undo it.
-It never overwrites a file that differs: if there is one, it writes nothing.
+With --write, writes the files that are missing, and prints what to do next and
+how to undo it. It never overwrites a file: if one differs, it writes nothing.
 It enables and reloads nothing.
 
-Exit status: 0 when all went well, 1 when something failed, 2 when the command
-line was wrong.`,
+Exit status: 0 on success, 1 when something failed, 2 when the command line was
+wrong.`,
 		ValidArgs: []string{"dovecot", "policy", "nftables", "systemd", "fail2ban"},
 		Args:      cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
@@ -59,13 +58,12 @@ line was wrong.`,
 			}
 			p, err := part(o)
 			var problem *install.Problem
-			if errors.As(err, &problem) {
+			switch {
+			case errors.As(err, &problem):
 				return refuse(*problem)
-			}
-			if err != nil {
+			case err != nil:
 				return failed(fmt.Errorf("setup: %w", err))
-			}
-			if write {
+			case write:
 				return writePlan(p)
 			}
 			_, err = os.Stdout.Write(planText(p))
@@ -86,15 +84,14 @@ func setupOptions(configPath string) (*install.Options, error) {
 	if o.Executable, err = os.Executable(); err != nil {
 		return nil, err
 	}
-	// Where that is a link to another place, the link is what stays over an
-	// upgrade.
-	const usual = "/usr/bin/nftwl"
 	here, err := os.Stat(o.Executable)
 	if err != nil {
 		return nil, err
 	}
-	if there, err := os.Stat(usual); err == nil && os.SameFile(here, there) {
-		o.Executable = usual
+	// If the usual path is a link to this program, it is the link that stays over
+	// an upgrade.
+	if there, err := os.Stat(install.Program); err == nil && os.SameFile(here, there) {
+		o.Executable = install.Program
 	}
 	if configPath != "" {
 		if configPath, err = filepath.Abs(configPath); err != nil {
@@ -107,7 +104,7 @@ func setupOptions(configPath string) (*install.Options, error) {
 	return o, nil
 }
 
-// refuse prints problems, and a remedy that several have once.
+// refuse prints problems. If several have the same remedy, it prints that once.
 func refuse(problems ...install.Problem) error {
 	for i, p := range problems {
 		printError(fmt.Errorf("setup: %s", p.Text))
@@ -119,7 +116,7 @@ func refuse(problems ...install.Problem) error {
 	return &status{code: exitFailed}
 }
 
-// planText is the files, and as comments what is to be said about them.
+// planText is the files, and as comments what to know and to do about them.
 func planText(p *install.Plan) []byte {
 	var b bytes.Buffer
 	secrets := false
@@ -129,11 +126,10 @@ func planText(p *install.Plan) []byte {
 	}
 	fmt.Fprintln(&b, "### What to do")
 	if secrets {
-		fmt.Fprintln(&b, "# KEY and SALT stand for secrets, which are not printed: --write keeps those that")
-		fmt.Fprintln(&b, "# are there, or makes new ones.\n#")
+		fmt.Fprintln(&b, "# KEY and SALT stand for secrets, which setup does not print: --write keeps those\n# that exist, or makes new ones.\n#")
 	}
 	if len(p.Problems) > 0 {
-		fmt.Fprintln(&b, "# With --write nothing would be written:")
+		fmt.Fprintln(&b, "# --write would write nothing:")
 		for _, problem := range p.Problems {
 			fmt.Fprintf(&b, "#   %s\n", printable(problem.Text))
 			if problem.Remedy != "" {
@@ -145,12 +141,19 @@ func planText(p *install.Plan) []byte {
 	for _, note := range p.Notes {
 		fmt.Fprintf(&b, "# %s\n#\n", printable(note))
 	}
-	fmt.Fprintln(&b, "# With the files in their places, where --write puts them:")
-	steps(&b, "#   ", p.Next)
+	fmt.Fprintln(&b, "# Once the files are in their places, where --write puts them:")
+	for _, line := range p.Next {
+		if words, ok := strings.CutPrefix(line, "# "); ok {
+			line = words
+		} else {
+			line = "  " + line
+		}
+		fmt.Fprintf(&b, "#   %s\n", printable(line))
+	}
 	return b.Bytes()
 }
 
-// writePlan writes the files, and says what it did.
+// writePlan writes the files, and prints what it did.
 func writePlan(p *install.Plan) error {
 	if len(p.Problems) > 0 {
 		return refuse(p.Problems...)
@@ -173,23 +176,15 @@ func writePlan(p *install.Plan) error {
 	for _, note := range p.Notes {
 		fmt.Fprintf(&b, "\n%s\n", printable(note))
 	}
-	fmt.Fprintln(&b, "\nNext:")
-	steps(&b, "  ", p.Next)
-	fmt.Fprintln(&b, "\nTo undo it:")
-	steps(&b, "  ", p.Undo)
+	for _, part := range []struct {
+		title string
+		lines []string
+	}{{"Next", p.Next}, {"To undo it", p.Undo}} {
+		fmt.Fprintf(&b, "\n%s:\n", part.title)
+		for _, line := range part.lines {
+			fmt.Fprintf(&b, "  %s\n", printable(line))
+		}
+	}
 	_, err = os.Stdout.Write(b.Bytes())
 	return failed(err)
-}
-
-// steps prints lines for a shell. Where they are comments anyway, those in
-// words need no # of their own.
-func steps(w io.Writer, prefix string, lines []string) {
-	for _, line := range lines {
-		if words, ok := strings.CutPrefix(line, "# "); ok && strings.HasPrefix(prefix, "#") {
-			line = words
-		} else if strings.HasPrefix(prefix, "#") {
-			line = "  " + line
-		}
-		fmt.Fprintln(w, prefix+printable(line))
-	}
 }

@@ -169,7 +169,7 @@ func readProcess(pid string) (p process, err error) {
 // useDropIn is the remedy where a mail service does not ask nftwl.
 func (d *Doctor) useDropIn() remedy {
 	if !exists(install.DropIn) {
-		return remedy{"put the settings that ask nftwl into " + filepath.Dir(install.DropIn) + ", and have Dovecot read them", "nftwl setup dovecot --write && doveadm reload"}
+		return remedy{"put the settings that ask nftwl into " + install.DovecotDir + ", and have Dovecot read them", "nftwl setup dovecot --write && doveadm reload"}
 	}
 	if plan, err := install.Dovecot(&install.Options{Executable: d.Executable, ConfigPath: d.ConfigPath, Config: d.config}); err == nil {
 		for _, line := range plan.Next {

@@ -8,6 +8,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+
+	"nftwl/pkg/install"
 )
 
 func (d *Doctor) checkFail2ban(ctx context.Context) {
@@ -22,7 +24,7 @@ func (d *Doctor) checkFail2ban(ctx context.Context) {
 		return
 	}
 	// setup's, and nftwl.local, which enables the jails.
-	files, _ := filepath.Glob("/etc/fail2ban/*.d/nftwl*") // no error but a bad pattern
+	files, _ := filepath.Glob(install.Fail2banDir + "/*.d/nftwl*") // no error but a bad pattern
 	status, err := output(ctx, client, "status")
 	if err != nil && len(files) == 0 {
 		d.skip(check, "fail2ban does not run")
@@ -129,7 +131,7 @@ func (d *Doctor) checkJail(ctx context.Context, client, jail string) error {
 		}
 	}
 	if !strings.Contains(ignore, "nftwl") {
-		d.warn(check, remedy{"give the jail its ignorecommand = /usr/bin/nftwl check -q -- <ip>, then restart fail2ban", restart},
+		d.warn(check, remedy{"give the jail its ignorecommand = " + install.Program + " check -q -- <ip>, then restart fail2ban", restart},
 			"jail %s has no ignorecommand that asks nftwl: trusted addresses can be banned", jail)
 		return nil
 	}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"nftwl/pkg/config"
+	"nftwl/pkg/install"
 	"nftwl/pkg/nftset"
 	"nftwl/pkg/snapshot"
 )
@@ -35,9 +36,6 @@ func (d *Doctor) checkPersistence(ctx context.Context) {
 	d.checkSnapshot(saving)
 }
 
-// standalone is where setup puts rules that have a table of their own.
-const standalone = "/etc/nftwl/standalone.nft"
-
 // checkPersist tells whether the unit that keeps the sets is in use. It can be
 // one that loads the rules, too.
 func (d *Doctor) checkPersist(ctx context.Context, nftables, persist unit, alone bool) bool {
@@ -49,9 +47,9 @@ func (d *Doctor) checkPersist(ctx context.Context, nftables, persist unit, alone
 	switch {
 	case alone:
 		lost = nothing
-	case !nftables.startsAtBoot() && d.config.Table != config.Default().Table && exists(standalone):
+	case !nftables.startsAtBoot() && d.config.Table != config.Default().Table && exists(install.Standalone):
 		lost = nothing
-		enable = remedy{"take the unit that loads " + standalone + " itself: move away what is in its place in /etc/systemd/system; afterwards: systemctl daemon-reload && systemctl enable --now nftwl-persist",
+		enable = remedy{"take the unit that loads " + install.Standalone + " itself: move away what is in its place in " + install.UnitDir + "; afterwards: systemctl daemon-reload && systemctl enable --now nftwl-persist",
 			"nftwl setup systemd --write"}
 		follow = enable
 	case nftables["ActiveState"] != "active":

@@ -18,13 +18,11 @@ import (
 
 	"nftwl/pkg/config"
 	"nftwl/pkg/doveconf"
+	"nftwl/pkg/install"
 )
 
 // setupPolicy is a remedy for what nftwl setup makes.
 var setupPolicy = remedy{"put nftwld's key, units and settings of Dovecot in place, and do what it prints then", "nftwl setup policy --write"}
-
-// policySettings is where setup puts the settings of Dovecot that have the key.
-const policySettings = "/etc/dovecot/conf.d/91-nftwl-policy.conf.ext"
 
 // checkPolicy checks nftwld, where it is in use.
 func (d *Doctor) checkPolicy(ctx context.Context) {
@@ -89,7 +87,7 @@ func (d *Doctor) checkPolicyService(ctx context.Context) (down bool) {
 // checkPolicyKey checks that nobody but root can read the key.
 func (d *Doctor) checkPolicyKey(policy *config.Policy) {
 	const check = "policy.key"
-	for _, path := range []string{policy.KeyFile, policySettings} {
+	for _, path := range []string{policy.KeyFile, install.PolicySettings} {
 		info, err := os.Stat(path)
 		switch {
 		case err != nil && path == policy.KeyFile:

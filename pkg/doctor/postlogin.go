@@ -261,7 +261,7 @@ func (d *Doctor) withheld(ctx context.Context, p *postLogin) cause {
 	if program == "" {
 		return cause{withholds, untrusted, remedy{words: "let its container have it"}}
 	}
-	const dir = "/etc/systemd/system/dovecot.service.d"
+	const dir = install.UnitDir + "/dovecot.service.d"
 	return cause{withholds, untrusted, remedy{"let its unit have it",
 		fmt.Sprintf(`mkdir -p %[1]s && printf '%%s\n' '[Service]' '%[2]s' >>%[1]s/nftwl.conf && systemctl daemon-reload && systemctl restart dovecot`,
 			dir, strings.Join(settings, "' '"))}}

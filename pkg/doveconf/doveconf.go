@@ -212,22 +212,24 @@ func SocketOf(executable string) (name string, index int) {
 // A Line is one of Dovecot's configuration.
 type Line struct {
 	File   string
-	Number int
+	Number int // from 1; 0 is the beginning of the file
 	Text   string
 }
 
 // Lines returns those of a configuration and of what it includes, in the order
-// in which Dovecot reads them. What cannot be read has none.
-func Lines(main string) (lines []Line) {
+// in which Dovecot reads them. What cannot be read has none. The files that are
+// named in missing have their beginning where Dovecot would read them.
+func Lines(main string, missing ...string) (lines []Line) {
 	open := map[string]bool{} // Dovecot refuses a file that includes itself
 	var read func(path string)
 	read = func(path string) {
 		text, err := os.ReadFile(path)
-		if err != nil || open[path] {
+		if err != nil && !slices.Contains(missing, path) || open[path] {
 			return
 		}
 		open[path] = true
 		defer delete(open, path)
+		lines = append(lines, Line{File: path})
 		n := 0
 		for line := range strings.Lines(string(text)) {
 			n++
@@ -241,6 +243,12 @@ func Lines(main string) (lines []Line) {
 				pattern = filepath.Join(filepath.Dir(path), pattern)
 			}
 			files, _ := filepath.Glob(pattern) // of a bad pattern none, as in Dovecot
+			for _, file := range missing {
+				if ok, _ := filepath.Match(pattern, file); ok && !slices.Contains(files, file) {
+					files = append(files, file)
+				}
+			}
+			slices.Sort(files)
 			for _, file := range files {
 				read(file)
 			}

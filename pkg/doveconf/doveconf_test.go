@@ -94,7 +94,7 @@ func TestLines(t *testing.T) {
 	for name, text := range map[string]string{
 		"dovecot.conf":   "a\n!include conf.d/*.conf\n!include_try none\n  b\n",
 		"conf.d/2.conf":  "two\n",
-		"conf.d/10.conf": "ten\n!include ../dovecot.conf\n",
+		"conf.d/10.conf": "!include ../dovecot.conf\n",
 		"conf.d/3.ext":   "three\n",
 	} {
 		if err := os.MkdirAll(filepath.Join(dir, "conf.d"), 0o755); err != nil {
@@ -105,12 +105,12 @@ func TestLines(t *testing.T) {
 		}
 	}
 	var got []string
-	for _, l := range Lines(filepath.Join(dir, "dovecot.conf")) {
+	for _, l := range Lines(filepath.Join(dir, "dovecot.conf"), filepath.Join(dir, "conf.d/15.conf"), filepath.Join(dir, "conf.d/2.conf")) {
 		name, _ := filepath.Rel(dir, l.File)
 		got = append(got, fmt.Sprintf("%s:%d %s", name, l.Number, l.Text))
 	}
-	want := "dovecot.conf:1 a, dovecot.conf:2 !include conf.d/*.conf, conf.d/10.conf:1 ten, conf.d/10.conf:2 !include ../dovecot.conf, " +
-		"conf.d/2.conf:1 two, dovecot.conf:3 !include_try none, dovecot.conf:4 b"
+	want := "dovecot.conf:0 , dovecot.conf:1 a, dovecot.conf:2 !include conf.d/*.conf, conf.d/10.conf:0 , conf.d/10.conf:1 !include ../dovecot.conf, " +
+		"conf.d/15.conf:0 , conf.d/2.conf:0 , conf.d/2.conf:1 two, dovecot.conf:3 !include_try none, dovecot.conf:4 b"
 	if text := strings.Join(got, ", "); text != want {
 		t.Errorf("%s\nwant\n%s", text, want)
 	}

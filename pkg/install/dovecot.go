@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -15,108 +14,63 @@ import (
 	"nftwl/pkg/doveconf"
 )
 
-const (
-	dovecotFolder = "/etc/dovecot/conf.d"
-	dovecotConf   = "/etc/dovecot/dovecot.conf"
-	loginFile     = "90-nftwl.conf"
-	mailUserFile  = "90-nftwl-mail-user.sh"
-	setpriv       = "/usr/bin/setpriv" // as mailUserFile has it
-)
-
-// DropIn is where the drop-in for login belongs.
-const DropIn = dovecotFolder + "/" + loginFile
+const setpriv = "/usr/bin/setpriv" // as mailUserFile has it
 
 // Dovecot plans the drop-in, which is the same for 2.3 and 2.4.
 func Dovecot(o *Options) (*Plan, error) {
 	if err := o.checkPaths(); err != nil {
 		return nil, err
 	}
-	text, err := o.read("dovecot/" + loginFile)
+	text, err := o.read("dovecot/" + filepath.Base(DropIn))
 	if err != nil {
 		return nil, err
 	}
 	p := new(Plan)
-	p.needFolder(dovecotFolder, "Dovecot")
+	p.needDir(DovecotDir, "Dovecot")
 	text, script := p.keepPostLogin(o, text)
 	p.add(DropIn, text)
 	if script != "" {
-		path := filepath.Join(dovecotFolder, mailUserFile)
-		p.add(path, script).Mode = 0o755
-		p.Next = []string{"chmod 755 " + path}
+		p.add(mailUserFile, script).Mode = 0o755
+		p.Next = []string{"chmod 755 " + mailUserFile}
 	}
 	read, after := overriding(dovecotConf, DropIn)
 	if !read {
-		p.note("%s does not include conf.d/*.conf: without that Dovecot does not read the file.", dovecotConf)
+		p.note("%s does not include conf.d/*.conf: without that Dovecot does not read the drop-in.", dovecotConf)
 	}
 	for _, line := range after {
 		p.Next = append(p.Next, "# Delete "+line+": Dovecot reads it later, and it overrides the drop-in.")
 		p.Undo = append(p.Undo, "# Put back what you deleted: "+line+".")
 	}
-	p.checkProgram(o.Executable, o.installed())
+	p.needRoots(o.Executable, o.move())
 	p.Next = append(p.Next,
 		"doveconf -n >/dev/null && doveadm reload",
-		"# Log in once with a mail client, and see that the client is there:",
-		o.shell()+" list",
-		o.shell()+" doctor",
+		"# Log in once with a mail client. Its address is then in the list:",
+		o.shell("nftwl")+" list",
+		o.shell("nftwl")+" doctor",
 	)
 	p.Undo = append(p.Undo, p.remove(), "doveadm reload")
 	return p, nil
 }
 
-func exists(path string) bool {
-	_, err := os.Lstat(path)
-	return err == nil
-}
-
-// overriding tells whether Dovecot reads the drop-in, as far as is known, and
-// returns the lines of its configuration that it reads after that and that set
-// what a mail service executes.
+// overriding reports whether Dovecot reads the drop-in, as far as is known, and
+// returns the lines that it reads later and that set what a mail service
+// executes.
 func overriding(main, dropIn string) (read bool, lines []string) {
-	open := map[string]bool{} // Dovecot refuses a file that includes itself
-	var walk func(path string)
-	walk = func(path string) {
-		if path == dropIn {
-			read = true
-			return
-		}
-		text, err := os.ReadFile(path)
-		if err != nil || open[path] {
-			read = read || path == main
-			return
-		}
-		open[path] = true
-		defer delete(open, path)
-		n := 0
-		for line := range strings.Lines(string(text)) {
-			n++
-			words := strings.Fields(line)
-			switch {
-			case len(words) > 1 && strings.HasPrefix(words[0], "!include"):
-				pattern := words[1]
-				if !filepath.IsAbs(pattern) {
-					pattern = filepath.Join(filepath.Dir(path), pattern)
-				}
-				files, _ := filepath.Glob(pattern) // of a bad pattern none, as in Dovecot
-				if ok, _ := filepath.Match(pattern, dropIn); ok && !slices.Contains(files, dropIn) {
-					files = append(files, dropIn)
-					slices.Sort(files)
-				}
-				for _, file := range files {
-					walk(file)
-				}
-			case read && len(words) > 2 && words[0] == "executable" && slices.ContainsFunc(doveconf.MailServices, func(m struct{ Protocol, Service string }) bool {
-				return m.Service == filepath.Base(words[2])
-			}):
-				lines = append(lines, fmt.Sprintf("%q from %s, line %d", strings.TrimSpace(line), path, n))
-			}
+	all := doveconf.Lines(main, dropIn)
+	for _, line := range all {
+		read = read || line.File == dropIn
+		words := strings.Fields(line.Text)
+		if read && line.File != dropIn && len(words) > 2 && words[0] == "executable" && slices.ContainsFunc(doveconf.MailServices, func(m struct{ Protocol, Service string }) bool {
+			return m.Service == filepath.Base(words[2])
+		}) {
+			lines = append(lines, fmt.Sprintf("%q from %s, line %d", line.Text, line.File, line.Number))
 		}
 	}
-	walk(main)
-	return read, lines
+	return read || len(all) == 0, lines
 }
 
-// readDoveconf returns Dovecot's settings; nil without an error if it is not
-// installed.
+// readDoveconf returns Dovecot's settings, or nil without an error if Dovecot is
+// not installed.
 func readDoveconf() (*doveconf.Settings, error) {
 	out, err := output("doveconf", doveconf.Arguments("mail_uid", "mail_gid", "mail_access_groups", "mail_privileged_group")...)
 	if errors.Is(err, exec.ErrNotFound) {
@@ -128,23 +82,23 @@ func readDoveconf() (*doveconf.Settings, error) {
 	return doveconf.Parse(out), nil
 }
 
-// output returns what a program of Dovecot's prints.
+// output returns what a program prints, within ten seconds.
 func output(program string, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, program, args...)
-	cmd.WaitDelay = time.Second // or a child of its that holds the pipe is waited for
+	cmd.WaitDelay = time.Second // a child may hold the pipe open
 	out, err := cmd.Output()
 	return string(out), err
 }
 
 // keepPostLogin edits the drop-in so that what Dovecot runs after a login today
-// runs after nftwl, as the user that it ran as. script is the text of
-// mailUserFile; "" if it is not needed.
+// runs after nftwl, as the same user. script is the text of mailUserFile; "" if it is
+// not needed.
 func (p *Plan) keepPostLogin(o *Options, dropIn string) (text, script string) {
 	dovecot, err := readDoveconf()
 	if err != nil {
-		p.note("Whether there is a post-login script already is not known: doveconf fails. The drop-in would take its place.")
+		p.note("doveconf fails, so setup does not know whether there is a post-login script. The drop-in would replace it.")
 	}
 	if dovecot == nil {
 		return dropIn, ""
@@ -163,14 +117,14 @@ func (p *Plan) keepPostLogin(o *Options, dropIn string) (text, script string) {
 		case at < 0:
 			at, words = len(words), append(words, "")
 		case old == nil:
-			p.note("Dovecot's %s asks %s after a login, which this takes the place of.", service.Name, asked)
+			p.note("Dovecot's %s asks %s after a login. The drop-in replaces that.", service.Name, asked)
 		case keep[old.Name] != "":
 			name = keep[old.Name]
 		default:
 			c, err := o.chain(dovecot, old)
 			if err != nil {
-				p.problem("remove "+asked+" from the executable of "+service.Name+" if you can do without it, or have its program execute nftwl login itself",
-					"%s asks %s after a login, which nftwl cannot keep: %v", service.Name, old.Name, err)
+				p.problem("remove "+asked+" from the executable of "+service.Name+" if you do not need it, or have its program execute nftwl login itself",
+					"%s asks %s after a login, and setup cannot keep that: %v", service.Name, old.Name, err)
 				continue
 			}
 			if c != nil {
@@ -179,7 +133,7 @@ func (p *Plan) keepPostLogin(o *Options, dropIn string) (text, script string) {
 				if c.mailUser {
 					script = o.mailUserScript(dovecot)
 				}
-				p.note("After a login %s asks %s, which runs %s as %s. The drop-in keeps that: service %s runs it after nftwl, as %s. Nothing asks %s any more.",
+				p.note("After a login, %s asks %s, which runs %s as %s. With the drop-in, service %s runs it after nftwl, as %s, and nothing asks %s any more.",
 					service.Name, old.Name, strings.Join(c.command, " "), c.user, name, c.user, old.Name)
 			}
 			keep[old.Name] = name
@@ -187,7 +141,7 @@ func (p *Plan) keepPostLogin(o *Options, dropIn string) (text, script string) {
 		words[at] = name
 		line := strings.Join(words, " ")
 		if !plain(line) {
-			p.problem("", "%s has a character in its executable that Dovecot would not take as it is: %s", service.Name, service.Values["executable"])
+			p.problem("", "the executable of %s has a character that Dovecot would not read as it is: %s", service.Name, service.Values["executable"])
 			continue
 		}
 		dropIn = strings.Replace(dropIn, "\n  executable = "+m.Service+" nftwl\n", "\n  executable = "+line+"\n", 1)
@@ -195,15 +149,15 @@ func (p *Plan) keepPostLogin(o *Options, dropIn string) (text, script string) {
 	return dropIn, script
 }
 
-// A chain is what a post-login service runs, and as whom.
+// A chain is what a post-login service runs, and as which user.
 type chain struct {
 	command  []string
 	user     string
-	mailUser bool     // whose id is known at the login alone
+	mailUser bool     // whose id only the login knows
 	drop     []string // a command that becomes that user, and executes its arguments
 }
 
-// chain returns that of a service; nil if it runs nothing but nftwl.
+// chain returns a service's, or nil if it runs nothing but nftwl.
 func (o *Options) chain(dovecot, service *doveconf.Settings) (*chain, error) {
 	login, err := ParsePostLogin(service.Values["executable"])
 	if err != nil {
@@ -216,12 +170,12 @@ func (o *Options) chain(dovecot, service *doveconf.Settings) (*chain, error) {
 	if len(c.command) == 0 {
 		return nil, nil
 	}
-	// Whoever executes the first program looks for it elsewhere.
+	// script-login looks for its program in libexec_dir, nftwl in PATH.
 	if first := c.command[0]; !filepath.IsAbs(first) && (login.Nftwl == "" || len(login.Before) > 0) {
 		c.command = slices.Concat([]string{filepath.Join(dovecot.Values["libexec_dir"], first)}, c.command[1:])
 	}
 	if !plain(strings.Join(c.command, " ")) {
-		return nil, errors.New("its executable has a character that Dovecot would not take as it is")
+		return nil, errors.New("its executable has a character that Dovecot would not read as it is")
 	}
 	refuse := func(s *doveconf.Settings, keys ...string) error {
 		for _, key := range keys {
@@ -241,7 +195,7 @@ func (o *Options) chain(dovecot, service *doveconf.Settings) (*chain, error) {
 		if err := refuse(dovecot, "mail_access_groups", "mail_privileged_group"); err != nil {
 			return nil, fmt.Errorf("with script-login -d, %w", err)
 		}
-		c.user, c.mailUser, c.drop = "the mail user", true, []string{filepath.Join(dovecotFolder, mailUserFile)}
+		c.user, c.mailUser, c.drop = "the mail user", true, []string{mailUserFile}
 	case (user == "" || user == "root" || user == "0") && group == "" && groups == "":
 		c.user = "root"
 		return c, nil
@@ -252,7 +206,7 @@ func (o *Options) chain(dovecot, service *doveconf.Settings) (*chain, error) {
 		if group == "" { // the user's, as in service_create() of Dovecot's src/master/service.c
 			out, err := exec.Command("id", "-g", user).Output()
 			if err != nil {
-				return nil, fmt.Errorf("user = %s, of whom the group is not known", user)
+				return nil, fmt.Errorf("the group of its user = %s is not known", user)
 			}
 			group = strings.TrimSpace(string(out))
 		}
@@ -260,9 +214,9 @@ func (o *Options) chain(dovecot, service *doveconf.Settings) (*chain, error) {
 		c.user = user
 		c.drop = []string{findSetpriv(), "--reuid=" + user, "--regid=" + group, "--groups=" + strings.Join(all, ",")}
 	}
-	// BusyBox's does not know the users' options.
+	// BusyBox's lacks the options for users.
 	if out, err := exec.Command(findSetpriv(), "--help").CombinedOutput(); err != nil || !strings.Contains(string(out), "--reuid") {
-		return nil, fmt.Errorf("to run it as %s needs setpriv of util-linux, which is not installed", c.user)
+		return nil, fmt.Errorf("running it as %s needs setpriv of util-linux, which is not installed", c.user)
 	}
 	return c, nil
 }
@@ -301,7 +255,7 @@ service %s {
 
 // mailUserScript is mailUserFile's text for this Dovecot.
 func (o *Options) mailUserScript(dovecot *doveconf.Settings) string {
-	text, err := contrib.Files.ReadFile("dovecot/" + mailUserFile)
+	text, err := contrib.Files.ReadFile("dovecot/" + filepath.Base(mailUserFile))
 	if err != nil {
 		panic(err) // it is embedded
 	}
@@ -314,7 +268,7 @@ func (o *Options) mailUserScript(dovecot *doveconf.Settings) string {
 
 func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
-// plain tells whether Dovecot takes a value as it is, without quotes.
+// plain reports whether Dovecot reads a value as it is, without quotes.
 func plain(s string) bool {
 	return strings.TrimSpace(s) == s && !strings.ContainsAny(s, "#\"'\\$%{}<\t\n")
 }

@@ -8,12 +8,12 @@ import (
 	"nftwl/contrib"
 )
 
-// Fail2ban plans the action, the filters and the jails, none of them enabled.
-// All files of ours begin with nftwl, and so does the one that enables the jails:
-// without its file, a jail that is enabled keeps fail2ban from starting.
+// Fail2ban plans the action, the filters and the jails, and enables none. All of
+// the files begin with nftwl, and so does the one in which the administrator
+// enables jails, so that one rm takes all: an enabled jail without its file keeps
+// fail2ban from starting.
 func Fail2ban(o *Options) (*Plan, error) {
-	const folder = "/etc/fail2ban"
-	const local = folder + "/jail.d/nftwl.local"
+	const local = Fail2banDir + "/jail.d/nftwl.local"
 	if err := o.checkPaths(); err != nil {
 		return nil, err
 	}
@@ -22,14 +22,14 @@ func Fail2ban(o *Options) (*Plan, error) {
 		return nil, err
 	}
 	p := new(Plan)
-	p.needFolder(folder, "fail2ban")
-	p.checkProgram(o.Executable, o.installed())
+	p.needDir(Fail2banDir, "fail2ban")
+	p.needRoots(o.Executable, o.move())
 	for _, name := range names {
 		text, err := o.read(name)
 		if err != nil {
 			return nil, err
 		}
-		p.add(filepath.Join(folder, strings.TrimPrefix(name, "fail2ban/")), text)
+		p.add(filepath.Join(Fail2banDir, strings.TrimPrefix(name, "fail2ban/")), text)
 	}
 	if exists(local) {
 		p.Next = []string{"# Enable the jails that you need in " + local + "."}
@@ -41,15 +41,15 @@ func Fail2ban(o *Options) (*Plan, error) {
 	}
 	const restart = "fail2ban-client -t && systemctl restart fail2ban"
 	p.Next = append(p.Next,
-		`# Take "action" and "port" of these jails out of jail.local. Then restart`,
-		"# fail2ban: after a reload it would not ban anew who is banned already.",
+		`# Remove "action" and "port" of these jails from jail.local. Then restart`,
+		"# fail2ban: after a reload it does not ban a banned address anew.",
 		restart,
-		o.shell()+" doctor",
+		o.shell("nftwl")+" doctor",
 	)
 	p.Undo = []string{
-		"# Where another file than " + local + " enables",
-		"# postfix-lost, postfix-spam or dovecot-auth, take that out first.",
-		"rm " + folder + "/*.d/nftwl*",
+		"# If another file than " + local + " enables postfix-lost,",
+		"# postfix-spam or dovecot-auth, remove that first.",
+		"rm " + Fail2banDir + "/*.d/nftwl*",
 		restart,
 	}
 	return p, nil

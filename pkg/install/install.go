@@ -1,17 +1,134 @@
+// Package install describes how nftwl is installed: the paths, which of contrib's
+// files fit this machine, the post-login command line, and what to do about each
+// error. login, setup, doctor and the hints of errors share this description.
+//
+// Each login links it, so it does nothing at init.
 package install
 
 import (
+	"cmp"
+	"fmt"
 	"os"
+	"path/filepath"
+	"strings"
 
+	"nftwl/contrib"
+	"nftwl/pkg/config"
 	"nftwl/pkg/nftset"
 )
 
-// LoadSets is the command that makes a table's sets where they are missing: it
-// loads what setup has put on this machine, or runs setup.
+// Where the parts of the installation belong. The configuration is at
+// config.Path, and the policy server's key at the path that it names.
+const (
+	Program        = "/usr/bin/nftwl" // as contrib's files have it; nftwld is beside it
+	RulesDir       = "/etc/nftwl"
+	Sets           = RulesDir + "/sets.nft"
+	Rules          = RulesDir + "/nftwl.nft"
+	Example        = RulesDir + "/nftables.conf"  // a whole firewall
+	Standalone     = RulesDir + "/standalone.nft" // sets and rules in a table of their own
+	DovecotDir     = "/etc/dovecot/conf.d"
+	DropIn         = DovecotDir + "/90-nftwl.conf" // has Dovecot run nftwl login
+	PolicyDropIn   = DovecotDir + "/91-nftwl-policy.conf"
+	PolicySettings = PolicyDropIn + ".ext" // has the key; PolicyDropIn includes it
+	UnitDir        = "/etc/systemd/system"
+	Fail2banDir    = "/etc/fail2ban"
+
+	dovecotConf  = "/etc/dovecot/dovecot.conf"
+	mailUserFile = DovecotDir + "/90-nftwl-mail-user.sh"
+	packageUnits = "/usr/lib/systemd/system"
+	stateDir     = "/var/lib/nftwl/" // StateDirectory= of the units
+	shareDir     = "/usr/share/nftwl/"
+)
+
+// LoadSets is the command that makes a table's sets if they are missing: it loads
+// the file that setup has written, or runs setup.
 func LoadSets(table nftset.Table) string {
-	file := map[string]string{"inet filter": "/etc/nftwl/sets.nft", "inet nftwl": "/etc/nftwl/standalone.nft"}[table.String()]
-	if _, err := os.Stat(file); err != nil {
-		return "nftwl setup nftables --write"
+	for _, path := range []string{Sets, Standalone} {
+		text, _ := os.ReadFile(path)
+		if strings.Contains(string(text), "\ntable "+table.String()+" {\n") {
+			return "nft -f " + path
+		}
 	}
-	return "nft -f " + file
+	return "nftwl setup nftables --write"
+}
+
+// Options are what contrib's files depend on.
+type Options struct {
+	Executable string         // path of this very program
+	ConfigPath string         // absolute; "" for the default
+	Config     *config.Config // what that file says
+}
+
+// read returns one of contrib's files, with this program and configuration in it.
+func (o *Options) read(name string) (string, error) {
+	text, err := contrib.Files.ReadFile(name)
+	if err != nil {
+		return "", err
+	}
+	command := o.command()
+	// Comments name the program, too, but no configuration.
+	pairs := []string{
+		"nftwl = " + Program, "nftwl = " + command,
+		"ExecStart=" + Program + "d\n", "ExecStart=" + o.withConfig(o.daemon()) + "\n",
+	}
+	for _, verb := range []string{" login", " save", " restore", " check"} {
+		pairs = append(pairs, Program+verb, command+verb)
+	}
+	pairs = append(pairs, Program, o.Executable)
+	return strings.NewReplacer(pairs...).Replace(string(text)), nil
+}
+
+// command is this program with its configuration.
+func (o *Options) command() string { return o.withConfig(o.Executable) }
+
+// daemon is nftwld's path: it is beside this program.
+func (o *Options) daemon() string { return filepath.Join(filepath.Dir(o.Executable), "nftwld") }
+
+func (o *Options) withConfig(command string) string {
+	if o.ConfigPath != "" {
+		command += " --config " + o.ConfigPath
+	}
+	return command
+}
+
+// shell is how an administrator runs a program of nftwl's.
+func (o *Options) shell(program string) string {
+	if o.Executable != Program {
+		program = filepath.Join(filepath.Dir(o.Executable), program)
+	}
+	return o.withConfig(program)
+}
+
+// configPath is the file of the configuration.
+func (o *Options) configPath() string { return cmp.Or(o.ConfigPath, config.Path) }
+
+// move is the remedy for a program that is where it was built.
+func (o *Options) move() string {
+	return "install -m 755 " + o.Executable + " " + Program + ", and run " + Program + " setup"
+}
+
+// checkPaths refuses characters that Dovecot, systemd or fail2ban would split at,
+// expand or take for a comment.
+func (o *Options) checkPaths(more ...string) error {
+	for _, path := range append(more, o.Executable, o.ConfigPath) {
+		if strings.Trim(path, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._+-") != "" {
+			return &Problem{fmt.Sprintf("%q has a space or another character that Dovecot, systemd or fail2ban would not read as it is", path),
+				"use a path of letters, digits and / . _ + - alone, such as " + Program + " and " + config.Path}
+		}
+	}
+	return nil
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
+// share is where the administrator finds one of contrib's directories: where a
+// package has put it, or in the sources.
+func share(name string) string {
+	if dir := shareDir + name; exists(dir) {
+		return dir
+	}
+	return "contrib/" + name
 }

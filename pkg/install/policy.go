@@ -1,9 +1,9 @@
 package install
 
 import (
+	"crypto/rand"
 	"encoding/hex"
 	"errors"
-	"fmt"
 	"io/fs"
 	"net/netip"
 	"os"
@@ -12,20 +12,12 @@ import (
 	"regexp"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"nftwl/pkg/config"
 	"nftwl/pkg/doveconf"
 )
 
-const (
-	// policyFile includes policySettings, which root alone can read.
-	policyFile     = dovecotFolder + "/91-nftwl-policy.conf"
-	policySettings = policyFile + ".ext"
-)
-
-// Policy plans what makes Dovecot report authentications to nftwld: the key, the
-// units and Dovecot's settings. An existing key and salt stay.
+// Policy plans what has Dovecot report authentications to nftwld: the key, the
+// units and Dovecot's settings. It keeps an existing key and salt.
 func Policy(o *Options) (*Plan, error) {
 	policy := config.DefaultPolicy
 	if o.Config.Policy != nil {
@@ -35,7 +27,7 @@ func Policy(o *Options) (*Plan, error) {
 		return nil, err
 	}
 	p := new(Plan)
-	old, _ := os.ReadFile(policySettings) // add reports an error
+	old, _ := os.ReadFile(PolicySettings) // add reports an error
 	key := p.addKey(policy.KeyFile, old)
 	units, err := p.addDaemon(o, &policy)
 	if err != nil {
@@ -45,10 +37,7 @@ func Policy(o *Options) (*Plan, error) {
 		return nil, err
 	}
 
-	file := o.ConfigPath
-	if file == "" {
-		file = config.Path
-	}
+	file := o.configPath()
 	if o.Config.Policy == nil {
 		p.Next = append(p.Next, "# Put this into "+file+":", "#   policy: {}")
 	}
@@ -62,18 +51,18 @@ func Policy(o *Options) (*Plan, error) {
 	}
 	p.Next = append(p.Next,
 		"doveconf -n >/dev/null && doveadm reload",
-		o.daemonShell()+" status",
-		"# Log in once with a mail client, and see that the client is there:",
-		o.shell()+" list",
+		o.shell("nftwld")+" status",
+		"# Log in once with a mail client. Its address is then in the list:",
+		o.shell("nftwl")+" list",
 	)
 
-	p.Undo = append(p.Undo, "rm "+policyFile+" "+policySettings, "doveadm reload")
+	p.Undo = append(p.Undo, "rm "+PolicyDropIn+" "+PolicySettings, "doveadm reload")
 	if units {
 		p.Undo = append(p.Undo, "systemctl disable --now nftwld.socket nftwld")
 	}
 	words := "rm " + policy.KeyFile
 	for _, f := range p.Files {
-		if filepath.Dir(f.Path) == unitFolder {
+		if filepath.Dir(f.Path) == UnitDir {
 			words += " " + f.Path
 		}
 	}
@@ -92,12 +81,12 @@ func (p *Plan) addSecret(path, text, shown string) {
 	f := p.add(path, text)
 	f.Shown, f.Mode = shown, 0o600
 	if info, err := os.Stat(path); err == nil && info.Mode()&0o077 != 0 {
-		p.note("%s has a key, and others than root can read it: chmod 600 %s", path, path)
+		p.note("%s has a key, and other users than root can read it: chmod 600 %s", path, path)
 	}
 }
 
-// addKey adds the file of the key, and returns the key: the one that is there,
-// or else that of Dovecot's settings, or a new one.
+// addKey adds the file of the key, and returns the key: that of the file, or else
+// that of Dovecot's settings, or a new one.
 func (p *Plan) addKey(path string, settings []byte) string {
 	const shown = "KEY\n"
 	key, err := config.ReadKey(path)
@@ -105,7 +94,7 @@ func (p *Plan) addKey(path string, settings []byte) string {
 		text, _ := os.ReadFile(path)
 		p.addSecret(path, string(text), shown)
 		if !plain(key) {
-			p.problem("take a key of letters and digits", "the key in %s has a character that Dovecot would not take as it is", path)
+			p.problem("use a key of letters and digits", "the key in %s has a character that Dovecot would not read as it is", path)
 		}
 		return key
 	}
@@ -118,7 +107,7 @@ func (p *Plan) addKey(path string, settings []byte) string {
 	}
 	remedy := "move it away"
 	if errors.Is(err, fs.ErrPermission) {
-		remedy = "run it as root"
+		remedy = "run setup as root"
 	}
 	p.problem(remedy, "%v", err)
 	p.Files = append(p.Files, File{Path: path, Shown: shown})
@@ -127,14 +116,14 @@ func (p *Plan) addKey(path string, settings []byte) string {
 
 // addDaemon adds nftwld's units, where systemd runs.
 func (p *Plan) addDaemon(o *Options, policy *config.Policy) (systemd bool, err error) {
-	install := "install -m 755 " + o.daemon() + " " + filepath.Dir(shipped) + ", beside nftwl"
+	install := "install -m 755 " + o.daemon() + " " + filepath.Dir(Program) + ", beside nftwl"
 	if exists(o.daemon()) {
-		p.checkProgram(o.daemon(), install)
+		p.needRoots(o.daemon(), install)
 	} else {
-		p.problem("install nftwld beside nftwl", "%s is not there", o.daemon())
+		p.problem("install nftwld beside nftwl", "%s does not exist", o.daemon())
 	}
 	if !exists("/run/systemd/system") {
-		p.note("systemd does not run here: a service of your own must keep nftwld running.")
+		p.note("systemd does not run here: keep nftwld running with a service of your own.")
 		return false, nil
 	}
 	p.checkSandbox(o, o.daemon(), install)
@@ -158,14 +147,14 @@ func (p *Plan) addDaemon(o *Options, policy *config.Policy) (systemd bool, err e
 
 // addSettings adds Dovecot's settings, with the key and the old ones' salt.
 func (p *Plan) addSettings(o *Options, listen netip.AddrPort, key string, old []byte) error {
-	p.needFolder(dovecotFolder, "Dovecot")
+	p.needDir(DovecotDir, "Dovecot")
 	version := "2.4"
 	if out, err := dovecotVersion(); err != nil {
 		p.problem("", "cannot tell whether this is Dovecot 2.3 or 2.4: %v", err)
 	} else if strings.HasPrefix(out, "2.3.") {
 		version = "2.3"
 	} else if !strings.HasPrefix(out, "2.4.") {
-		p.problem("", "there are settings for Dovecot 2.3 and 2.4, and none for %s", out)
+		p.problem("", "nftwl has settings for Dovecot 2.3 and 2.4, and none for %s", out)
 	}
 	text, err := o.read("dovecot/91-nftwl-policy-" + version + ".conf")
 	if err != nil {
@@ -174,32 +163,32 @@ func (p *Plan) addSettings(o *Options, listen netip.AddrPort, key string, old []
 	text = strings.ReplaceAll(text, "http://"+config.DefaultPolicy.Listen.String()+"/", policyURL(listen))
 	oldKey, salt := value(old, "auth_policy_server_api_header = X-API-Key:"), value(old, "auth_policy_hash_nonce =")
 	if oldKey != "" && oldKey != key {
-		p.problem("put the same key into both, or move one of them away", "the key in %s is another than that of nftwld", policySettings)
+		p.problem("put the same key into both, or move one of them away", "the key in %s is not the one in nftwld's file", PolicySettings)
 	}
 	if salt == "" {
 		salt = random(16)
 	}
-	p.addSecret(policySettings, strings.NewReplacer("X-API-Key: KEY\n", "X-API-Key: "+key+"\n", "_nonce = SALT\n", "_nonce = "+salt+"\n").Replace(text), text)
-	include, err := o.read("dovecot/" + filepath.Base(policyFile))
+	p.addSecret(PolicySettings, strings.NewReplacer("X-API-Key: KEY\n", "X-API-Key: "+key+"\n", "_nonce = SALT\n", "_nonce = "+salt+"\n").Replace(text), text)
+	include, err := o.read("dovecot/" + filepath.Base(PolicyDropIn))
 	if err != nil {
 		return err
 	}
-	p.add(policyFile, include)
+	p.add(PolicyDropIn, include)
 
-	if read, _ := overriding(dovecotConf, policyFile); !read {
-		p.note("%s does not include conf.d/*.conf: without that Dovecot does not read the file.", dovecotConf)
+	if read, _ := overriding(dovecotConf, PolicyDropIn); !read {
+		p.note("%s does not include conf.d/*.conf: without that Dovecot does not read the drop-in.", dovecotConf)
 	}
 	if url := policyServer(); url != "" && url != policyURL(listen) {
-		p.problem("remove auth_policy_server_url and what belongs to it from Dovecot's configuration, or do without nftwld",
-			"Dovecot reports to another policy server, %s, and it takes only one", url)
+		p.problem("remove the settings auth_policy_* from Dovecot's configuration, or do without nftwld",
+			"Dovecot reports to another policy server, %s, and can have only one", url)
 	}
 	if exists(DropIn) {
-		p.note("%s has Dovecot run 'nftwl login', too. Both ways work together, but one is enough: you can remove that file.", DropIn)
+		p.note("With %s, Dovecot also runs 'nftwl login'. Both work together, but one is enough: you can remove that file.", DropIn)
 	}
 	return nil
 }
 
-// policyURL is where a Dovecot on this machine reaches an address.
+// policyURL is the URL by which a Dovecot on this machine reaches an address.
 func policyURL(listen netip.AddrPort) string {
 	if listen.Addr().IsUnspecified() {
 		host := netip.AddrFrom4([4]byte{127, 0, 0, 1})
@@ -211,7 +200,7 @@ func policyURL(listen netip.AddrPort) string {
 	return "http://" + listen.String() + "/"
 }
 
-// policyServer is the one that Dovecot's settings have now, or "".
+// policyServer is the URL that Dovecot's settings have now, or "".
 func policyServer() string {
 	out, err := output("doveconf", "-n")
 	if err != nil {
@@ -224,7 +213,7 @@ func policyServer() string {
 	return settings.Section("auth_policy").Values["server_url"] // as 2.4 prints it
 }
 
-// dovecotVersion is that of the installed Dovecot, such as "2.4.1-4 (7d8c0e5759)".
+// dovecotVersion is the installed Dovecot's, such as "2.4.1-4 (7d8c0e5759)".
 func dovecotVersion() (string, error) {
 	out, err := output("dovecot", "--version")
 	if errors.Is(err, exec.ErrNotFound) {
@@ -242,20 +231,9 @@ func value(settings []byte, name string) string {
 	return string(m[1])
 }
 
-// random returns n random bytes in hexadecimal. It asks the kernel, since
-// crypto/rand would make the program larger that starts at each login.
+// random returns n random bytes in hexadecimal.
 func random(n int) string {
 	b := make([]byte, n)
-	if got, err := unix.Getrandom(b, 0); err != nil || got != n { // whole up to 256 bytes: getrandom(2)
-		panic(fmt.Sprintf("getrandom: %d bytes, %v", got, err))
-	}
+	_, _ = rand.Read(b) // it never fails
 	return hex.EncodeToString(b)
-}
-
-// daemonShell is how an administrator runs nftwld.
-func (o *Options) daemonShell() string {
-	if o.Executable == shipped {
-		return o.withConfig("nftwld")
-	}
-	return o.withConfig(o.daemon())
 }

@@ -1,7 +1,3 @@
-// Package install knows how nftwl is installed: for login itself, for setup,
-// which installs it, and for doctor, which checks that.
-//
-// Every login links it. It imports little, and does nothing at init.
 package install
 
 import (
@@ -47,14 +43,14 @@ func skipEmpty(args []string) []string {
 // A PostLogin is what Dovecot runs after a login: the setting executable of a
 // post-login service.
 type PostLogin struct {
-	MailUser bool     // script-login -d: as the mail user, and not as the service's
+	MailUser bool     // script-login -d: as the mail user, not as the service's
 	Before   []string // a program that runs first and executes nftwl, and its arguments
-	Nftwl    string   // as it is written; "" if no nftwl is to be seen
+	Nftwl    string   // as it is written; "" if no word looks like nftwl
 	Config   string   // of its --config; "" for the default
-	Command  []string // what comes after it, less Dovecot's own script-login; Before if there is no nftwl
+	Command  []string // what runs after nftwl, without Dovecot's own script-login; all of it without nftwl
 }
 
-// ErrEmptyWord is of a second space before nftwl.
+// ErrEmptyWord reports a second space before nftwl.
 var ErrEmptyWord = errors.New("two spaces in a row make an empty word, which is executed")
 
 // ParsePostLogin parses it as Dovecot does. An error says why it denies every
@@ -73,7 +69,7 @@ func ParsePostLogin(executable string) (*PostLogin, error) {
 	if len(words) == 0 {
 		return nil, errors.New("script-login has no program to run")
 	}
-	// A program that comes first is one that executes its arguments.
+	// A program that comes before nftwl executes its arguments.
 	i := slices.IndexFunc(words, func(word string) bool {
 		return word == "nftwl" || strings.HasSuffix(word, "/nftwl")
 	})
@@ -95,8 +91,8 @@ func ParsePostLogin(executable string) (*PostLogin, error) {
 	return p, nil
 }
 
-// options parses script-login's, and returns the words after them. It is
-// getopt(3) with "+d" (Dovecot's src/util/script-login.c) and "c:i:ko:OL"
+// options parses script-login's options, and returns the words after them, as
+// getopt(3) does with "+d" (Dovecot's src/util/script-login.c) and "c:i:ko:OL"
 // (master_service_getopt_string() of its src/lib-master).
 func (p *PostLogin) options(words []string) ([]string, error) {
 	for len(words) > 0 && len(words[0]) > 1 && words[0][0] == '-' {

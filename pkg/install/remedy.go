@@ -8,7 +8,7 @@ import (
 	"nftwl/pkg/nftset"
 )
 
-// Remedy says what to do about an error of the kernel's; empty if nobody knows.
+// Remedy is what to do about an error of the kernel's, or "".
 func Remedy(err error) string {
 	var e *nftset.Error
 	if !errors.As(err, &e) {

@@ -1,7 +1,6 @@
 package install
 
 import (
-	"cmp"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,11 +9,8 @@ import (
 )
 
 const (
-	unitFolder    = "/etc/systemd/system"
-	packageFolder = "/usr/lib/systemd/system"
-	sandboxFolder = "nftwl-.service.d"
-	stateFolder   = "/var/lib/nftwl/" // StateDirectory= of the sandbox
-	variantFolder = "standalone/"     // in contrib, of units that take the place of others
+	sandboxDir = "nftwl-.service.d"
+	variantDir = "standalone/" // in contrib, of units that take the place of others
 )
 
 // Systemd plans the units that keep the sets.
@@ -23,17 +19,17 @@ func Systemd(o *Options) (*Plan, error) {
 		return nil, err
 	}
 	loads := o.unitLoads()
-	names := []string{"nftwl-persist.service", "nftwl-save.service", "nftwl-save.timer", "nftwl-snapshot.service", sandboxFolder + "/sandbox.conf"}
+	names := []string{"nftwl-persist.service", "nftwl-save.service", "nftwl-save.timer", "nftwl-snapshot.service", sandboxDir + "/sandbox.conf"}
 	if loads {
-		names = []string{variantFolder + "nftwl-persist.service", "nftwl-save.service", "nftwl-save.timer", sandboxFolder + "/sandbox.conf"}
+		names = []string{variantDir + "nftwl-persist.service", "nftwl-save.service", "nftwl-save.timer", sandboxDir + "/sandbox.conf"}
 	}
 	p := new(Plan)
 	if !exists("/run/systemd/system") {
-		p.problem(share("openrc")+" has the same for OpenRC; otherwise run 'nftwl save' and 'nftwl restore' yourself",
+		p.problem("for OpenRC, use "+share("openrc")+"; elsewhere, run 'nftwl save' and 'nftwl restore' yourself",
 			"systemd does not run here")
 	}
-	p.checkProgram(o.Executable, o.installed())
-	p.checkSandbox(o, o.Executable, o.installed())
+	p.needRoots(o.Executable, o.move())
+	p.checkSandbox(o, o.Executable, o.move())
 	p.checkSnapshot(o)
 	var packaged []string
 	for _, name := range names {
@@ -41,27 +37,27 @@ func Systemd(o *Options) (*Plan, error) {
 		if err != nil {
 			return nil, err
 		}
-		name = strings.TrimPrefix(name, variantFolder)
+		name = strings.TrimPrefix(name, variantDir)
 		if !p.addUnit(name, text) {
 			packaged = append(packaged, name)
 		}
 	}
 	p.notePackaged(packaged)
 	if loads {
-		if !exists(ownRules) {
-			p.note("nftwl-persist.service loads %s, which is not there yet: %s setup nftables --write", ownRules, o.shell())
+		if !exists(Standalone) {
+			p.note("nftwl-persist.service loads %s, which does not exist yet: %s setup nftables --write", Standalone, o.shell("nftwl"))
 		}
 		p.Next = []string{
-			"# It loads " + ownRules + ", now and at boot.",
-			"nft -c -f " + ownRules,
+			"# The unit loads " + Standalone + ", now and at boot.",
+			"nft -c -f " + Standalone,
 			"systemctl daemon-reload && systemctl enable --now nftwl-persist",
-			o.shell() + " doctor",
+			o.shell("nftwl") + " doctor",
 		}
 	} else {
 		p.Next = []string{
-			"# nftables.service must be enabled and running: the units follow it.",
+			"# The units follow nftables.service, which must be enabled and running.",
 			"systemctl daemon-reload && systemctl enable --now nftwl-persist",
-			o.shell() + " doctor",
+			o.shell("nftwl") + " doctor",
 		}
 	}
 	p.Undo = []string{"systemctl disable --now nftwl-persist"}
@@ -69,7 +65,7 @@ func Systemd(o *Options) (*Plan, error) {
 		p.Undo = append(p.Undo, p.remove())
 	}
 	for _, f := range p.Files {
-		if dir := filepath.Dir(f.Path); filepath.Base(dir) == sandboxFolder {
+		if dir := filepath.Dir(f.Path); filepath.Base(dir) == sandboxDir {
 			p.Undo = append(p.Undo, "rmdir "+dir)
 		}
 	}
@@ -77,10 +73,11 @@ func Systemd(o *Options) (*Plan, error) {
 	return p, nil
 }
 
-// addUnit adds a unit, unless a package has installed the same one.
+// addUnit adds a unit, and returns true, unless a package has installed the same
+// one.
 func (p *Plan) addUnit(name, text string) bool {
-	path := filepath.Join(unitFolder, name)
-	same, err := os.ReadFile(filepath.Join(packageFolder, name))
+	path := filepath.Join(UnitDir, name)
+	same, err := os.ReadFile(filepath.Join(packageUnits, name))
 	if err == nil && string(same) == text && !exists(path) {
 		return false
 	}
@@ -90,13 +87,13 @@ func (p *Plan) addUnit(name, text string) bool {
 
 func (p *Plan) notePackaged(names []string) {
 	if len(names) > 0 {
-		p.note("Installed already, in %s: %s.", packageFolder, strings.Join(names, ", "))
+		p.note("Installed already, in %s: %s.", packageUnits, strings.Join(names, ", "))
 	}
 }
 
-// checkSandbox reports what a unit that executes program could not read.
+// checkSandbox reports what a unit that executes program cannot read.
 func (p *Plan) checkSandbox(o *Options, program, install string) {
-	path := cmp.Or(o.ConfigPath, config.Path)
+	path := o.configPath()
 	for _, path := range []string{program, path} {
 		// ProtectHome= and PrivateTmp=
 		for _, hidden := range []string{"/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/"} {
@@ -105,20 +102,19 @@ func (p *Plan) checkSandbox(o *Options, program, install string) {
 				if path == program {
 					remedy = install
 				}
-				p.problem(remedy, "the units have no access to %s, and so not to %s", hidden, path)
+				p.problem(remedy, "the units have no access to %s, where %s is", hidden, path)
 			}
 		}
 	}
 	if info, err := os.Stat(path); err == nil && info.Mode()&0o004 == 0 {
-		p.note("%s must be readable by all, as the units do not run as root: chmod a+r %s", path, path)
+		p.note("The units do not run as root, and cannot read %s: chmod a+r %s", path, path)
 	}
 }
 
-// checkSnapshot reports a snapshot where the units could not write it.
+// checkSnapshot reports a snapshot in a directory that the units cannot write.
 func (p *Plan) checkSnapshot(o *Options) {
-	path := cmp.Or(o.ConfigPath, config.Path)
-	if snapshot := filepath.Clean(o.Config.Snapshot); !strings.HasPrefix(snapshot, stateFolder) {
-		p.problem("put it into that directory ("+path+"), or write the units by hand, with another StateDirectory= in sandbox.conf",
-			"snapshot: the units can write in %s alone, and not %s", stateFolder, snapshot)
+	if snapshot := filepath.Clean(o.Config.Snapshot); !strings.HasPrefix(snapshot, stateDir) {
+		p.problem("set snapshot to a file in that directory, in "+o.configPath()+", or write the units by hand, with another StateDirectory= in sandbox.conf",
+			"snapshot: the units can write in %s alone, and %s is elsewhere", stateDir, snapshot)
 	}
 }

@@ -10,26 +10,32 @@ import (
 )
 
 // Whoever comes by SSH is not locked out by the example, whatever port that is:
-// it opens those on which sshd listens, and those that it will have.
+// setup warns, and its next step opens the ports on which sshd listens, and those
+// that it will have. It patches nothing itself.
 func TestSetupSSHPort(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, base{"trixie", nstest.Trixie(t)})
-	rule := func() string {
+	rule := func() (rule string, warned bool) {
 		m.Helper()
 		m.run("rm", "-rf", "/etc/nftwl", "/etc/nftables.conf")
 		out := m.run("nftwl", "setup", "nftables", "--write")
-		m.run("cp", "/etc/nftwl/nftables.conf", "/etc/nftables.conf")
+		if text := m.run("cat", "/etc/nftwl/nftables.conf"); !strings.Contains(text, "\ttcp dport 22 ct state new ") {
+			t.Errorf("the example is\n%s", text)
+		}
+		next, _, _ := strings.Cut(out, "\nTo undo it:\n")
+		for line := range strings.Lines(next) {
+			if strings.HasPrefix(line, "  sed ") || strings.HasPrefix(line, "  cp ") {
+				m.shell(line)
+			}
+		}
 		m.run("nft", "-c", "-f", "/etc/nftables.conf")
 		for line := range strings.Lines(m.run("cat", "/etc/nftables.conf")) {
 			if rule, ok := strings.CutSuffix(strings.TrimSpace(line), ` ct state new counter accept comment "SSH"`); ok {
-				if ports := strings.Trim(strings.TrimPrefix(rule, "tcp dport "), "{ }"); !strings.Contains(out, "the ports of SSH ("+ports+")") {
-					t.Errorf("it does not name %s:\n%s", ports, out)
-				}
-				return rule
+				return rule, strings.Contains(next, "# STOP: sshd uses "+strings.TrimPrefix(rule, "tcp dport "))
 			}
 		}
-		t.Fatal("the example has no rule for SSH")
-		return ""
+		t.Fatalf("no rule for SSH after\n%s", out)
+		return "", false
 	}
 	conf := func(text string) { m.write("etc/ssh/sshd_config.d/port.conf", text) }
 	listens := func(port string) {
@@ -53,8 +59,8 @@ func TestSetupSSHPort(t *testing.T) {
 		{"sshd has not read its configuration", func() { conf("Port 2200\n") }, "tcp dport { 2200, 2222 }"},
 	} {
 		c.do()
-		if got := rule(); got != c.want {
-			t.Errorf("%s: %s, and not %s", c.does, got, c.want)
+		if got, warned := rule(); got != c.want || warned != (c.want != "tcp dport 22") {
+			t.Errorf("%s: %s, and not %s; warned: %v", c.does, got, c.want, warned)
 		}
 	}
 }
