@@ -990,7 +990,7 @@ func TestSetupOtherTable(t *testing.T) {
 	}
 }
 
-// onlyNames checks that the rules are contrib's but for the names of the table
+// onlyNames checks that the rules are contrib's except for the names of the table
 // and the sets in a configuration of TestSetupRules, which swaps the IPv4 ones.
 func (h *host) onlyNames(config string) {
 	h.Helper()

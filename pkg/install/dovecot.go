@@ -10,7 +10,6 @@ import (
 	"strings"
 	"time"
 
-	"nftwl/contrib"
 	"nftwl/pkg/doveconf"
 )
 
@@ -21,13 +20,9 @@ func Dovecot(o *Options) (*Plan, error) {
 	if err := o.checkPaths(); err != nil {
 		return nil, err
 	}
-	text, err := o.read("dovecot/" + filepath.Base(DropIn))
-	if err != nil {
-		return nil, err
-	}
 	p := new(Plan)
 	p.needDir(DovecotDir, "Dovecot")
-	text, script := p.keepPostLogin(o, text)
+	text, script := p.keepPostLogin(o, o.read("dovecot/"+filepath.Base(DropIn)))
 	p.add(DropIn, text)
 	if script != "" {
 		p.add(mailUserFile, script).Mode = 0o755
@@ -93,8 +88,8 @@ func output(program string, args ...string) (string, error) {
 }
 
 // keepPostLogin edits the drop-in so that what Dovecot runs after a login today
-// runs after nftwl, as the same user. script is the text of mailUserFile; "" if it is
-// not needed.
+// runs after nftwl, as the same user. script is the text of mailUserFile; "" if it
+// is not needed.
 func (p *Plan) keepPostLogin(o *Options, dropIn string) (text, script string) {
 	dovecot, err := readDoveconf()
 	if err != nil {
@@ -255,15 +250,11 @@ service %s {
 
 // mailUserScript is mailUserFile's text for this Dovecot.
 func (o *Options) mailUserScript(dovecot *doveconf.Settings) string {
-	text, err := contrib.Files.ReadFile("dovecot/" + filepath.Base(mailUserFile))
-	if err != nil {
-		panic(err) // it is embedded
-	}
 	return strings.NewReplacer(
 		"default_uid=''", "default_uid="+quote(dovecot.Values["mail_uid"]),
 		"default_gid=''", "default_gid="+quote(dovecot.Values["mail_gid"]),
 		setpriv, findSetpriv(),
-	).Replace(string(text))
+	).Replace(shipped("dovecot/" + filepath.Base(mailUserFile)))
 }
 
 func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }

@@ -17,19 +17,12 @@ func Fail2ban(o *Options) (*Plan, error) {
 	if err := o.checkPaths(); err != nil {
 		return nil, err
 	}
-	names, err := fs.Glob(contrib.Files, "fail2ban/*/*")
-	if err != nil {
-		return nil, err
-	}
+	names, _ := fs.Glob(contrib.Files, "fail2ban/*/*") // the pattern is right
 	p := new(Plan)
 	p.needDir(Fail2banDir, "fail2ban")
 	p.needRoots(o.Executable, o.move())
 	for _, name := range names {
-		text, err := o.read(name)
-		if err != nil {
-			return nil, err
-		}
-		p.add(filepath.Join(Fail2banDir, strings.TrimPrefix(name, "fail2ban/")), text)
+		p.add(filepath.Join(Fail2banDir, strings.TrimPrefix(name, "fail2ban/")), o.read(name))
 	}
 	if exists(local) {
 		p.Next = []string{"# Enable the jails that you need in " + local + "."}

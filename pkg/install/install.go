@@ -59,12 +59,17 @@ type Options struct {
 	Config     *config.Config // what that file says
 }
 
-// read returns one of contrib's files, with this program and configuration in it.
-func (o *Options) read(name string) (string, error) {
+// shipped returns one of contrib's files.
+func shipped(name string) string {
 	text, err := contrib.Files.ReadFile(name)
 	if err != nil {
-		return "", err
+		panic(err) // they are embedded
 	}
+	return string(text)
+}
+
+// read returns one of contrib's files, with this program and configuration in it.
+func (o *Options) read(name string) string {
 	command := o.command()
 	// Comments name the program, too, but no configuration.
 	pairs := []string{
@@ -75,7 +80,7 @@ func (o *Options) read(name string) (string, error) {
 		pairs = append(pairs, Program+verb, command+verb)
 	}
 	pairs = append(pairs, Program, o.Executable)
-	return strings.NewReplacer(pairs...).Replace(string(text)), nil
+	return strings.NewReplacer(pairs...).Replace(shipped(name))
 }
 
 // command is this program with its configuration.

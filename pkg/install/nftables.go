@@ -19,19 +19,16 @@ import (
 // ownTable is the table of Standalone, as contrib has it.
 const ownTable = "nftwl"
 
-// Nftables plans the sets and rules: to be included by the administrator, or in a
-// table of their own. They are contrib's but for the names of the table and the
-// sets. Next has the edits that the configuration or sshd needs besides.
+// Nftables plans the sets and rules, which the administrator includes, or in a
+// table of their own. It changes the names of the table and the sets in contrib's
+// files, and nothing else. Next has the edits that ipv6_prefix or sshd needs.
 func Nftables(o *Options) (*Plan, error) {
 	c, defaults := o.Config, config.Default()
 	if c.Table.Family != nftset.INet {
 		return nil, &Problem{fmt.Sprintf("the rules are for IPv4 and IPv6, and table %s is not", c.Table),
 			"table: a table of the family inet, such as inet filter"}
 	}
-	names, err := fs.Glob(contrib.Files, "nftables/*")
-	if err != nil {
-		return nil, err
-	}
+	names, _ := fs.Glob(contrib.Files, "nftables/*") // the pattern is right
 	own, foreign := o.ownTable()
 	from, table := defaults.Table, c.Table
 	if own {
@@ -52,12 +49,8 @@ func Nftables(o *Options) (*Plan, error) {
 		if own != (path == Standalone) {
 			continue
 		}
-		text, err := contrib.Files.ReadFile(name)
-		if err != nil {
-			return nil, err
-		}
 		// All at once, because one's new name can be another's old one.
-		p.add(path, words.ReplaceAllStringFunc(string(text), func(word string) string { return is[word] }))
+		p.add(path, words.ReplaceAllStringFunc(shipped(name), func(word string) string { return is[word] }))
 	}
 	p.nextPrefix(c.IPv6Prefix, own)
 	main := mainFile()

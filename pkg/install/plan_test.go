@@ -28,7 +28,7 @@ func TestDoveconfHeldOpen(t *testing.T) {
 	}
 }
 
-// Whoever can write a folder above a program can put another in its place.
+// Whoever can write a directory above a program can put another in its place.
 func TestOnlyRoots(t *testing.T) {
 	must := func(err error) {
 		t.Helper()

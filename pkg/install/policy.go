@@ -29,13 +29,8 @@ func Policy(o *Options) (*Plan, error) {
 	p := new(Plan)
 	old, _ := os.ReadFile(PolicySettings) // add reports an error
 	key := p.addKey(policy.KeyFile, old)
-	units, err := p.addDaemon(o, &policy)
-	if err != nil {
-		return nil, err
-	}
-	if err := p.addSettings(o, policy.Listen, key, old); err != nil {
-		return nil, err
-	}
+	units := p.addDaemon(o, &policy)
+	p.addSettings(o, policy.Listen, key, old)
 
 	file := o.configPath()
 	if o.Config.Policy == nil {
@@ -115,7 +110,7 @@ func (p *Plan) addKey(path string, settings []byte) string {
 }
 
 // addDaemon adds nftwld's units, where systemd runs.
-func (p *Plan) addDaemon(o *Options, policy *config.Policy) (systemd bool, err error) {
+func (p *Plan) addDaemon(o *Options, policy *config.Policy) (systemd bool) {
 	install := "install -m 755 " + o.daemon() + " " + filepath.Dir(Program) + ", beside nftwl"
 	if exists(o.daemon()) {
 		p.needRoots(o.daemon(), install)
@@ -124,29 +119,20 @@ func (p *Plan) addDaemon(o *Options, policy *config.Policy) (systemd bool, err e
 	}
 	if !exists("/run/systemd/system") {
 		p.note("systemd does not run here: keep nftwld running with a service of your own.")
-		return false, nil
+		return false
 	}
 	p.checkSandbox(o, o.daemon(), install)
-	var packaged []string
-	for _, name := range []string{"nftwld.service", "nftwld.socket"} {
-		text, err := o.read("systemd/" + name)
-		if err != nil {
-			return false, err
-		}
-		text = strings.NewReplacer(
+	p.addUnits([]string{"nftwld.service", "nftwld.socket"}, func(name string) string {
+		return strings.NewReplacer(
 			"policy.key:"+config.DefaultPolicy.KeyFile, "policy.key:"+policy.KeyFile,
 			"ListenStream="+config.DefaultPolicy.Listen.String(), "ListenStream="+policy.Listen.String(),
-		).Replace(text)
-		if !p.addUnit(name, text) {
-			packaged = append(packaged, name)
-		}
-	}
-	p.notePackaged(packaged)
-	return true, nil
+		).Replace(o.read(name))
+	})
+	return true
 }
 
 // addSettings adds Dovecot's settings, with the key and the old ones' salt.
-func (p *Plan) addSettings(o *Options, listen netip.AddrPort, key string, old []byte) error {
+func (p *Plan) addSettings(o *Options, listen netip.AddrPort, key string, old []byte) {
 	p.needDir(DovecotDir, "Dovecot")
 	version := "2.4"
 	if out, err := dovecotVersion(); err != nil {
@@ -156,11 +142,7 @@ func (p *Plan) addSettings(o *Options, listen netip.AddrPort, key string, old []
 	} else if !strings.HasPrefix(out, "2.4.") {
 		p.problem("", "nftwl has settings for Dovecot 2.3 and 2.4, and none for %s", out)
 	}
-	text, err := o.read("dovecot/91-nftwl-policy-" + version + ".conf")
-	if err != nil {
-		return err
-	}
-	text = strings.ReplaceAll(text, "http://"+config.DefaultPolicy.Listen.String()+"/", policyURL(listen))
+	text := strings.ReplaceAll(o.read("dovecot/91-nftwl-policy-"+version+".conf"), "http://"+config.DefaultPolicy.Listen.String()+"/", policyURL(listen))
 	oldKey, salt := value(old, "auth_policy_server_api_header = X-API-Key:"), value(old, "auth_policy_hash_nonce =")
 	if oldKey != "" && oldKey != key {
 		p.problem("put the same key into both, or move one of them away", "the key in %s is not the one in nftwld's file", PolicySettings)
@@ -169,11 +151,7 @@ func (p *Plan) addSettings(o *Options, listen netip.AddrPort, key string, old []
 		salt = random(16)
 	}
 	p.addSecret(PolicySettings, strings.NewReplacer("X-API-Key: KEY\n", "X-API-Key: "+key+"\n", "_nonce = SALT\n", "_nonce = "+salt+"\n").Replace(text), text)
-	include, err := o.read("dovecot/" + filepath.Base(PolicyDropIn))
-	if err != nil {
-		return err
-	}
-	p.add(PolicyDropIn, include)
+	p.add(PolicyDropIn, o.read("dovecot/"+filepath.Base(PolicyDropIn)))
 
 	if read, _ := overriding(dovecotConf, PolicyDropIn); !read {
 		p.note("%s does not include conf.d/*.conf: without that Dovecot does not read the drop-in.", dovecotConf)
@@ -185,7 +163,6 @@ func (p *Plan) addSettings(o *Options, listen netip.AddrPort, key string, old []
 	if exists(DropIn) {
 		p.note("With %s, Dovecot also runs 'nftwl login'. Both work together, but one is enough: you can remove that file.", DropIn)
 	}
-	return nil
 }
 
 // policyURL is the URL by which a Dovecot on this machine reaches an address.

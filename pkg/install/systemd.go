@@ -30,36 +30,20 @@ func Systemd(o *Options) (*Plan, error) {
 	}
 	p.needRoots(o.Executable, o.move())
 	p.checkSandbox(o, o.Executable, o.move())
-	p.checkSnapshot(o)
-	var packaged []string
-	for _, name := range names {
-		text, err := o.read("systemd/" + name)
-		if err != nil {
-			return nil, err
-		}
-		name = strings.TrimPrefix(name, variantDir)
-		if !p.addUnit(name, text) {
-			packaged = append(packaged, name)
-		}
+	if snapshot := filepath.Clean(o.Config.Snapshot); !strings.HasPrefix(snapshot, stateDir) {
+		p.problem("set snapshot to a file in that directory, in "+o.configPath()+", or write the units by hand, with another StateDirectory= in sandbox.conf",
+			"snapshot: the units can write in %s alone, and %s is elsewhere", stateDir, snapshot)
 	}
-	p.notePackaged(packaged)
+	p.addUnits(names, o.read)
 	if loads {
 		if !exists(Standalone) {
 			p.note("nftwl-persist.service loads %s, which does not exist yet: %s setup nftables --write", Standalone, o.shell("nftwl"))
 		}
-		p.Next = []string{
-			"# The unit loads " + Standalone + ", now and at boot.",
-			"nft -c -f " + Standalone,
-			"systemctl daemon-reload && systemctl enable --now nftwl-persist",
-			o.shell("nftwl") + " doctor",
-		}
+		p.Next = []string{"# The unit loads " + Standalone + ", now and at boot.", "nft -c -f " + Standalone}
 	} else {
-		p.Next = []string{
-			"# The units follow nftables.service, which must be enabled and running.",
-			"systemctl daemon-reload && systemctl enable --now nftwl-persist",
-			o.shell("nftwl") + " doctor",
-		}
+		p.Next = []string{"# The units follow nftables.service, which must be enabled and running."}
 	}
+	p.Next = append(p.Next, "systemctl daemon-reload && systemctl enable --now nftwl-persist", o.shell("nftwl")+" doctor")
 	p.Undo = []string{"systemctl disable --now nftwl-persist"}
 	if len(p.Files) > 0 {
 		p.Undo = append(p.Undo, p.remove())
@@ -73,21 +57,23 @@ func Systemd(o *Options) (*Plan, error) {
 	return p, nil
 }
 
-// addUnit adds a unit, and returns true, unless a package has installed the same
-// one.
-func (p *Plan) addUnit(name, text string) bool {
-	path := filepath.Join(UnitDir, name)
-	same, err := os.ReadFile(filepath.Join(packageUnits, name))
-	if err == nil && string(same) == text && !exists(path) {
-		return false
+// addUnits adds units of contrib's, except those that a package has installed with
+// the same text.
+func (p *Plan) addUnits(names []string, read func(name string) string) {
+	var packaged []string
+	for _, name := range names {
+		text := read("systemd/" + name)
+		name = strings.TrimPrefix(name, variantDir)
+		path := filepath.Join(UnitDir, name)
+		same, err := os.ReadFile(filepath.Join(packageUnits, name))
+		if err == nil && string(same) == text && !exists(path) {
+			packaged = append(packaged, name)
+		} else {
+			p.add(path, text)
+		}
 	}
-	p.add(path, text)
-	return true
-}
-
-func (p *Plan) notePackaged(names []string) {
-	if len(names) > 0 {
-		p.note("Installed already, in %s: %s.", packageUnits, strings.Join(names, ", "))
+	if packaged != nil {
+		p.note("Installed already, in %s: %s.", packageUnits, strings.Join(packaged, ", "))
 	}
 }
 
@@ -108,13 +94,5 @@ func (p *Plan) checkSandbox(o *Options, program, install string) {
 	}
 	if info, err := os.Stat(path); err == nil && info.Mode()&0o004 == 0 {
 		p.note("The units do not run as root, and cannot read %s: chmod a+r %s", path, path)
-	}
-}
-
-// checkSnapshot reports a snapshot in a directory that the units cannot write.
-func (p *Plan) checkSnapshot(o *Options) {
-	if snapshot := filepath.Clean(o.Config.Snapshot); !strings.HasPrefix(snapshot, stateDir) {
-		p.problem("set snapshot to a file in that directory, in "+o.configPath()+", or write the units by hand, with another StateDirectory= in sandbox.conf",
-			"snapshot: the units can write in %s alone, and %s is elsewhere", stateDir, snapshot)
 	}
 }
