@@ -104,12 +104,11 @@ func setupOptions(configPath string) (*install.Options, error) {
 	return o, nil
 }
 
-// refuse prints problems. If several have the same remedy, it prints that once.
+// refuse prints problems.
 func refuse(problems ...install.Problem) error {
-	for i, p := range problems {
+	for _, p := range problems {
 		printError(fmt.Errorf("setup: %s", p.Text))
-		last := i+1 == len(problems) || problems[i+1].Remedy != p.Remedy
-		if p.Remedy != "" && last {
+		if p.Remedy != "" {
 			printHint(printable(p.Remedy))
 		}
 	}

@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"nftwl/pkg/manpage"
 	"nftwl/pkg/nstest"
 )
 
@@ -1009,4 +1010,32 @@ func (h *host) onlyNames(config string) {
 			h.Errorf("%s is\n%s", path, h.read(path))
 		}
 	}
+}
+
+// What setup prints is in testdata/setup.txt, to be read at a glance, and pinned
+// nowhere else. UPDATE_DOCS=1 writes it.
+func TestSetupWording(t *testing.T) {
+	h := newPolicyHost(t)
+	var b strings.Builder
+	shows := func(args ...string) {
+		h.Helper()
+		stdout, stderr, code := h.try(nil, "/usr/bin/nftwl", append([]string{"setup"}, args...)...)
+		if i := strings.LastIndex(stdout, "\n### What to do\n"); i >= 0 {
+			stdout = "(the files)\n" + stdout[i+1:]
+		}
+		fmt.Fprintf(&b, "$ nftwl setup %s\n%s%s(exit %d)\n\n", strings.Join(args, " "), stdout, stderr, code)
+	}
+	for _, s := range setups {
+		shows(s.args...)
+		shows(append(s.args, "--write")...)
+	}
+	shows("policy")
+	shows("policy", "--write")
+	h.write("/etc/nftwl.yaml", "table: inet mail\nipv6_prefix: 56\n")
+	shows("nftables")
+	shows("nftables", "--write")
+	h.write("/etc/nftwl.yaml", "table: inet nftwl\nipv6_prefix: 64\n")
+	shows("nftables", "--write")
+	shows("systemd", "--write")
+	manpage.Golden(t, filepath.Join(nstest.Root(t), "testdata/setup.txt"), b.String())
 }

@@ -171,12 +171,8 @@ func (d *Doctor) useDropIn() remedy {
 	if !exists(install.DropIn) {
 		return remedy{"put the settings that ask nftwl into " + install.DovecotDir + ", and have Dovecot read them", "nftwl setup dovecot --write && doveadm reload"}
 	}
-	if plan, err := install.Dovecot(&install.Options{Executable: d.Executable, ConfigPath: d.ConfigPath, Config: d.config}); err == nil {
-		for _, line := range plan.Next {
-			if override, ok := strings.CutPrefix(line, "# Delete "); ok {
-				return reload("delete %s", strings.TrimSuffix(override, "."))
-			}
-		}
+	if _, later := install.Overriding(install.DovecotConf, install.DropIn); later != nil {
+		return reload("delete %s: Dovecot reads it later, and it overrides the drop-in", later[0])
 	}
 	return remedy{"compare " + install.DropIn + " with what this prints, and see that Dovecot includes it", "nftwl setup dovecot"}
 }

@@ -28,9 +28,9 @@ func Dovecot(o *Options) (*Plan, error) {
 		p.add(mailUserFile, script).Mode = 0o755
 		p.Next = []string{"chmod 755 " + mailUserFile}
 	}
-	read, after := overriding(dovecotConf, DropIn)
+	read, after := Overriding(DovecotConf, DropIn)
 	if !read {
-		p.note("%s does not include conf.d/*.conf: without that Dovecot does not read the drop-in.", dovecotConf)
+		p.note("%s does not include conf.d/*.conf: without that Dovecot does not read the drop-in.", DovecotConf)
 	}
 	for _, line := range after {
 		p.Next = append(p.Next, "# Delete "+line+": Dovecot reads it later, and it overrides the drop-in.")
@@ -47,10 +47,10 @@ func Dovecot(o *Options) (*Plan, error) {
 	return p, nil
 }
 
-// overriding reports whether Dovecot reads the drop-in, as far as is known, and
+// Overriding reports whether Dovecot reads the drop-in, as far as is known, and
 // returns the lines that it reads later and that set what a mail service
 // executes.
-func overriding(main, dropIn string) (read bool, lines []string) {
+func Overriding(main, dropIn string) (read bool, lines []string) {
 	all := doveconf.Lines(main, dropIn)
 	for _, line := range all {
 		read = read || line.File == dropIn

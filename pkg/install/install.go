@@ -26,6 +26,7 @@ const (
 	Rules          = RulesDir + "/nftwl.nft"
 	Example        = RulesDir + "/nftables.conf"  // a whole firewall
 	Standalone     = RulesDir + "/standalone.nft" // sets and rules in a table of their own
+	DovecotConf    = "/etc/dovecot/dovecot.conf"
 	DovecotDir     = "/etc/dovecot/conf.d"
 	DropIn         = DovecotDir + "/90-nftwl.conf" // has Dovecot run nftwl login
 	PolicyDropIn   = DovecotDir + "/91-nftwl-policy.conf"
@@ -33,7 +34,6 @@ const (
 	UnitDir        = "/etc/systemd/system"
 	Fail2banDir    = "/etc/fail2ban"
 
-	dovecotConf  = "/etc/dovecot/dovecot.conf"
 	mailUserFile = DovecotDir + "/90-nftwl-mail-user.sh"
 	packageUnits = "/usr/lib/systemd/system"
 	stateDir     = "/var/lib/nftwl/" // StateDirectory= of the units

@@ -109,15 +109,16 @@ func (p *Plan) nextPrefix(bits int, own bool) {
 	}
 	path, line, edit := Rules, `#include "nftwl/trusted-prefix64.nft"`, `/trusted-prefix64.nft"$/s/^#//`
 	if own {
-		path, line, edit = Standalone, "#ip6 saddr & $nftwl_ipv6_network …", `/trusted IPv6 network"$/s/#//`
+		path, line, edit = Standalone, `#ip6 … "nftwl: trusted IPv6 network"`, `/trusted IPv6 network"$/s/#//`
 	}
-	p.Next = append(p.Next, fmt.Sprintf("# STOP: with ipv6_prefix: %d no IPv6 client is trusted until the rules look up", bits),
-		"# networks. Take the # from the line "+line+" in "+path+":",
+	p.Next = append(p.Next,
+		fmt.Sprintf("# STOP: with ipv6_prefix: %d, the rules trust no IPv6 client until you edit them:", bits),
+		"# take the # from the line "+line+".",
 		"sed -i '"+edit+"' "+path)
 	if bits != 64 {
 		ones := netip.MustParseAddr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")
 		mask := netip.PrefixFrom(ones, bits).Masked().Addr().String()
-		p.Next = append(p.Next, "# and make the network's mask "+mask+":",
+		p.Next = append(p.Next, fmt.Sprintf("# Define the network as a /%d.", bits),
 			"sed -i 's/^\\(define nftwl_ipv6_network = \\).*/\\1"+mask+"/' "+path)
 	}
 }

@@ -32,12 +32,16 @@ type File struct {
 	There bool        // with this very text
 }
 
-// A Problem keeps a plan from being written.
+// A Problem keeps a plan from being written. Problems in a row with the same remedy
+// have it in the last; "" for none.
 type Problem struct{ Text, Remedy string }
 
 func (p *Problem) Error() string { return p.Text }
 
 func (p *Plan) problem(remedy, format string, args ...any) {
+	if n := len(p.Problems); n > 0 && p.Problems[n-1].Remedy == remedy {
+		p.Problems[n-1].Remedy = ""
+	}
 	p.Problems = append(p.Problems, Problem{fmt.Sprintf(format, args...), remedy})
 }
 

@@ -120,11 +120,11 @@ func TestOverriding(t *testing.T) {
 		}
 	}
 	main, dropIn := filepath.Join(dir, "dovecot.conf"), filepath.Join(dir, "conf.d/90-nftwl.conf")
-	if read, lines := overriding(main, dropIn); !read || lines != nil {
+	if read, lines := Overriding(main, dropIn); !read || lines != nil {
 		t.Errorf("without a configuration: %v, %q", read, lines)
 	}
 	write("dovecot.conf", "executable = imap before\n#!include conf.d/*.conf\n")
-	if read, lines := overriding(main, dropIn); read || lines != nil {
+	if read, lines := Overriding(main, dropIn); read || lines != nil {
 		t.Errorf("without the include: %v, %q", read, lines)
 	}
 	const set = "service imap {\n  executable = imap x\n}\n"
@@ -136,12 +136,12 @@ func TestOverriding(t *testing.T) {
 		`"executable = imap x" from ` + dir + "/conf.d/95-more.conf, line 2",
 		`"executable = /usr/lib/dovecot/pop3 y" from ` + dir + "/local.conf, line 5",
 	}
-	read, lines := overriding(main, dropIn)
+	read, lines := Overriding(main, dropIn)
 	if !read || !slices.Equal(lines, want) {
 		t.Errorf("%v, %q", read, lines)
 	}
 	write("conf.d/90-nftwl.conf", set)
-	if read, again := overriding(main, dropIn); !read || !slices.Equal(again, lines) {
+	if read, again := Overriding(main, dropIn); !read || !slices.Equal(again, lines) {
 		t.Errorf("with the drop-in: %v, %q", read, again)
 	}
 }

@@ -153,8 +153,8 @@ func (p *Plan) addSettings(o *Options, listen netip.AddrPort, key string, old []
 	p.addSecret(PolicySettings, strings.NewReplacer("X-API-Key: KEY\n", "X-API-Key: "+key+"\n", "_nonce = SALT\n", "_nonce = "+salt+"\n").Replace(text), text)
 	p.add(PolicyDropIn, o.read("dovecot/"+filepath.Base(PolicyDropIn)))
 
-	if read, _ := overriding(dovecotConf, PolicyDropIn); !read {
-		p.note("%s does not include conf.d/*.conf: without that Dovecot does not read the drop-in.", dovecotConf)
+	if read, _ := Overriding(DovecotConf, PolicyDropIn); !read {
+		p.note("%s does not include conf.d/*.conf: without that Dovecot does not read the drop-in.", DovecotConf)
 	}
 	if url := policyServer(); url != "" && url != policyURL(listen) {
 		p.problem("remove the settings auth_policy_* from Dovecot's configuration, or do without nftwld",
