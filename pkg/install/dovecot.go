@@ -1,14 +1,12 @@
 package install
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
-	"time"
 
 	"nftwl/pkg/doveconf"
 )
@@ -75,16 +73,6 @@ func readDoveconf() (*doveconf.Settings, error) {
 		return nil, err
 	}
 	return doveconf.Parse(out), nil
-}
-
-// output returns what a program prints, within ten seconds.
-func output(program string, args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, program, args...)
-	cmd.WaitDelay = time.Second // a child may hold the pipe open
-	out, err := cmd.Output()
-	return string(out), err
 }
 
 // keepPostLogin edits the drop-in so that what Dovecot runs after a login today

@@ -1,6 +1,7 @@
 package install
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -52,17 +53,14 @@ func liveTables() ([]liveTable, error) {
 			tables = append(tables, liveTable{name: legacy + " " + name, makers: []string{iptables()}, closes: name == "filter"})
 		}
 	}
-	nft, err := exec.LookPath("nft")
-	if err != nil {
-		if nft, err = exec.LookPath("/usr/sbin/nft"); err != nil { // which su without - does not find
-			return tables, nil
-		}
-	}
-	out, err := exec.Command(nft, "--stateless", "--terse", "list", "ruleset").Output()
-	if err != nil {
+	out, err := output("nft", "--stateless", "--terse", "list", "ruleset")
+	switch {
+	case errors.Is(err, exec.ErrNotFound):
+		return tables, nil
+	case err != nil:
 		return tables, fmt.Errorf("nft list ruleset: %w", err)
 	}
-	return append(tables, parseRuleset(string(out))...), nil
+	return append(tables, parseRuleset(out)...), nil
 }
 
 // iptablesChains are those of the tables that iptables-nft makes, none of which is
@@ -208,7 +206,7 @@ func sshPorts() (ports []string) {
 			ports = append(ports, m[2])
 		}
 	}
-	settings, _ := output("/usr/sbin/sshd", "-T")
+	settings, _ := output("sshd", "-T")
 	for _, m := range regexp.MustCompile(`(?m)^port (\d+)$`).FindAllStringSubmatch(settings, -1) {
 		ports = append(ports, m[1])
 	}

@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -135,12 +134,13 @@ func (p *Plan) addDaemon(o *Options, policy *config.Policy) (systemd bool) {
 func (p *Plan) addSettings(o *Options, listen netip.AddrPort, key string, old []byte) {
 	p.needDir(DovecotDir, "Dovecot")
 	version := "2.4"
-	if out, err := dovecotVersion(); err != nil {
-		p.problem("", "cannot tell whether this is Dovecot 2.3 or 2.4: %v", err)
-	} else if strings.HasPrefix(out, "2.3.") {
+	switch out, err := output("dovecot", "--version"); { // "2.4.1-4 (7d8c0e5759)"
+	case err != nil:
+		p.problem("", "setup cannot tell whether this is Dovecot 2.3 or 2.4: %v", err)
+	case strings.HasPrefix(out, "2.3."):
 		version = "2.3"
-	} else if !strings.HasPrefix(out, "2.4.") {
-		p.problem("", "nftwl has settings for Dovecot 2.3 and 2.4, and none for %s", out)
+	case !strings.HasPrefix(out, "2.4."):
+		p.problem("", "nftwl has settings for Dovecot 2.3 and 2.4, and none for %s", strings.TrimSpace(out))
 	}
 	text := strings.ReplaceAll(o.read("dovecot/91-nftwl-policy-"+version+".conf"), "http://"+config.DefaultPolicy.Listen.String()+"/", policyURL(listen))
 	oldKey, salt := value(old, "auth_policy_server_api_header = X-API-Key:"), value(old, "auth_policy_hash_nonce =")
@@ -188,15 +188,6 @@ func policyServer() string {
 		return url
 	}
 	return settings.Section("auth_policy").Values["server_url"] // as 2.4 prints it
-}
-
-// dovecotVersion is the installed Dovecot's, such as "2.4.1-4 (7d8c0e5759)".
-func dovecotVersion() (string, error) {
-	out, err := output("dovecot", "--version")
-	if errors.Is(err, exec.ErrNotFound) {
-		out, err = output("/usr/sbin/dovecot", "--version") // which su without - does not find
-	}
-	return strings.TrimSpace(out), err
 }
 
 // value is the word after a setting's name, or "".
