@@ -57,10 +57,7 @@ wrong.`,
 				return failed(err)
 			}
 			p, err := part(o)
-			var problem *install.Problem
 			switch {
-			case errors.As(err, &problem):
-				return refuse(*problem)
 			case err != nil:
 				return failed(fmt.Errorf("setup: %w", err))
 			case write:
@@ -104,17 +101,6 @@ func setupOptions(configPath string) (*install.Options, error) {
 	return o, nil
 }
 
-// refuse prints problems.
-func refuse(problems ...install.Problem) error {
-	for _, p := range problems {
-		printError(fmt.Errorf("setup: %s", p.Text))
-		if p.Remedy != "" {
-			printHint(printable(p.Remedy))
-		}
-	}
-	return &status{code: exitFailed}
-}
-
 // planText is the files, and as comments what to know and to do about them.
 func planText(p *install.Plan) []byte {
 	var b bytes.Buffer
@@ -155,7 +141,10 @@ func planText(p *install.Plan) []byte {
 // writePlan writes the files, and prints what it did.
 func writePlan(p *install.Plan) error {
 	if len(p.Problems) > 0 {
-		return refuse(p.Problems...)
+		for _, problem := range p.Problems {
+			printError(fmt.Errorf("setup: %w", &problem))
+		}
+		return &status{code: exitFailed}
 	}
 	written, err := p.Write()
 	if err != nil {

@@ -26,7 +26,7 @@ func printError(err error) {
 	}
 }
 
-func printHint(text string) { fmt.Fprintln(os.Stderr, "nftwl: hint:", text) }
+func printHint(text string) { fmt.Fprintln(os.Stderr, "nftwl: hint:", printable(text)) }
 
 // printNote says what the user did not ask for but should know.
 func printNote(format string, args ...any) {

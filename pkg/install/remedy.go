@@ -8,8 +8,12 @@ import (
 	"nftwl/pkg/nftset"
 )
 
-// Remedy is what to do about an error of the kernel's, or "".
+// Remedy is what to do about an error of the kernel's or a Problem, or "".
 func Remedy(err error) string {
+	var problem *Problem
+	if errors.As(err, &problem) {
+		return problem.Remedy
+	}
 	var e *nftset.Error
 	if !errors.As(err, &e) {
 		return ""
