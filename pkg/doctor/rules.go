@@ -1,10 +1,8 @@
 package doctor
 
 import (
-	"cmp"
 	"context"
 	"fmt"
-	"maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -17,7 +15,7 @@ import (
 	"nftwl/pkg/trust"
 )
 
-// The rules are tried on packets, in a copy: there are as many ways to write a
+// checkRules tries the rules on packets, in a copy: there are as many ways to write a
 // firewall as there are administrators.
 func (d *Doctor) checkRules(context.Context) {
 	if d.conn == nil {
@@ -34,71 +32,52 @@ func (d *Doctor) checkRules(context.Context) {
 		return
 	}
 	defer p.copy.Close()
-	for _, ipv6 := range []bool{false, true} {
-		// Empty too where IPv6 is in the kernel and switched off.
-		if addresses, _ := os.ReadFile("/proc/thread-self/net/if_inet6"); ipv6 && len(addresses) == 0 {
-			d.skip("rules.ipv6", "IPv6 is off in the kernel")
-			break
-		}
-		if f := d.family(ipv6); f != nil {
-			p.families = append(p.families, f)
-		}
-	}
+	p.findFamilies()
 	if len(p.families) == 0 {
-		d.rulesElsewhere(p.copy)
+		d.skip("rules", "table %s lacks the sets that they would look up", d.config.Table)
 		return
 	}
 	p.checkOpen(ports)
-	if p.mute && !p.opened {
+	switch {
+	case p.opened:
+	case p.mute:
 		p.fail("rules.established", remedy{"accept in the chains of hook output: ct state established,related accept", "nft -a list ruleset"},
 			"rules of hook output drop what this machine answers to new connections, so none works")
 		return
-	}
-	if p.cut != nil && !p.opened {
+	case p.cut != nil:
 		p.fail("rules.established", p.accept(p.cut), "%s drops all but the first packet of connections, so none works", p.rule(p.cut.Step))
 		return
 	}
-	// Before a limit of everybody's has counted what the other checks send.
-	banned := p.settle(p.banned)
+	// A limit that all sources share counts what these send: it comes first.
+	banned := p.worst(d.config.Ports, p.banned)
 	limit, well := p.limits()
-	trusted := p.settle(p.trusted)
-	for i := range trusted {
-		// One jump does away with both.
-		if t, b := &trusted[i], &banned[i]; t.jump && b.jump {
-			t.text, t.remedy = t.text+"; "+b.text, b.remedy
-			*b = finding{status: told}
-		}
+	trusted := p.worst(d.config.Ports, p.trusted)
+	both := trusted.jump && banned.jump // one jump fixes both
+	if both {
+		trusted.text, trusted.remedy = trusted.text+"; "+banned.text, banned.remedy
 	}
-	p.conclude("rules.trusted", "a trusted address is let in, also when it is banned or over the limit", trusted)
-	p.conclude("rules.banned", "a banned address is kept out", banned)
-	p.concludeAll("rules.established", "open connections outlive a ban and the end of a trust", p.settle(p.established))
+	p.say("rules.trusted", "a trusted address is let in, also when it is banned or over the limit", trusted)
+	if !both {
+		p.say("rules.banned", "a banned address is kept out", banned)
+	}
+	p.say("rules.established", "open connections outlive a ban and the end of a trust", p.worst(d.config.Ports, p.established))
+	past := false
+	for k := range p.past {
+		past = past || submits(k.port)
+	}
 	switch {
-	case slices.ContainsFunc(limit, isBad):
-		p.concludeAll("rules.limit", well, limit)
-	case !slices.ContainsFunc(d.config.Ports, submits):
+	case limit.status == "" && !slices.ContainsFunc(d.config.Ports, submits):
 		p.skip("rules.limit", "no port of submission is among the ports of the configuration")
-	case slices.ContainsFunc(slices.Collect(maps.Keys(p.past)), func(k key) bool { return submits(k.port) }):
+	case limit.status == "" && past:
 		p.skip("rules.limit", "strangers are let in as banned addresses are: see rules.banned")
 	default:
-		p.concludeAll("rules.limit", well, limit)
+		p.say("rules.limit", well, limit)
 	}
 	p.checkStrangers()
 	p.checkUnseen()
 	if p.err != nil {
 		p.skip("rules", "not all rules could be tried: %v", p.err)
 	}
-}
-
-// rulesElsewhere says that the sets are not where the configuration has them.
-func (d *Doctor) rulesElsewhere(c *firewall.Copy) {
-	for _, table := range c.Tables(d.config.Trusted.IPv4) {
-		if table != d.config.Table {
-			d.fail("rules", remedy{words: fmt.Sprintf("if those rules are the ones in use, put into %s: table: %s", cmp.Or(d.ConfigPath, config.Path), table)},
-				"table %s lacks the sets, and table %s has one named %s", d.config.Table, table, d.config.Trusted.IPv4)
-			return
-		}
-	}
-	d.skip("rules", "table %s lacks the sets that they would look up", d.config.Table)
 }
 
 // The ports at which mail is read, and mailboxes are managed: whoever is not
@@ -137,25 +116,8 @@ type key struct {
 // A family is IPv4 or IPv6, with its sets.
 type family struct {
 	name            string // "IPv4"
+	sources         netip.Prefix
 	trusted, banned *nftset.Set
-}
-
-// family returns nil where the family's sets are missing or of no use, as the
-// checks of the sets have said.
-func (d *Doctor) family(ipv6 bool) *family {
-	f := &family{name: "IPv4"}
-	any := sources4.Addr()
-	if ipv6 {
-		f.name, any = "IPv6", sources6.Addr()
-	}
-	d.conn.SetDeadline(time.Now().Add(patience))
-	for set, name := range map[**nftset.Set]string{&f.trusted: d.config.Trusted.For(any), &f.banned: d.config.Banned.For(any)} {
-		var err error
-		if *set, err = d.conn.Set(d.config.Table, name); err != nil || (*set).Key.IPv6 != ipv6 || (*set).Constant {
-			return nil
-		}
-	}
-	return f
 }
 
 // Packets come from these, and never leave the copy. Firewalls often drop
@@ -165,19 +127,40 @@ var (
 	sources6 = netip.MustParsePrefix("2a00:ffff::/32")
 )
 
+// findFamilies finds those that are in use. One whose sets are missing or of no
+// use is left out: the checks of the sets say so.
+func (p *probe) findFamilies() {
+	for _, f := range []*family{{name: "IPv4", sources: sources4}, {name: "IPv6", sources: sources6}} {
+		// Empty too where IPv6 is in the kernel and switched off.
+		if addresses, _ := os.ReadFile("/proc/thread-self/net/if_inet6"); f.sources == sources6 && len(addresses) == 0 {
+			p.skip("rules.ipv6", "IPv6 is off in the kernel")
+			return
+		}
+		usable := true
+		set := func(names config.Names) *nftset.Set {
+			p.conn.SetTimeout(patience)
+			set, err := p.conn.Set(p.config.Table, names.For(f.sources.Addr()))
+			usable = usable && err == nil && set.Key.IPv6 == f.sources.Addr().Is6() && !set.Constant
+			return set
+		}
+		f.trusted, f.banned = set(p.config.Trusted), set(p.config.Banned)
+		if usable {
+			p.families = append(p.families, f)
+		}
+	}
+}
+
 // source returns an address that was not used before, nor its /24 or /48. Its
 // other bits are ones, so that a mask shows.
 func (p *probe) source(f *family) netip.Addr {
 	p.sources++
-	high, low := byte(p.sources>>8), byte(p.sources)
-	if f.name == "IPv4" {
-		return netip.AddrFrom4([4]byte{100, 240 | high, low, 255})
+	b, at := f.sources.Addr().AsSlice(), f.sources.Bits()/8
+	b[at], b[at+1] = b[at]|byte(p.sources>>8), byte(p.sources)
+	for i := at + 2; i < len(b); i++ {
+		b[i] = 0xff
 	}
-	a := [16]byte{0x2a, 0, 0xff, 0xff, high, low}
-	for i := 6; i < len(a); i++ {
-		a[i] = 0xff
-	}
-	return netip.AddrFrom16(a)
+	addr, _ := netip.AddrFromSlice(b) // of one of the two lengths
+	return addr
 }
 
 // put adds an address to a set of the copy, or removes it.
@@ -261,33 +244,34 @@ type finding struct {
 	jump   bool // is the remedy
 }
 
-// told is the status of what another finding tells.
-const told Status = "told"
-
-func isBad(f finding) bool { return f.status != "" }
-
-// settle asks a question about each port for each family, and returns a finding
-// for each family: the worst, with the ports that it is true of.
-func (p *probe) settle(ask func(f *family, port uint16) finding) (findings []finding) {
-	for _, f := range p.families {
-		findings = append(findings, p.worst(p.config.Ports, func(port uint16) finding { return ask(f, port) }))
-	}
-	return findings
-}
-
-func (p *probe) worst(ports []uint16, ask func(port uint16) finding) (worst finding) {
+// worst asks a question about each port of each family, and returns the worst
+// finding, with the ports that it is true of.
+func (p *probe) worst(ports []uint16, ask func(f *family, port uint16) finding) (worst finding) {
+	var families []*family
 	var of []uint16
-	for _, port := range ports {
-		f := ask(port)
-		switch {
-		case f == worst && f.status != "":
-			of = append(of, port)
-		case f.status == Fail && worst.status != Fail, f.status == Warn && worst.status == "":
-			worst, of = f, []uint16{port}
+	for _, f := range p.families {
+		for _, port := range ports {
+			found := ask(f, port)
+			switch {
+			case found.status == "":
+				continue
+			case found == worst:
+			case worst.status == "", found.status == Fail && worst.status == Warn:
+				worst, families, of = found, nil, nil
+			default:
+				continue
+			}
+			families = append(families, f)
+			if !slices.Contains(of, port) {
+				of = append(of, port)
+			}
 		}
 	}
 	if worst.status != "" {
 		worst.text = portList(of) + ": " + worst.text
+		if families[0] == families[len(families)-1] && len(p.families) > 1 {
+			worst.text = families[0].name + ", " + worst.text
+		}
 	}
 	return worst
 }
@@ -303,34 +287,12 @@ func portList(ports []uint16) string {
 	return "ports " + strings.Join(words, ", ")
 }
 
-// conclude reports the findings of the families, each by itself, unless they
-// are one and the same.
-func (p *probe) conclude(check, well string, findings []finding) {
-	if len(findings) == 2 && findings[0] == findings[1] && isBad(findings[0]) {
-		findings = findings[:1]
-	}
-	for i, f := range findings {
-		p.say(check+"."+strings.ToLower(p.families[i].name), well, f)
-	}
-}
-
-// concludeAll reports the worst of the findings.
-func (p *probe) concludeAll(check, well string, findings []finding) {
-	var worst finding
-	for i, f := range findings {
-		if f.status == Fail && worst.status != Fail || f.status == Warn && worst.status == "" {
-			if worst = f; len(findings) == 2 && findings[0] != findings[1] {
-				worst.text = p.families[i].name + ", " + f.text
-			}
-		}
-	}
-	p.say(check, well, worst)
-}
-
+// say reports a finding, or that all is well. After an error it reports nothing: what
+// has been found since says nothing of the rules.
 func (p *probe) say(check, well string, f finding) {
 	switch {
-	case p.err != nil || f.status == told: // an error says nothing of the rules
-	case isBad(f):
+	case p.err != nil:
+	case f.status != "":
 		p.report(Result{check, f.status, f.text, f.remedy.words, f.remedy.command})
 	default:
 		p.ok(check, "%s", well)
@@ -384,10 +346,7 @@ func (p *probe) masked(f *family, set *nftset.Set, port uint16, was firewall.Ver
 	if p.asked[set] { // at another port
 		return finding{}
 	}
-	whole, stored := 32, 32
-	if f.name == "IPv6" {
-		whole, stored = 128, p.config.IPv6Prefix
-	}
+	whole := f.sources.Addr().BitLen()
 	length := func(bits int) string {
 		if bits == whole {
 			return "single addresses"
@@ -396,8 +355,8 @@ func (p *probe) masked(f *family, set *nftset.Set, port uint16, was firewall.Ver
 	}
 	for bits := whole; bits > 0 && p.err == nil; bits-- {
 		addr := p.source(f)
-		element := prefix(addr, bits)
-		if bits == stored || element == trust.Network(p.config, addr) {
+		element, stored := prefix(addr, bits), trust.Network(p.config, addr)
+		if element == stored {
 			continue
 		}
 		if ban {
@@ -409,12 +368,12 @@ func (p *probe) masked(f *family, set *nftset.Set, port uint16, was firewall.Ver
 		if (r.Verdict == firewall.Accept) == (was == firewall.Accept) {
 			continue
 		}
-		text := fmt.Sprintf("the rules look up %s in %s, and nftwl stores %s", length(bits), set.Name, length(stored))
+		text := fmt.Sprintf("the rules look up %s in %s, and nftwl stores ", length(bits), set.Name)
 		if whole == 32 {
-			return finding{status: Fail, text: text, remedy: remedy{words: "look up ip saddr as it is, without a mask"}}
+			return finding{status: Fail, text: text + length(whole), remedy: remedy{words: "look up ip saddr as it is, without a mask"}}
 		}
-		return finding{status: Fail, text: fmt.Sprintf("%s: ipv6_prefix is %d", text, stored),
-			remedy: remedy{words: "make the mask of the rule and ipv6_prefix in " + cmp.Or(p.ConfigPath, config.Path) + " equal"}}
+		return finding{status: Fail, text: fmt.Sprintf("%s%s: ipv6_prefix is %d", text, length(p.config.IPv6Prefix), p.config.IPv6Prefix),
+			remedy: remedy{words: "make the mask of the rule and ipv6_prefix in " + p.configPath() + " equal"}}
 	}
 	p.asked[set] = p.err == nil
 	return finding{}
@@ -457,7 +416,7 @@ func (p *probe) trusted(f *family, port uint16) finding {
 	if r == nil {
 		return finding{}
 	}
-	if m := p.masked(f, f.trusted, port, r.Verdict, true); isBad(m) {
+	if m := p.masked(f, f.trusted, port, r.Verdict, true); m.status != "" {
 		return m
 	}
 	text := p.rule(r.Step) + " drops trusted addresses"
@@ -471,7 +430,7 @@ func (p *probe) banned(f *family, port uint16) finding {
 	addr := p.source(f)
 	p.put(f.banned, trust.Network(p.config, addr), false)
 	if _, r := p.connect(addr, port); r.Verdict == firewall.Accept {
-		if m := p.masked(f, f.banned, port, r.Verdict, false); isBad(m) {
+		if m := p.masked(f, f.banned, port, r.Verdict, false); m.status != "" {
 			return m
 		}
 		step := r.Step
@@ -518,30 +477,25 @@ func (p *probe) accept(r *firewall.Result) remedy {
 		"nft insert rule " + nftName(r.Table) + " " + quote(r.Chain) + " " + rule}
 }
 
-// limits asks how strangers are limited, and returns a finding for each family,
-// and what to say where all is well.
-func (p *probe) limits() (findings []finding, well string) {
+// limits asks how strangers are limited, and returns what to say where all is well,
+// too.
+func (p *probe) limits() (worst finding, well string) {
 	well = "strict: strangers are dropped"
-	ports := slices.Clone(submission)
-	for _, port := range p.config.Ports {
-		if submits(port) && !slices.Contains(ports, port) {
-			ports = append(ports, port)
+	ports := slices.Concat(submission, p.config.Ports)
+	slices.Sort(ports)
+	ports = slices.DeleteFunc(slices.Compact(ports), func(port uint16) bool { return !submits(port) })
+	worst = p.worst(ports, func(f *family, port uint16) finding {
+		switch {
+		case p.open[key{f, port}].Verdict != firewall.Accept || p.past[key{f, port}]:
+			return finding{}
+		case !slices.Contains(p.config.Ports, port):
+			return finding{status: Warn, text: "strangers are let in, and `ports` lacks it: nobody is trusted there, and banned addresses are let in",
+				remedy: remedy{words: "add the port to `ports` in " + p.configPath() + ", or close it"}}
 		}
-	}
-	for _, f := range p.families {
-		findings = append(findings, p.worst(ports, func(port uint16) finding {
-			if p.open[key{f, port}].Verdict != firewall.Accept || p.past[key{f, port}] {
-				return finding{}
-			}
-			if !slices.Contains(p.config.Ports, port) {
-				return finding{status: Warn, text: "strangers are let in, and `ports` lacks it: nobody is trusted there, and banned addresses are let in",
-					remedy: remedy{words: "add the port to `ports` in " + cmp.Or(p.ConfigPath, config.Path) + ", or close it"}}
-			}
-			well = "a stranger above the limit is dropped and banned, each source by itself"
-			return p.limit(f, port)
-		}))
-	}
-	return findings, well
+		well = "a stranger above the limit is dropped and banned, each source by itself"
+		return p.limit(f, port)
+	})
+	return worst, well
 }
 
 func (p *probe) limit(f *family, port uint16) finding {
@@ -574,29 +528,25 @@ func (p *probe) limit(f *family, port uint16) finding {
 	return finding{status: Warn, text: p.rule(over.Step) + " drops what is over the limit, and no rule bans the source", remedy: limit}
 }
 
-// A login by IMAP or POP3 is what makes a stranger known, so one of these ports
-// must be open to strangers.
+// checkStrangers asks whether a stranger can become known: by a login by IMAP or
+// POP3, so one of these ports must be open to strangers.
 func (p *probe) checkStrangers() {
-	var findings []finding
-	shut := 0
+	var shut []*family
 	for _, f := range p.families {
-		one := finding{}
 		if !slices.ContainsFunc(mailboxes, func(port uint16) bool { return p.open[key{f, port}].Verdict == firewall.Accept }) {
-			r := p.open[key{f, mailboxes[1]}]
-			one = finding{status: Fail, text: portList(mailboxes) + ": " + p.rule(r.Step) + " drops who is not trusted yet, so nobody new can log in",
-				remedy: remedy{"accept new connections to those ports of IMAP or POP3 that are in use", "nft -a list chain " + nftName(r.Table) + " " + quote(r.Chain)}}
-			shut++
-		}
-		findings = append(findings, one)
-	}
-	if shut == 1 && len(findings) == 2 { // they get in by the other family
-		for i := range findings {
-			if isBad(findings[i]) {
-				findings[i].status = Warn
-			}
+			shut = append(shut, f)
 		}
 	}
-	p.concludeAll("rules.strangers", "strangers can open connections to log in by IMAP or POP3", findings)
+	var found finding
+	if len(shut) > 0 {
+		r := p.open[key{shut[0], mailboxes[1]}]
+		found = finding{status: Fail, text: portList(mailboxes) + ": " + p.rule(r.Step) + " drops who is not trusted yet, so nobody new can log in",
+			remedy: remedy{"accept new connections to those ports of IMAP or POP3 that are in use", "nft -a list chain " + nftName(r.Table) + " " + quote(r.Chain)}}
+	}
+	if len(shut) < len(p.families) && len(shut) > 0 { // they get in by the other family
+		found.status, found.text = Warn, shut[0].name+", "+found.text
+	}
+	p.say("rules.strangers", "strangers can open connections to log in by IMAP or POP3", found)
 }
 
 // checkUnseen names what is not in the copy. There mostly is nothing, which
