@@ -7,13 +7,12 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"os/exec"
-	"runtime"
 	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
 
+	"nftwl/pkg/firewall"
 	"nftwl/pkg/nftset"
 )
 
@@ -72,6 +71,9 @@ func (d *Doctor) checkBootOf(ctx context.Context, u unit) {
 				"after a reboot there is no firewall: nft does not load %s: %v", file, firstError(errs, err))
 			return
 		}
+		d.noRules = false
+		d.skip(check, "nft loads %s; what it has cannot be compared with what is loaded: %v", file, untold)
+		return
 	}
 	d.noRules = false
 	if len(then) > 0 {
@@ -81,12 +83,8 @@ func (d *Doctor) checkBootOf(ctx context.Context, u unit) {
 		}
 	}
 	now, err := listTable(ctx, nft, table)
-	switch {
-	case err != nil || len(now) == 0: // sets says that the table is missing
+	if err != nil || len(now) == 0 { // sets says that the table is missing
 		d.ok(check, "nft loads %s", file)
-		return
-	case untold != nil:
-		d.skip(check, "nft loads %s; what it has cannot be compared with what is loaded: %v", file, untold)
 		return
 	}
 	lost, added := difference(now, then), difference(then, now)
@@ -94,14 +92,15 @@ func (d *Doctor) checkBootOf(ctx context.Context, u unit) {
 		lost[0] = lost[i]
 	}
 	reload := remedy{fmt.Sprintf("put it into %s, or what that includes; or, where that is what you want, load it", file), "systemctl reload " + id}
+	const lacks = "%s lacks what is loaded now, so that after a reboot table %s has no %q"
 	switch {
 	case len(then) == 0:
 		d.fail(check, remedy{fmt.Sprintf("include the rules in %s; or name in %s the table that it has", file, d.configPath()), "nftwl setup nftables"},
 			"after a reboot table %s is gone: %s does not have it", table, file)
 	case lost != nil && essential(lost[0]):
-		d.fail(check, remedy{words: fmt.Sprintf("put it back into %s, or into what that includes", file)}, "%s lacks what is loaded now, so that after a reboot table %s has no %q", file, table, lost[0])
+		d.fail(check, remedy{words: fmt.Sprintf("put it back into %s, or into what that includes", file)}, lacks, file, table, lost[0])
 	case lost != nil:
-		d.warn(check, reload, "%s lacks what is loaded now, so that after a reboot table %s has no %q", file, table, lost[0])
+		d.warn(check, reload, lacks, file, table, lost[0])
 	case added != nil:
 		d.warn(check, remedy{"load it", "systemctl reload " + id}, "%s has changed since it was loaded: %q", file, added[0])
 	case !bytes.Equal(chains(now), chains(then)):
@@ -133,34 +132,22 @@ func firstError(errs []byte, err error) error {
 // afterBoot lists the table as a file makes it; it is empty where the file does
 // not.
 func (d *Doctor) afterBoot(ctx context.Context, nft, file string) (table []byte, err error) {
-	// Rules name devices, which an empty namespace lacks.
-	devices, err := net.Interfaces()
+	devices, err := net.Interfaces() // which rules can name, and an empty namespace lacks
 	if err != nil {
 		return nil, err
 	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // for good: the thread ends with its namespace
-		if err = unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			err = fmt.Errorf("unshare network namespace: %w", err)
-			return
-		}
-		var add strings.Builder
+	err = firewall.Inside(func() error {
 		for _, device := range devices {
-			fmt.Fprintf(&add, "tuntap add dev %s mode tun\n", device.Name)
+			if fd, err := firewall.MakeDevice(device.Name, 0); err == nil { // lo is there
+				defer unix.Close(fd)
+			}
 		}
-		ip := exec.CommandContext(ctx, find("ip"), "-force", "-batch", "-")
-		ip.Stdin = strings.NewReader(add.String())
-		_ = ip.Run() // one that is missing is one that the file may not name
-		var errs []byte
-		if _, errs, err = run(ctx, nft, "--file", file); err != nil {
-			err = firstError(errs, err)
-			return
+		if _, errs, err := run(ctx, nft, "--file", file); err != nil {
+			return firstError(errs, err)
 		}
-		table, _ = listTable(ctx, nft, d.config.Table)
-	}()
-	<-done
+		table, err = listTable(ctx, nft, d.config.Table)
+		return err
+	})
 	return table, err
 }
 

@@ -121,21 +121,21 @@ func Open(sources []netip.Prefix, ports []uint16) (*Copy, error) {
 	}
 	forwards := readForwarding()
 
-	if err := inside(func() error { forward(forwards); return c.make(ports) }); err != nil {
+	if err := Inside(func() error { forward(forwards); return c.make(ports) }); err != nil {
 		c.Close()
 		return nil, err
 	}
 	return c, nil
 }
 
-// inside runs f on a thread in a network namespace of its own. What f opens stays
+// Inside runs f on a thread in a network namespace of its own. What f opens stays
 // there, and keeps the namespace.
-func inside(f func() error) error {
+func Inside(f func() error) error {
 	result := make(chan error)
 	go func() {
 		runtime.LockOSThread()
 		if unix.Gettid() == unix.Getpid() { // whose namespace is the process's to others
-			result <- inside(f)
+			result <- Inside(f)
 			runtime.UnlockOSThread()
 			return
 		}
@@ -282,19 +282,6 @@ func (c *Copy) Close() {
 	for _, fd := range c.files {
 		unix.Close(fd)
 	}
-}
-
-// Tables returns those that have a set of the name, whether or not they could be
-// copied.
-func (c *Copy) Tables(set string) (found []nftset.Table) {
-	for _, t := range c.tables {
-		if slices.ContainsFunc(t.objects[unix.NFT_MSG_NEWSET], func(o nftset.Object) bool {
-			return text(attribute(o.Attrs, unix.NFTA_SET_NAME)) == set
-		}) {
-			found = append(found, t.Table)
-		}
-	}
-	return found
 }
 
 // Lookup returns a rule that looks up a set, and whether it is in a base chain;

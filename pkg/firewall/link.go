@@ -99,29 +99,14 @@ func readDevices(sources []netip.Prefix) (devices []*device, routes []route, err
 
 // make makes the device in the namespace of the calling thread.
 func (d *device) make(r *routeConn) (err error) {
-	if d.tun, err = unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0); err != nil {
-		return fmt.Errorf("%w: /dev/net/tun: %w", ErrTUN, err)
+	if d.tun, err = MakeDevice(d.name, d.index); err != nil {
+		return fmt.Errorf("%w: device %s: %w", ErrTUN, d.name, err)
 	}
-	req, err := unix.NewIfreq(d.name)
+	made, err := net.InterfaceByName(d.name)
 	if err != nil {
 		return err
 	}
-	req.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
-	if d.index > 0 {
-		err = unix.IoctlSetPointerInt(d.tun, unix.TUNSETIFINDEX, d.index)
-	}
-	if err == nil {
-		err = unix.IoctlIfreq(d.tun, unix.TUNSETIFF, req)
-	}
-	if err == nil && d.index == 0 {
-		var i *net.Interface
-		if i, err = net.InterfaceByName(d.name); err == nil {
-			d.index = i.Index
-		}
-	}
-	if err != nil {
-		return fmt.Errorf("%w: device %s: %w", ErrTUN, d.name, err)
-	}
+	d.index = made.Index
 	if err := r.up(d.index); err != nil {
 		return fmt.Errorf("device %s: %w", d.name, err)
 	}
@@ -130,6 +115,30 @@ func (d *device) make(r *routeConn) (err error) {
 		_ = r.addAddress(d.index, a)
 	}
 	return nil
+}
+
+// MakeDevice makes a TUN device in the namespace of the calling thread, which is
+// there until its file descriptor is closed. An index of 0 stands for any.
+func MakeDevice(name string, index int) (fd int, err error) {
+	req, err := unix.NewIfreq(name)
+	if err != nil {
+		return -1, err
+	}
+	req.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
+	if fd, err = unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0); err != nil {
+		return -1, fmt.Errorf("/dev/net/tun: %w", err)
+	}
+	if index > 0 {
+		err = unix.IoctlSetPointerInt(fd, unix.TUNSETIFINDEX, index)
+	}
+	if err == nil {
+		err = unix.IoctlIfreq(fd, unix.TUNSETIFF, req)
+	}
+	if err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
 }
 
 // routeConn is a connection to the kernel's routing tables: rtnetlink(7).
