@@ -5,6 +5,7 @@
 package doctor
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -59,15 +60,15 @@ type Doctor struct {
 
 	dovecot *doveconf.Settings // nil where they cannot be read
 	unread  string             // why
-	master  int                // its process; 0 where Dovecot does not run
-	stale   bool               // its configuration has changed since it was loaded
-	causes  map[string]bool    // that have been reported
+	running bool
+	stale   bool            // its configuration has changed since it was loaded
+	told    map[remedy]bool // for logins that fail
 }
 
 // Run makes every check, in the order in which a login and a reboot meet what
 // they look at, and reports each result as soon as it is known.
 func (d *Doctor) Run(ctx context.Context, report func(Result)) {
-	d.report, d.causes = report, make(map[string]bool)
+	d.report, d.told = report, make(map[remedy]bool)
 	for _, check := range []func(context.Context){
 		d.checkConfig,
 		d.checkKernel,
@@ -148,8 +149,7 @@ func output(ctx context.Context, program string, args ...string) ([]byte, error)
 	return out, fmt.Errorf("%s: %w", filepath.Base(program), err)
 }
 
-// run runs a program, and returns what it wrote to stdout and stderr. Neither
-// its time nor its output is without bound.
+// run runs a program, and returns what it wrote to stdout and stderr.
 func run(ctx context.Context, program string, args ...string) (_, _ []byte, err error) {
 	started := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, patience)
@@ -157,35 +157,13 @@ func run(ctx context.Context, program string, args ...string) (_, _ []byte, err 
 	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Env = append(cmd.Environ(), "LC_ALL=C")
 	cmd.WaitDelay = time.Second // or a child of its that holds the pipe is waited for
-	var out, errs capped
+	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
-	err = cmd.Run()
-	switch {
-	case err == nil:
-	case out.full || errs.full:
-		err = fmt.Errorf("%w that ends within %d MiB", errNoAnswer, maxOutput>>20)
-	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+	if err = cmd.Run(); err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		end, _ := ctx.Deadline() // which can be the caller's
 		err = fmt.Errorf("%w within %v", errNoAnswer, end.Sub(started).Round(100*time.Millisecond))
 	}
-	return out.text, errs.text, err
-}
-
-// maxOutput is more than a ruleset or a configuration ever has, in bytes.
-const maxOutput = 64 << 20
-
-// capped keeps what a program writes up to a limit, where the program ends.
-type capped struct {
-	text []byte
-	full bool
-}
-
-func (c *capped) Write(p []byte) (int, error) {
-	if c.full = len(c.text)+len(p) > maxOutput; c.full {
-		return 0, errNoAnswer
-	}
-	c.text = append(c.text, p...)
-	return len(p), nil
+	return out.Bytes(), errs.Bytes(), err
 }
 
 // quote makes a word for a shell of a path.

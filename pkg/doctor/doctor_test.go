@@ -166,8 +166,6 @@ func TestOutput(t *testing.T) {
 		{"failed", "echo said; echo why >&2; exit 1", time.Minute, false, "sh: why"},
 		{"failed in silence", "echo said; exit 1", time.Minute, false, "sh: exit status 1"},
 		{"hangs", "echo said; exec sleep 60", time.Second / 2, true, "sh: no answer within 500ms"},
-		{"no end", "head -c 100M /dev/zero", time.Minute, true, "sh: no answer that ends within 64 MiB"},
-		{"no end on stderr", "head -c 100M /dev/zero >&2", time.Minute, true, "sh: no answer that ends within 64 MiB"},
 	} {
 		t.Run(v.name, func(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), v.patience)
@@ -176,7 +174,7 @@ func TestOutput(t *testing.T) {
 			if got := fmt.Sprint(err); (err != nil || v.want != "") && got != v.want || errors.Is(err, errNoAnswer) != v.mute {
 				t.Errorf("the error is %q, want %q", got, v.want)
 			}
-			if strings.Contains(v.script, "said") && string(out) != "said\n" || len(out) > maxOutput {
+			if strings.Contains(v.script, "said") && string(out) != "said\n" {
 				t.Errorf("%d bytes: %.20q", len(out), out)
 			}
 		})

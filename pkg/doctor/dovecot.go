@@ -1,8 +1,6 @@
 package doctor
 
 import (
-	"bytes"
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -58,7 +56,7 @@ func (d *Doctor) checkDovecot(ctx context.Context) {
 	d.dovecot = doveconf.Parse(string(out))
 	d.checkRunning(ctx)
 	for _, p := range d.checkProtocols() {
-		d.checkPostLogin(ctx, p)
+		d.checkPostLogin(p)
 	}
 }
 
@@ -66,7 +64,7 @@ func (d *Doctor) checkDovecot(ctx context.Context) {
 // there.
 func (d *Doctor) checkRunning(ctx context.Context) {
 	const check = "dovecot.running"
-	pid, loaded, err := master(d.dovecot.Path("master.pid"))
+	loaded, err := master(d.dovecot.Path("master.pid"))
 	if err != nil {
 		unit := unit{}
 		if program := systemctl(); program != "" {
@@ -84,13 +82,11 @@ func (d *Doctor) checkRunning(ctx context.Context) {
 		}
 		return
 	}
-	d.master = pid
-	var newer []string
-	for end := time.Now().Add(time.Second); ; time.Sleep(50 * time.Millisecond) { // it may be about to
-		if newer = d.newer(loaded); newer == nil || time.Now().After(end) {
-			break
-		}
-		if _, at, err := master(d.dovecot.Path("master.pid")); err == nil {
+	d.running = true
+	newer := d.newer(loaded)
+	for end := time.Now().Add(time.Second); newer != nil && time.Now().Before(end); newer = d.newer(loaded) { // it may be about to
+		time.Sleep(50 * time.Millisecond)
+		if at, err := master(d.dovecot.Path("master.pid")); err == nil {
 			loaded = at
 		}
 	}
@@ -115,55 +111,39 @@ func (d *Doctor) newer(since time.Time) (files []string) {
 	return files
 }
 
-// master returns Dovecot's first process, and when it loaded its configuration.
+// master returns when Dovecot's first process loaded its configuration.
 // A reload starts another process log, see services_destroy() of Dovecot's
 // src/master/service.c; one that fails does not.
-func master(pidFile string) (pid int, loaded time.Time, err error) {
-	b, err := os.ReadFile(pidFile)
+func master(pidFile string) (loaded time.Time, err error) {
+	text, err := os.ReadFile(pidFile)
 	if err != nil {
-		return 0, loaded, err
+		return loaded, err
 	}
-	main, err := readProcess(strings.TrimSpace(string(b)))
-	if err != nil || main.name != "dovecot" { // the file is an old one
-		return 0, loaded, cmp.Or(err, fs.ErrNotExist)
+	pid := strings.TrimSpace(string(text))
+	main := stat(pid)
+	if main[1] != "(dovecot)" { // the file is an old one
+		return loaded, fs.ErrNotExist
 	}
-	started := main.started
+	ticks := func(s []string) int64 { n, _ := strconv.ParseInt(s[21], 10, 64); return n } // since the machine booted
+	started := ticks(main)
 	all, _ := filepath.Glob("/proc/[0-9]*") // the pattern is right
 	for _, dir := range all {
-		if p, err := readProcess(filepath.Base(dir)); err == nil && p.name == "log" && p.parent == main.pid {
-			started = max(started, p.started)
+		if s := stat(filepath.Base(dir)); s[1] == "(log)" && s[3] == pid {
+			started = max(started, ticks(s))
 		}
 	}
 	var now unix.Timespec
 	err = unix.ClockGettime(unix.CLOCK_BOOTTIME, &now)
-	// The kernel counts in steps of 10 ms.
-	return main.pid, time.Now().Add(started - time.Duration(now.Nano()) + 20*time.Millisecond), err
+	const tick = time.Second / 100 // USER_HZ
+	// Two more, since the kernel rounds down.
+	return time.Now().Add(time.Duration(started+2)*tick - time.Duration(now.Nano())), err
 }
 
-// A process is one of /proc.
-type process struct {
-	pid, parent int
-	name        string
-	started     time.Duration // since the machine booted
-}
-
-// readProcess reads what proc_pid_stat(5) describes.
-func readProcess(pid string) (p process, err error) {
-	text, err := os.ReadFile(filepath.Join("/proc", pid, "stat"))
-	if err != nil {
-		return p, err
-	}
-	name, rest, _ := bytes.Cut(text, []byte("("))
-	i := bytes.LastIndexByte(rest, ')') // the name can have one, too
-	fields := strings.Fields(string(rest[i+1:]))
-	if i < 0 || len(fields) < 20 {
-		return p, fmt.Errorf("/proc/%s/stat: %q", pid, text)
-	}
-	ticks, _ := strconv.ParseInt(fields[19], 10, 64) // numbers all of them
-	p.pid, _ = strconv.Atoi(string(bytes.TrimSpace(name)))
-	p.parent, _ = strconv.Atoi(fields[1])
-	p.name, p.started = string(rest[:i]), time.Duration(ticks)*(time.Second/100) // USER_HZ
-	return p, nil
+// stat returns what proc_pid_stat(5) describes, of a process whose name has no
+// spaces; of one that is gone, empty words.
+func stat(pid string) []string {
+	text, _ := os.ReadFile(filepath.Join("/proc", pid, "stat"))
+	return append(strings.Fields(string(text)), make([]string, 22)...)
 }
 
 // useDropIn is the remedy where a mail service does not ask nftwl.

@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"cmp"
 	"context"
 	"os"
 	"os/exec"
@@ -91,14 +92,16 @@ func isMail(jail string) bool {
 func (d *Doctor) checkJail(ctx context.Context, client, jail string) error {
 	check := "fail2ban." + jail
 	restart := "systemctl restart fail2ban"
-	get := func(args ...string) (string, error) {
+	var failed error
+	get := func(args ...string) string {
 		out, err := output(ctx, client, append([]string{"get", jail}, args...)...)
-		return strings.TrimSpace(string(out)), err
+		failed = cmp.Or(failed, err)
+		return strings.TrimSpace(string(out))
 	}
 	// A line of words, and one with the names; or a line that there are none.
-	actions, err := get("actions")
-	if err != nil {
-		return err
+	actions, ignore := get("actions"), get("ignorecommand")
+	if failed != nil {
+		return failed
 	}
 	_, names, _ := strings.Cut(actions, "\n")
 	all := strings.FieldsFunc(names, func(r rune) bool { return strings.ContainsRune(", \n", r) })
@@ -113,13 +116,9 @@ func (d *Doctor) checkJail(ctx context.Context, client, jail string) error {
 			"jail %s has %s, and not nftwl: trusted addresses can be banned, and nftwl list does not show the bans", jail, with)
 		return nil
 	}
-	program, err := get("action", all[i], "nftwl")
-	if err != nil {
-		return err
-	}
-	ignore, err := get("ignorecommand")
-	if err != nil {
-		return err
+	program := get("action", all[i], "nftwl")
+	if failed != nil {
+		return failed
 	}
 	for _, command := range []string{program, ignore} {
 		if word, _, _ := strings.Cut(command, " "); strings.HasPrefix(word, "/") {

@@ -1,7 +1,6 @@
 package doctor
 
 import (
-	"bufio"
 	"bytes"
 	"cmp"
 	"context"
@@ -11,6 +10,7 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -62,23 +62,21 @@ func (d *Doctor) checkPolicyService(ctx context.Context) (down bool) {
 	}
 	enable := remedy{"enable them", "systemctl enable --now nftwld.socket nftwld.service"}
 	for _, u := range units {
-		switch state := u["ActiveState"]; {
+		state := u["ActiveState"]
+		down := !slices.Contains([]string{"active", "activating", "reloading"}, state)
+		switch {
 		case u["LoadState"] == "not-found":
 			d.fail(check, setupPolicy, "%s is not installed", u["Id"])
-		case u["LoadState"] != "loaded":
-			d.fail(check, remedy{"take the unit as it was shipped", "systemctl status " + u["Id"]}, "%s is %s", u["Id"], u["LoadState"])
 		case state == "failed":
 			d.fail(check, remedy{"fix what it says, then: systemctl restart " + u["Id"], u.journal()}, "%s has failed: %s", u["Id"], u.why(ctx))
-		case state != "active" && state != "activating" && state != "reloading":
+		case down:
 			d.fail(check, enable, "%s is %s", u["Id"], state)
 		case !u.startsAtBoot():
 			d.fail(check, enable, "%s is not enabled: after a reboot nobody learns of logins", u["Id"])
-		case u["NeedDaemonReload"] == "yes":
-			d.warn(check, reloadUnits, "%s has another file than systemd has read", u["Id"])
 		default:
 			continue
 		}
-		return u["ActiveState"] != "active"
+		return down
 	}
 	d.ok(check, "nftwld.socket and nftwld.service are enabled and active")
 	return false
@@ -235,15 +233,14 @@ func request(ctx context.Context, address, text string) (status int, body []byte
 		return 0, nil, err
 	}
 	const most = 1 << 20 // bytes, more than nftwld's metrics ever have
-	answer, err := io.ReadAll(io.LimitReader(bufio.NewReader(conn), most))
-	head, body, _ := bytes.Cut(answer, []byte("\r\n\r\n"))
-	words := strings.Fields(string(head))
-	if err == nil && (len(words) < 2 || !strings.HasPrefix(words[0], "HTTP/")) {
-		err = errors.New("not an answer of HTTP")
-	}
+	answer, err := io.ReadAll(io.LimitReader(conn, most))
 	if err != nil {
 		return 0, nil, err
 	}
-	status, _ = strconv.Atoi(words[1]) // 0 is no status
+	head, body, _ := bytes.Cut(answer, []byte("\r\n\r\n"))
+	var minor int
+	if _, err := fmt.Sscanf(string(head), "HTTP/1.%d %d", &minor, &status); err != nil {
+		return 0, nil, errors.New("not an answer of HTTP")
+	}
 	return status, body, nil
 }

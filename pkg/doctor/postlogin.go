@@ -2,8 +2,6 @@ package doctor
 
 import (
 	"cmp"
-	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -38,7 +36,7 @@ func (p *postLogin) config() string { return cmp.Or(p.login.Config, config.Path)
 func (p *postLogin) root() bool { return p.user == "root" || p.user == "0" }
 
 // checkPostLogin checks a service that runs nftwl login.
-func (d *Doctor) checkPostLogin(ctx context.Context, p *postLogin) {
+func (d *Doctor) checkPostLogin(p *postLogin) {
 	const check = "dovecot.service"
 	executable := p.Values["executable"]
 	login, err := install.ParsePostLogin(executable)
@@ -66,7 +64,7 @@ func (d *Doctor) checkPostLogin(ctx context.Context, p *postLogin) {
 	d.checkSafe(p)
 	d.checkListener(p)
 	d.checkProcessLimit(p)
-	d.checkLogin(ctx, p)
+	d.checkLogin(p)
 }
 
 // resolve finds the programs of a login.
@@ -109,8 +107,11 @@ func chain() remedy {
 	return remedy{"have nftwl run it, as the same user: the drop-in that setup writes does both", "nftwl setup dovecot --write && doveadm reload"}
 }
 
+// What a service does that is broken.
+const denied, untrusted = "every login is denied", "logins go on, and no client is trusted"
+
 // checkLogin has the service trust a client, or says why it would not.
-func (d *Doctor) checkLogin(ctx context.Context, p *postLogin) {
+func (d *Doctor) checkLogin(p *postLogin) {
 	const check = "dovecot.login"
 	since := time.Now()
 	untried := d.untried(p)
@@ -122,34 +123,34 @@ func (d *Doctor) checkLogin(ctx context.Context, p *postLogin) {
 	gone := errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED)
 	switch {
 	case untried != "":
-	case gone && d.master == 0:
+	case gone && !d.running:
 		untried = "Dovecot is not running"
 	case err == nil && trusted == nil:
 		untried = "nftwl ignores the addresses that could be tried, 192.0.2.0/24 and 2001:db8::/32, trusts them already, or has no set for them"
 	case err == nil:
 		d.ok(check, "a login by %s was tried: it trusts %s; that was removed again", p.Name, strings.Join(trusted, " and "))
 		return
-	}
-	cause := d.cause(ctx, p)
-	if cause.text != "" && d.causes[cause.text] { // one cause is one finding
-		return
-	}
-	d.causes[cause.text] = true
-	switch {
-	case untried != "" && cause.text != "":
-		d.fail(check, cause.remedy, "%s: %s", cause.text, cause.effect)
-	case untried != "":
-		d.skip(check, "no login by %s was tried: %s", p.Name, untried)
 	case gone:
 		d.fail(check, remedy{"have Dovecot read its configuration, which has that service", "doveadm reload"}, "the running Dovecot has no %s: %v", p.Name, err)
-	case cause.text != "":
-		d.fail(check, cause.remedy, "a login by %s was tried: %v: %s", p.Name, err, cause.text)
+		return
+	}
+	text, effect, fix := d.broken(p)
+	switch {
+	case untried != "" && text == "":
+		d.skip(check, "no login by %s was tried: %s", p.Name, untried)
+		return
+	case untried != "":
+		text += ": " + effect
+	case text != "":
+		text = fmt.Sprintf("a login by %s was tried: %v: %s", p.Name, err, text)
 	default:
-		remedy := remedy{"see what Dovecot says", "doveadm log errors"}
-		if d.stale {
-			remedy = reload("its configuration has changed")
-		}
-		d.fail(check, remedy, "a login by %s was tried: %v%s", p.Name, err, logged(d.dovecot, strings.TrimPrefix(p.Name, "service "), since))
+		why := logged(d.dovecot, strings.TrimPrefix(p.Name, "service "), since)
+		text = fmt.Sprintf("a login by %s was tried: %v%s", p.Name, err, why)
+		fix = d.unseen(p, why)
+	}
+	if !d.told[fix] { // one cause is one finding, whatever services it breaks
+		d.told[fix] = true
+		d.fail(check, fix, "%s", text)
 	}
 }
 
@@ -168,53 +169,46 @@ func (d *Doctor) untried(p *postLogin) string {
 	return ""
 }
 
-// What a service does that is broken.
-const denied, untrusted = "every login is denied", "logins go on, and no client is trusted"
-
-// A cause is why a service trusts no one, as far as can be read.
-type cause struct {
-	text, effect string
-	remedy       remedy
-}
-
-func (d *Doctor) cause(ctx context.Context, p *postLogin) cause {
+// broken says what keeps a service from trusting anyone, as far as can be read;
+// text is empty if nothing does.
+func (d *Doctor) broken(p *postLogin) (text, effect string, fix remedy) {
 	for _, path := range append([]string{p.nftwl}, p.scripts...) {
 		info, err := os.Stat(path)
 		switch {
 		case err != nil && path == p.nftwl:
-			return cause{err.Error(), denied, remedy{"install nftwl there", "install -m 755 " + quote(d.Executable) + " " + quote(path)}}
+			return err.Error(), denied, remedy{"install nftwl there", "install -m 755 " + quote(d.Executable) + " " + quote(path)}
 		case err != nil:
-			return cause{err.Error(), denied, reload("put it there, or take it out of executable = %s in %s", p.Values["executable"], p.Name)}
+			return err.Error(), denied, reload("put it there, or take it out of executable = %s in %s", p.Values["executable"], p.Name)
 		case !info.Mode().IsRegular() || unix.Access(path, unix.X_OK) != nil:
-			return cause{path + " cannot be executed", denied, remedy{"make it executable", "chmod 755 " + quote(path)}}
+			return path + " cannot be executed", denied, remedy{"make it executable", "chmod 755 " + quote(path)}
 		}
 	}
-	// All that a service lacks, so that it need not be changed twice.
-	var c cause
+	// The remedy names all that a service lacks, so that it need not be changed twice.
 	var lacks []string
-	lack := func(setting, text, effect string) {
+	lack := func(setting, what, does string) {
 		lacks = append(lacks, setting)
-		if c.text == "" {
-			c.text, c.effect = text, effect
+		if text == "" {
+			text, effect = p.Name+" "+what, does
 		}
 	}
 	if written, limit, err := d.dovecot.VszLimit(p.Settings); err != nil || limit != 0 && !enough(limit) {
-		lack("vsz_limit = 1G", fmt.Sprintf("%s has vsz_limit = %s, and nftwl needs 1G", p.Name, written), denied)
+		lack("vsz_limit = 1G", "has vsz_limit = "+written+", and nftwl needs 1G", denied)
 	}
-	capable := hasFileCapability(p.nftwl)
-	if p.login.MailUser && !capable {
-		lack("executable = script-login without -d", p.Name+" runs as the mail user, who may not write to nftables", untrusted)
-	} else if !p.root() && !capable {
-		lack("user = root", fmt.Sprintf("%s runs as %s, who may not write to nftables", p.Name, p.user), untrusted)
+	_, err := unix.Getxattr(p.nftwl, "security.capability", nil)
+	switch capable := err == nil; {
+	case capable || p.root():
+	case p.login.MailUser:
+		lack("executable = script-login without -d", "runs as the mail user, who may not write to nftables", untrusted)
+	default:
+		lack("user = root", "runs as "+p.user+", who may not write to nftables", untrusted)
 	}
-	if lacks != nil {
-		if most, _ := d.mostProcesses(p); d.dovecot.ProcessLimit(p.Settings) < most {
-			lacks = append(lacks, fmt.Sprintf("process_limit = %d", most))
-		}
-		c.remedy = reload("in %s, set %s", p.Name, strings.Join(lacks, ", "))
-		return c
+	if text == "" {
+		return "", "", remedy{}
 	}
-	return d.withheld(ctx, p)
+	if most, _ := d.mostProcesses(p); d.dovecot.ProcessLimit(p.Settings) < most {
+		lacks = append(lacks, fmt.Sprintf("process_limit = %d", most))
+	}
+	return text, effect, reload("in %s, set %s", p.Name, strings.Join(lacks, ", "))
 }
 
 // enough tells whether nftwl runs within a limit on its address space: Go's
@@ -223,54 +217,27 @@ func enough(limit uint64) bool {
 	return limit >= 1<<30 && (limit < 1110<<20 || limit > 1200<<20)
 }
 
-// withheld is about what Dovecot's unit, or its container, denies it.
-func (d *Doctor) withheld(ctx context.Context, p *postLogin) cause {
-	if d.master == 0 {
-		return cause{}
+// unseen is the remedy for what only a login shows, by what Dovecot has logged of it.
+func (d *Doctor) unseen(p *postLogin, why string) remedy {
+	// What nftwl lacks, though the doctor has it. Without the capability, a file that
+	// has it cannot be executed; without AF_NETLINK, there seems to be no nf_tables.
+	withheld := slices.ContainsFunc([]string{"CAP_NET_ADMIN", "nf_tables", "Operation not permitted"},
+		func(words string) bool { return strings.Contains(why, words) })
+	switch {
+	case d.stale:
+		return reload("its configuration has changed")
+	case !withheld:
+		return remedy{"see what Dovecot says", "doveadm log errors"}
+	case !p.root():
+		return reload("in %s, set user = root", p.Name)
+	case systemctl() == "":
+		return remedy{words: "let Dovecot's container have CAP_NET_ADMIN, and netlink sockets"}
 	}
-	text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", d.master)) // nothing is known of a process that is gone
-	var lacks, settings []string
-	noNew := false
-	for line := range strings.Lines(string(text)) { // see proc_pid_status(5)
-		key, value, _ := strings.Cut(strings.TrimSpace(line), ":\t")
-		caps, err := strconv.ParseUint(value, 16, 64)
-		switch {
-		case key == "NoNewPrivs":
-			noNew = value == "1"
-		case key == "CapBnd" && err == nil && caps&(1<<unix.CAP_NET_ADMIN) == 0:
-			lacks = append(lacks, "CAP_NET_ADMIN")
-			// Right for any unit: see contrib/systemd/dovecot.service.d.
-			settings = append(settings, "CapabilityBoundingSet=~CAP_NET_ADMIN", "CapabilityBoundingSet=CAP_NET_ADMIN")
-		}
-	}
-	program := systemctl()
-	if program != "" {
-		units, err := show(ctx, program, "dovecot.service")
-		if err == nil && units[0].withholdsNetlink() {
-			lacks = append(lacks, "AF_NETLINK (RestrictAddressFamilies)")
-			settings = append(settings, "RestrictAddressFamilies=AF_NETLINK")
-		}
-	}
-	if lacks == nil && noNew && !p.root() {
-		return cause{"NoNewPrivileges keeps a file from giving privileges", untrusted, reload("in %s, set user = root", p.Name)}
-	}
-	if lacks == nil {
-		return cause{}
-	}
-	withholds := "Dovecot's unit withholds " + strings.Join(lacks, " and ")
-	if program == "" {
-		return cause{withholds, untrusted, remedy{words: "let its container have it"}}
-	}
-	const dir = install.UnitDir + "/dovecot.service.d"
-	return cause{withholds, untrusted, remedy{"let its unit have it",
-		fmt.Sprintf(`mkdir -p %[1]s && printf '%%s\n' '[Service]' '%[2]s' >>%[1]s/nftwl.conf && systemctl daemon-reload && systemctl restart dovecot`,
-			dir, strings.Join(settings, "' '"))}}
-}
-
-// withholdsNetlink is about a list of what is allowed or, after a ~, denied.
-func (u unit) withholdsNetlink() bool {
-	list, denied := strings.CutPrefix(u["RestrictAddressFamilies"], "~")
-	return list != "" && slices.Contains(strings.Fields(list), "AF_NETLINK") == denied
+	// Two lines for each are right for any unit: see contrib/systemd/dovecot.service.d.
+	return remedy{"let Dovecot's unit have CAP_NET_ADMIN and AF_NETLINK, which it withholds",
+		"mkdir -p /etc/systemd/system/dovecot.service.d && printf '%s\\n' '[Service]' 'CapabilityBoundingSet=~CAP_NET_ADMIN' 'CapabilityBoundingSet=CAP_NET_ADMIN'" +
+			" 'RestrictAddressFamilies=~AF_NETLINK' 'RestrictAddressFamilies=AF_NETLINK' >>/etc/systemd/system/dovecot.service.d/nftwl.conf" +
+			" && systemctl daemon-reload && systemctl restart dovecot"}
 }
 
 // checkSafe checks that Dovecot runs as root only what is root's, and this very
@@ -334,17 +301,4 @@ func (d *Doctor) mostProcesses(p *postLogin) (most uint64, name string) {
 		}
 	}
 	return most, name
-}
-
-// hasFileCapability tells whether a file, when it is executed, has CAP_NET_ADMIN
-// in effect: struct vfs_cap_data of include/uapi/linux/capability.h.
-func hasFileCapability(path string) bool {
-	var b [24]byte
-	n, err := unix.Getxattr(path, "security.capability", b[:])
-	if err != nil || n < 8 {
-		return false
-	}
-	const effective = 1 // VFS_CAP_FLAGS_EFFECTIVE
-	permitted := binary.LittleEndian.Uint32(b[4:])
-	return binary.LittleEndian.Uint32(b[:])&effective != 0 && permitted&(1<<unix.CAP_NET_ADMIN) != 0
 }

@@ -22,8 +22,8 @@ func systemctl() string {
 type unit map[string]string
 
 // properties are those that the checks look at; a unit has those of its type.
-const properties = "Id,LoadState,ActiveState,UnitFileState,NeedDaemonReload,Result,ReloadResult," +
-	"RestrictAddressFamilies,ExecStart,ExecMainExitTimestamp,ExecMainExitTimestampMonotonic,StateChangeTimestampMonotonic,ActiveEnterTimestampMonotonic"
+const properties = "Id,LoadState,ActiveState,UnitFileState,Result,ReloadResult," +
+	"ExecStart,ExecMainExitTimestamp,ExecMainExitTimestampMonotonic,StateChangeTimestampMonotonic"
 
 // show asks systemd for units.
 func show(ctx context.Context, systemctl string, names ...string) ([]unit, error) {

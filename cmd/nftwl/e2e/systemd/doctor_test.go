@@ -168,7 +168,7 @@ func TestDoctorPersistence(t *testing.T) {
 			},
 				m.commands("cp -p /run/good " + file + "; systemctl reload nftwl-persist"),
 				map[string]string{
-					"persistence.unit":     "fail: the sets were not restored after the last reload of nftables: .*cut short",
+					"persistence.unit":     "fail: the sets were not restored: .*cut short",
 					"persistence.snapshot": "fail: " + file + ": line .*cut short",
 				}},
 			{"a start that restored nothing", func() {
@@ -193,8 +193,6 @@ func TestDoctorPersistence(t *testing.T) {
 			{"no persist unit", m.commands("mv /etc/systemd/system/nftwl-persist.service /run; systemctl daemon-reload"),
 				m.commands("mv /run/nftwl-persist.service /etc/systemd/system/; systemctl daemon-reload"),
 				map[string]string{"persistence.unit": "warn: nftwl-persist.service is not installed:" + late}},
-			{"a file that systemd has not read", m.commands("touch /etc/systemd/system/nftwl-persist.service"), nil,
-				map[string]string{"persistence.unit": "warn: .*another file than systemd has read"}},
 			{"timer stopped", m.commands("systemctl stop nftwl-save.timer"), nil,
 				map[string]string{"persistence.save": "warn: nftwl-save.timer is inactive: a power cut loses "}},
 			{"a boot file with an error", m.commands("echo nonsense >>/etc/nftables.conf"), m.commands(asBefore),
@@ -241,8 +239,6 @@ func TestDoctorPersistence(t *testing.T) {
 				map[string]string{"persistence.snapshot": "warn: .* saved 2h ago, though nftwl-save.timer saves"}},
 			{"of other sets", m.commands("cp -p " + file + " /run/good; nft add table inet other; nft list table inet other >" + file + "; nft delete table inet other"), m.commands("cp -p /run/good " + file),
 				map[string]string{"persistence.snapshot": "fail: .*none of the sets in it is one of table inet filter"}},
-			{"a damaged one kept", m.commands("touch " + file + ".bad"), nil,
-				map[string]string{"persistence.bad": "warn: .*" + file + ".bad"}},
 		})
 
 		// Where there is no table, the remedy brings the rules as well.
@@ -337,11 +333,11 @@ func TestDoctorDovecotUnit(t *testing.T) {
 			}, m.commands("systemctl restart dovecot"), map[string]string{
 				"dovecot.running": "fail: dovecot.service has failed: result signal", "dovecot.login": "skip: "}},
 			{"capabilities", unit("CapabilityBoundingSet=~CAP_NET_ADMIN"), nil, map[string]string{
-				"dovecot.login": "fail: a login by service nftwl was tried: logins go on, and no client is trusted: Dovecot's unit withholds CAP_NET_ADMIN$"}},
+				"dovecot.login": "fail: a login by service nftwl was tried: logins go on, and no client is trusted: .*CAP_NET_ADMIN is missing$"}},
 			{"address families", unit("RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"), nil, map[string]string{
-				"dovecot.login": "fail: .* no client is trusted: Dovecot's unit withholds AF_NETLINK "}},
+				"dovecot.login": "fail: .* no client is trusted: .*nf_tables"}},
 			{"both", unit("RestrictAddressFamilies=~AF_NETLINK\nCapabilityBoundingSet=~CAP_NET_ADMIN"), nil, map[string]string{
-				"dovecot.login": "fail: .* no client is trusted: Dovecot's unit withholds CAP_NET_ADMIN and AF_NETLINK "}},
+				"dovecot.login": "fail: .* no client is trusted: .*nf_tables"}},
 		})
 	})
 }
