@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -60,7 +59,7 @@ const attrTable = 1
 const (
 	hookDev       = 3 // NFTA_HOOK_DEV
 	hookDevs      = 4 // NFTA_HOOK_DEVS
-	deviceName    = 1 // NFTA_DEVICE_NAME; NFTA_DEVICE_PREFIX is another
+	deviceName    = 1 // NFTA_DEVICE_NAME
 	chainUse      = 6 // NFTA_CHAIN_USE
 	chainFlags    = 10
 	ruleUserData  = 7
@@ -171,14 +170,16 @@ func (t *table) prepare(devices []*device) {
 				// The flags are for hardware, and for a chain without a name.
 				o.Attrs = without(o.Attrs, unix.NFTA_CHAIN_HANDLE, chainUse, chainFlags)
 				hook := attribute(o.Attrs, unix.NFTA_CHAIN_HOOK)
-				if list := attribute(hook, hookDevs); list != nil {
-					if list = present(list, devices); list == nil {
-						o.Attrs = only(o.Attrs, attrTable, unix.NFTA_CHAIN_NAME) // it sees other packets alone
-						break
-					}
-					hook = nftset.AppendAttribute(without(hook, hookDev, hookDevs), hookDevs, list)
-					o.Attrs = nftset.AppendAttribute(without(o.Attrs, unix.NFTA_CHAIN_HOOK), unix.NFTA_CHAIN_HOOK, hook)
+				devs := attribute(hook, hookDevs)
+				if devs == nil {
+					break
 				}
+				if devs = present(devs, devices); devs == nil {
+					o.Attrs = only(o.Attrs, attrTable, unix.NFTA_CHAIN_NAME)
+					break
+				}
+				hook = nftset.AppendAttribute(without(hook, hookDev, hookDevs), hookDevs, devs)
+				o.Attrs = nftset.AppendAttribute(without(o.Attrs, unix.NFTA_CHAIN_HOOK), unix.NFTA_CHAIN_HOOK, hook)
 			case unix.NFT_MSG_NEWFLOWTABLE:
 				// Of no device: first packets never go by it.
 				hook := without(attribute(o.Attrs, flowtableHook), flowtableDevs)
@@ -192,13 +193,12 @@ func (t *table) prepare(devices []*device) {
 	}
 }
 
-// present returns those of a list of devices that are there.
+// present returns a list of devices less those that are not there, whose packets are
+// others. What is no whole name, the kernel takes as it is.
 func present(list []byte, devices []*device) (kept []byte) {
-	each(list, func(typ uint16, pattern []byte) {
-		for _, d := range devices {
-			if text(pattern) == d.name || typ != deviceName && strings.HasPrefix(d.name, text(pattern)) {
-				kept = nftset.AppendAttribute(kept, deviceName, name(d.name))
-			}
+	each(list, func(typ uint16, name []byte) {
+		if typ != deviceName || slices.ContainsFunc(devices, func(d *device) bool { return d.name == text(name) }) {
+			kept = nftset.AppendAttribute(kept, typ, name)
 		}
 	})
 	return kept
@@ -244,73 +244,88 @@ const (
 	many = 65536
 )
 
-// errMany ends the dump of a set.
+// errMany is of a set that has more elements than are copied.
 var errMany = errors.New("too many elements")
 
 // readElements reads the elements of the sets.
-func (t *table) readElements(conn **nftset.Conn, sources []netip.Prefix, ports []uint16) error {
+func (t *table) readElements(conn *nftset.Conn, sources []netip.Prefix, ports []uint16) error {
 	for _, set := range t.objects[unix.NFT_MSG_NEWSET] {
-		kind := keyKind(number(attribute(set.Attrs, unix.NFTA_SET_KEY_TYPE)))
-		most := few
-		if !slices.Contains(keyKinds, kind) {
-			most = many
-		}
+		setName := attribute(set.Attrs, unix.NFTA_SET_NAME)
 		list := nftset.AppendAttribute(nil, attrTable, name(t.Name))
-		list = slices.Clip(nftset.AppendAttribute(list, unix.NFTA_SET_ELEM_LIST_SET, attribute(set.Attrs, unix.NFTA_SET_NAME)))
-		var found []nftset.Object
-		count := int(number(attribute(set.Attrs, setCount))) // which kernels before 6.16 do not tell
-		if count <= most {
-			count = 0
-			err := (*conn).Objects(unix.NFT_MSG_GETSETELEM, true, t.Family, list, func(o nftset.Object) error {
-				each(attribute(o.Attrs, unix.NFTA_SET_ELEM_LIST_ELEMENTS), func(uint16, []byte) { count++ })
-				if found = append(found, o); count > most {
-					return errMany
-				}
-				return nil
-			})
-			if errors.Is(err, errMany) { // the connection is of no more use
-				(*conn).Close()
-				if *conn, err = nftset.Dial(); err != nil {
-					return err
-				}
-				(*conn).SetTimeout(patience)
-			} else if err != nil && !errors.Is(err, unix.ENOENT) { // it is gone
-				return fmt.Errorf("read set %s: %w", text(attribute(set.Attrs, unix.NFTA_SET_NAME)), err)
-			}
+		list = slices.Clip(nftset.AppendAttribute(list, unix.NFTA_SET_ELEM_LIST_SET, setName))
+		kind := keyKind(number(attribute(set.Attrs, unix.NFTA_SET_KEY_TYPE)))
+		known := slices.Contains(keyKinds, kind)
+		most := many
+		if known {
+			most = few
 		}
+		found, err := t.dump(set, list, most)
 		switch {
-		case count <= most:
-		case most == many:
-			found = nil
-			t.omitted = append(t.omitted, fmt.Sprintf("the elements of %s %s, more than %d", t.Table, text(attribute(set.Attrs, unix.NFTA_SET_NAME)), most))
-		default:
-			found = nil
-			flags := []uint32{0}
-			if number(attribute(set.Attrs, unix.NFTA_SET_FLAGS))&unix.NFT_SET_INTERVAL != 0 { // two elements: its start, and its end
-				flags = append(flags, unix.NFT_SET_ELEM_INTERVAL_END)
-			}
-			seen := make(map[string]bool)
-			for _, key := range kind.keys(sources, ports) {
-				for _, flag := range flags {
-					elem := nftset.AppendAttribute(nil, unix.NFTA_SET_ELEM_KEY, nftset.AppendAttribute(nil, unix.NFTA_DATA_VALUE, key))
-					elem = nftset.AppendAttribute(elem, unix.NFTA_SET_ELEM_FLAGS, big32(flag))
-					elems := nftset.AppendAttribute(list, unix.NFTA_SET_ELEM_LIST_ELEMENTS, nftset.AppendAttribute(nil, unix.NFTA_LIST_ELEM, elem))
-					err := (*conn).Objects(unix.NFT_MSG_GETSETELEM, false, t.Family, elems, func(o nftset.Object) error {
-						if !seen[string(o.Attrs)] {
-							seen[string(o.Attrs)] = true
-							found = append(found, o)
-						}
-						return nil
-					})
-					if err != nil && !errors.Is(err, unix.ENOENT) {
-						return fmt.Errorf("look up in set %s: %w", text(attribute(set.Attrs, unix.NFTA_SET_NAME)), err)
-					}
-				}
-			}
+		case errors.Is(err, errMany) && known:
+			interval := number(attribute(set.Attrs, unix.NFTA_SET_FLAGS))&unix.NFT_SET_INTERVAL != 0
+			found, err = t.lookup(conn, list, kind.keys(sources, ports), interval)
+		case errors.Is(err, errMany):
+			t.omitted = append(t.omitted, fmt.Sprintf("the elements of %s %s, more than %d", t.Table, text(setName), most))
+			continue
+		}
+		if err != nil && !errors.Is(err, unix.ENOENT) { // it is gone
+			return fmt.Errorf("read set %s: %w", text(setName), err)
 		}
 		t.objects[unix.NFT_MSG_NEWSETELEM] = append(t.objects[unix.NFT_MSG_NEWSETELEM], found...)
 	}
 	return nil
+}
+
+// dump reads all elements of a set, unless they are too many. It has a connection of
+// its own, which is of no more use then.
+func (t *table) dump(set nftset.Object, list []byte, most int) (found []nftset.Object, err error) {
+	if int(number(attribute(set.Attrs, setCount))) > most { // which kernels before 6.16 do not tell
+		return nil, errMany
+	}
+	conn, err := nftset.Dial()
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	conn.SetTimeout(patience)
+	count := 0
+	err = conn.Objects(unix.NFT_MSG_GETSETELEM, true, t.Family, list, func(o nftset.Object) error {
+		each(attribute(o.Attrs, unix.NFTA_SET_ELEM_LIST_ELEMENTS), func(uint16, []byte) { count++ })
+		if found = append(found, o); count > most {
+			return errMany
+		}
+		return nil
+	})
+	return found, err
+}
+
+// lookup reads the elements of a set that keys find. Each element of an interval set
+// is two: its start, and its end.
+func (t *table) lookup(conn *nftset.Conn, list []byte, keys [][]byte, interval bool) (found []nftset.Object, err error) {
+	conn.SetTimeout(patience)
+	flags := []uint32{0}
+	if interval {
+		flags = append(flags, unix.NFT_SET_ELEM_INTERVAL_END)
+	}
+	seen := make(map[string]bool)
+	for _, key := range keys {
+		for _, flag := range flags {
+			elem := nftset.AppendAttribute(nil, unix.NFTA_SET_ELEM_KEY, nftset.AppendAttribute(nil, unix.NFTA_DATA_VALUE, key))
+			elem = nftset.AppendAttribute(elem, unix.NFTA_SET_ELEM_FLAGS, big32(flag))
+			elems := nftset.AppendAttribute(list, unix.NFTA_SET_ELEM_LIST_ELEMENTS, nftset.AppendAttribute(nil, unix.NFTA_LIST_ELEM, elem))
+			err := conn.Objects(unix.NFT_MSG_GETSETELEM, false, t.Family, elems, func(o nftset.Object) error {
+				if !seen[string(o.Attrs)] {
+					seen[string(o.Attrs)] = true
+					found = append(found, o)
+				}
+				return nil
+			})
+			if err != nil && !errors.Is(err, unix.ENOENT) {
+				return nil, err
+			}
+		}
+	}
+	return found, nil
 }
 
 // keyKind is the type of a set's keys, as nft numbers it (enum datatypes in

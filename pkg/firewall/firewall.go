@@ -11,7 +11,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
+	"os"
 	"os/exec"
 	"runtime"
 	"slices"
@@ -75,16 +77,17 @@ type Copy struct {
 	// take a second time, and elements of sets that have too many.
 	Omitted []string
 
-	tables  []*table
-	conn    *nftset.Conn // to the copy
-	trace   *nftset.Conn
-	files   []int
-	devices []*device
-	routes  []route
-	hooks   map[nftset.Table]map[string]hook
-	rules   map[nftset.Table]map[uint64]*Rule // by their handles in the copy
-	texts   map[nftset.Table]map[uint64]string
-	port    uint16 // of the last connection's source
+	tables     []*table
+	conn       *nftset.Conn // to the copy
+	trace      *nftset.Conn
+	listeners  []net.Listener
+	forwarding map[string][]byte // what to write into the files of that name
+	devices    []*device
+	routes     []route
+	hooks      map[nftset.Table]map[string]hook
+	rules      map[nftset.Table]map[uint64]*Rule // by their handles in the copy
+	texts      map[nftset.Table]map[uint64]string
+	port       uint16 // of the last connection's source
 }
 
 // patience is how long the kernel may take to say what became of a packet.
@@ -97,31 +100,32 @@ func Open(sources []netip.Prefix, ports []uint16) (*Copy, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer func() { conn.Close() }()
+	defer conn.Close()
 	conn.SetTimeout(patience)
 	tables, err := readTables(conn)
 	if err != nil {
 		return nil, err
 	}
 	c := &Copy{
-		tables: tables,
-		hooks:  make(map[nftset.Table]map[string]hook),
-		rules:  make(map[nftset.Table]map[uint64]*Rule),
-		port:   32768,
+		tables:     tables,
+		forwarding: make(map[string][]byte),
+		hooks:      make(map[nftset.Table]map[string]hook),
+		rules:      make(map[nftset.Table]map[uint64]*Rule),
+		port:       32768,
 	}
 	if c.devices, c.routes, err = readDevices(sources); err != nil {
 		return nil, err
 	}
 	for _, t := range tables {
-		conn.SetTimeout(patience)
-		if err := t.readElements(&conn, sources, ports); err != nil {
+		if err := t.readElements(conn, sources, ports); err != nil {
 			return nil, err
 		}
 		c.Omitted = append(c.Omitted, t.omitted...)
 	}
-	forwards := readForwarding()
-
-	if err := Inside(func() error { forward(forwards); return c.make(ports) }); err != nil {
+	for _, name := range forwarding {
+		c.forwarding[name], _ = os.ReadFile(name) // without it, nothing is forwarded
+	}
+	if err := Inside(func() error { return c.make(ports) }); err != nil {
 		c.Close()
 		return nil, err
 	}
@@ -183,14 +187,15 @@ func (c *Copy) make(ports []uint16) error {
 			}
 		}
 	}
+	for name, value := range c.forwarding {
+		_ = os.WriteFile(name, value, 0) // as above
+	}
 	for _, port := range ports {
-		fd, err := listen(port)
-		if fd >= 0 {
-			c.files = append(c.files, fd)
-		}
+		l, err := net.Listen("tcp", fmt.Sprintf(":%d", port)) // nobody accepts: the kernel alone answers
 		if err != nil {
 			return err
 		}
+		c.listeners = append(c.listeners, l)
 	}
 	if c.conn, err = nftset.Dial(); err != nil {
 		return err
@@ -279,8 +284,8 @@ func (c *Copy) Close() {
 			unix.Close(d.tun)
 		}
 	}
-	for _, fd := range c.files {
-		unix.Close(fd)
+	for _, l := range c.listeners {
+		l.Close()
 	}
 }
 

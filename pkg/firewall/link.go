@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -245,42 +244,6 @@ func (r *routeConn) addRoute(to netip.Prefix, index int) error {
 	return err
 }
 
-// forwarding reads whether this machine forwards packets, and forward has the
-// calling thread's namespace do so. Published ports of containers need it.
+// forwarding are the files that say whether a machine forwards packets. Published
+// ports of containers need it.
 var forwarding = []string{"/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"}
-
-func readForwarding() (values [][]byte) {
-	for _, name := range forwarding {
-		value, _ := os.ReadFile(name) // without it, nothing is forwarded
-		values = append(values, value)
-	}
-	return values
-}
-
-func forward(values [][]byte) {
-	for i, name := range forwarding {
-		_ = os.WriteFile(name, values[i], 0) // as above
-	}
-}
-
-// listen has the calling thread's namespace answer connections to a port.
-func listen(port uint16) (int, error) {
-	var address unix.Sockaddr = &unix.SockaddrInet6{Port: int(port)}
-	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err == nil {
-		err = unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 0)
-	} else { // without IPv6 in the kernel
-		address = &unix.SockaddrInet4{Port: int(port)}
-		fd, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	}
-	if err == nil {
-		err = unix.Bind(fd, address)
-	}
-	if err == nil {
-		err = unix.Listen(fd, 1000) // nobody accepts: the kernel alone answers
-	}
-	if err != nil {
-		return fd, fmt.Errorf("listen on port %d: %w", port, err)
-	}
-	return fd, nil
-}
