@@ -32,15 +32,16 @@ func (d *Doctor) checkConfig(context.Context) {
 	// Who can write it says whom the firewall trusts; and the units read it as a
 	// user of their own.
 	owner, mode := info.Sys().(*syscall.Stat_t).Uid, info.Mode().Perm()
-	readable := remedy{"let all read it; it holds no secrets", "chmod 644 " + quote(path)}
 	switch {
 	case owner != 0 || mode&0o022 != 0:
 		d.fail("config.mode", remedy{"make it root's, who alone should say whom the firewall trusts", fmt.Sprintf("chown root:root %s && chmod 644 %[1]s", quote(path))},
 			"others than root can write %s: it belongs to user %d, with mode %04o", path, owner, mode)
-	case mode&0o004 == 0 && systemctl() != "":
-		d.fail("config.mode", readable, "%s has mode %04o: the units of nftwl, which run as a user of their own, cannot read it", path, mode)
 	case mode&0o004 == 0:
-		d.warn("config.mode", readable, "%s has mode %04o: where nftwl does not run as root, it cannot read it", path, mode)
+		report, who := d.warn, "where nftwl does not run as root, it"
+		if systemctl() != "" {
+			report, who = d.fail, "the units of nftwl, which run as a user of their own,"
+		}
+		report("config.mode", remedy{"let all read it; it holds no secrets", "chmod 644 " + quote(path)}, "%s has mode %04o: %s cannot read it", path, mode, who)
 	default:
 		d.ok("config", "%s is valid", path)
 	}

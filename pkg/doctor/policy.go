@@ -116,22 +116,17 @@ func (d *Doctor) checkPolicyReports(ctx context.Context, policy *config.Policy, 
 		d.fail(check, remedy{"start it, or see why it does not answer", "systemctl restart nftwld.socket nftwld.service"}, "nftwld does not answer on %s: %v", policy.Listen, err)
 		return false
 	}
-	start, reports, wrong, other := 0.0, 0.0, 0.0, 0.0
+	metrics := make(map[string]float64)
 	for line := range strings.Lines(string(body)) {
 		name, text, _ := strings.Cut(strings.TrimSpace(line), " ")
-		value, err := strconv.ParseFloat(text, 64)
-		switch {
-		case err != nil:
-		case name == "nftwl_start_timestamp_seconds":
-			start = value
-		case name == `nftwl_refused_total{reason="key"}`:
-			wrong = value
-		case name == `nftwl_refused_total{reason="request"}`:
-			other = value
-		case strings.HasPrefix(name, "nftwl_reports_total{"):
-			reports += value
+		value, _ := strconv.ParseFloat(text, 64) // a comment has none
+		if strings.HasPrefix(name, "nftwl_reports_total{") {
+			name = "reports"
 		}
+		metrics[name] += value
 	}
+	start, reports := metrics["nftwl_start_timestamp_seconds"], metrics["reports"]
+	wrong, other := metrics[`nftwl_refused_total{reason="key"}`], metrics[`nftwl_refused_total{reason="request"}`]
 	started := time.Unix(int64(start), 0)
 	look := remedy{"see who sends them, and what is wrong with them", "journalctl -u nftwld"}
 	switch {

@@ -27,6 +27,9 @@ const (
 	loginUser = "nftwl-doctor"
 )
 
+// noClients are the addresses that the logins come to, by Is6.
+var noClients = map[bool]string{false: "198.51.100.1", true: "2001:db8::"}
+
 var (
 	errDenied    = errors.New(denied)
 	errUntrusted = errors.New(untrusted)
@@ -37,37 +40,26 @@ var (
 // those that were trusted, none where none can be tried; an error is that of the
 // first that was not trusted.
 func (d *Doctor) tryLogins(p *postLogin) (trusted []string, err error) {
-	for _, ipv6 := range []bool{false, true} {
-		for range 10 { // most often the first is not trusted already
-			addr, local := documentation(ipv6)
-			tried, err := d.tryLogin(p, addr, local)
-			if err != nil {
-				return nil, err
-			}
-			if tried {
-				trusted = append(trusted, addr.String())
-				break
-			}
+	// Another one each time, since the one before can be trusted still.
+	four, six := [4]byte{192, 0, 2}, [16]byte{0x20, 0x01, 0x0d, 0xb8}
+	_, _ = rand.Read(four[3:]) // never fails
+	four[3] |= 1 // or it is the network's
+	_, _ = rand.Read(six[4:])
+	for _, addr := range []netip.Addr{netip.AddrFrom4(four), netip.AddrFrom16(six)} {
+		tried, err := d.tryLogin(p, addr)
+		if err != nil {
+			return nil, err
+		}
+		if tried {
+			trusted = append(trusted, addr.String())
 		}
 	}
 	return trusted, nil
 }
 
-// documentation returns an address of the documentation, another one each time,
-// and one that is no client's.
-func documentation(ipv6 bool) (addr netip.Addr, local string) {
-	four, six := [4]byte{192, 0, 2}, [16]byte{0x20, 0x01, 0x0d, 0xb8}
-	_, _ = rand.Read(six[4:]) // never fails
-	if ipv6 {
-		return netip.AddrFrom16(six), "2001:db9::"
-	}
-	four[3] = six[4] | 1
-	return netip.AddrFrom4(four), "192.0.2.0"
-}
-
 // tryLogin tells whether an address can be tried, and if so, why it was not
 // trusted.
-func (d *Doctor) tryLogin(p *postLogin, addr netip.Addr, local string) (tried bool, err error) {
+func (d *Doctor) tryLogin(p *postLogin, addr netip.Addr) (tried bool, err error) {
 	if d.unusable[d.config.Trusted.For(addr)] || trust.Refuse(d.config, addr) != nil {
 		return false, nil
 	}
@@ -81,7 +73,7 @@ func (d *Doctor) tryLogin(p *postLogin, addr netip.Addr, local string) (tried bo
 		return false, err
 	}
 	// What an interrupted doctor leaves there ends by itself.
-	answer := askPostLogin(p.socket, local, addr.String(), p.login.MailUser)
+	answer := askPostLogin(p.socket, addr, p.login.MailUser)
 	d.conn.SetTimeout(patience)
 	added, err := d.conn.Remove(set, keys, func(e nftset.Element) bool { return e.Timeout <= time.Minute })
 	if err == nil && len(added) < len(keys) {
@@ -95,7 +87,7 @@ func (d *Doctor) tryLogin(p *postLogin, addr netip.Addr, local string) (tried bo
 // login_server_postlogin() of src/lib-login/login-server.c in 2.4, and
 // src/util/script-login.c of both. No mail process is started: the one that
 // asks is that. script-login ends by sending the answer.
-func askPostLogin(path, local, remote string, mailUser bool) error {
+func askPostLogin(path string, remote netip.Addr, mailUser bool) error {
 	conn, err := net.DialTimeout("unix", path, maxLogin)
 	if err != nil {
 		return err
@@ -108,7 +100,7 @@ func askPostLogin(path, local, remote string, mailUser bool) error {
 	}
 	defer unix.Close(client[0])
 	defer unix.Close(client[1])
-	line := fmt.Sprintf("VERSION\tscript-login\t1\t0\n%s\t%s\t%s\tnftwl_timeout=1m", local, remote, loginUser)
+	line := fmt.Sprintf("VERSION\tscript-login\t1\t0\n%s\t%s\t%s\tnftwl_timeout=1m", noClients[remote.Is6()], remote, loginUser)
 	if mailUser { // the privileges that script-login -d takes on
 		line += "\tuid=65534\tgid=65534\thome=/nonexistent"
 	}
