@@ -164,35 +164,30 @@ func (d *Doctor) checkPolicyDovecot(ctx context.Context, dovecot *doveconf.AuthP
 			lacks += " " + name
 		}
 	}
-	switch {
-	case dovecot.URL == "":
-		d.fail(check, setupPolicy, "Dovecot reports no logins: auth_policy_server_url is not set")
-		return
-	case dovecot.Nonce == "":
-		d.fail(check, reload("set auth_policy_hash_nonce to a word of your own"), "auth_policy_hash_nonce is not set, which Dovecot needs to hash passwords")
-		return
-	case !dovecot.Report:
-		d.fail(check, reload("set auth_policy_report_after_auth = yes"), "Dovecot reports no logins: auth_policy_report_after_auth is no")
-		return
-	case dovecot.Attributes["login"] == "" || dovecot.Attributes["pwhash"] == "" || dovecot.Attributes["remote"] == "":
-		d.fail(check, attributes, "Dovecot's reports lack%s", lacks)
-		return
-	}
-	where := reload("set auth_policy_server_url = http://%s/", policy.Listen)
-	u, err := url.Parse(dovecot.URL)
-	if err != nil || u.Scheme != "http" {
-		d.fail(check, where, "Dovecot reports to %s, and nftwld speaks HTTP without TLS", dovecot.URL)
-		return
-	}
-	name, value, _ := strings.Cut(dovecot.Header, ":")
 	key, err := os.ReadFile(policy.KeyFile)
 	if err != nil {
 		return // policy.key says so
 	}
-	if !strings.EqualFold(strings.TrimSpace(name), "X-API-Key") || strings.TrimSpace(value) != strings.TrimSpace(string(key)) {
-		d.fail(check, reload("set auth_policy_server_api_header = X-API-Key: and the key in %s", policy.KeyFile),
-			"Dovecot's reports have another key than %s", policy.KeyFile)
-		return
+	name, value, _ := strings.Cut(dovecot.Header, ":")
+	sameKey := strings.EqualFold(strings.TrimSpace(name), "X-API-Key") && strings.TrimSpace(value) == strings.TrimSpace(string(key))
+	where := reload("set auth_policy_server_url = http://%s/", policy.Listen)
+	u, err := url.Parse(dovecot.URL)
+	for _, c := range []struct {
+		wrong  bool
+		remedy remedy
+		text   string
+	}{
+		{dovecot.URL == "", setupPolicy, "Dovecot reports no logins: auth_policy_server_url is not set"},
+		{dovecot.Nonce == "", reload("set auth_policy_hash_nonce to a word of your own"), "auth_policy_hash_nonce is not set, which Dovecot needs to hash passwords"},
+		{!dovecot.Report, reload("set auth_policy_report_after_auth = yes"), "Dovecot reports no logins: auth_policy_report_after_auth is no"},
+		{dovecot.Attributes["login"] == "" || dovecot.Attributes["pwhash"] == "" || dovecot.Attributes["remote"] == "", attributes, "Dovecot's reports lack" + lacks},
+		{err != nil || u.Scheme != "http", where, "Dovecot reports to " + dovecot.URL + ", and nftwld speaks HTTP without TLS"},
+		{!sameKey, reload("set auth_policy_server_api_header = X-API-Key: and the key in %s", policy.KeyFile), "Dovecot's reports have another key than " + policy.KeyFile},
+	} {
+		if c.wrong {
+			d.fail(check, c.remedy, "%s", c.text)
+			return
+		}
 	}
 	status, _, err := request(ctx, net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "80")),
 		fmt.Sprintf("POST %s/?command=allow HTTP/1.0\r\n%s\r\nContent-Length: 2\r\n\r\n{}", strings.TrimSuffix(u.Path, "/"), dovecot.Header))

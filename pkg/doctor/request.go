@@ -43,7 +43,7 @@ func (d *Doctor) tryLogins(p *postLogin) (trusted []string, err error) {
 	// Another one each time, since the one before can be trusted still.
 	four, six := [4]byte{192, 0, 2}, [16]byte{0x20, 0x01, 0x0d, 0xb8}
 	_, _ = rand.Read(four[3:]) // never fails
-	four[3] |= 1 // or it is the network's
+	four[3] |= 1               // or it is the network's
 	_, _ = rand.Read(six[4:])
 	for _, addr := range []netip.Addr{netip.AddrFrom4(four), netip.AddrFrom16(six)} {
 		tried, err := d.tryLogin(p, addr)
