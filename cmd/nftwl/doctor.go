@@ -81,20 +81,15 @@ Exit status: 0 when nothing failed, 1 when something did.`,
 	return cmd
 }
 
-// summary says how many checks came out how.
+// summary says how many checks came out how: "9 ok, 1 warned, 2 failed".
 func summary(count map[doctor.Status]int) string {
 	var words []string
 	for _, of := range []struct {
-		status    doctor.Status
-		one, many string
-	}{
-		{doctor.OK, "ok", "ok"}, {doctor.Warn, "warning", "warnings"}, {doctor.Fail, "failed", "failed"}, {doctor.Skip, "skipped", "skipped"},
-	} {
-		switch n := count[of.status]; {
-		case n == 1:
-			words = append(words, "1 "+of.one)
-		case n > 1:
-			words = append(words, fmt.Sprint(n, " ", of.many))
+		status doctor.Status
+		word   string
+	}{{doctor.OK, "ok"}, {doctor.Warn, "warned"}, {doctor.Fail, "failed"}, {doctor.Skip, "skipped"}} {
+		if n := count[of.status]; n > 0 {
+			words = append(words, fmt.Sprint(n, " ", of.word))
 		}
 	}
 	return strings.Join(words, ", ")
