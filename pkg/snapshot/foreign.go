@@ -6,13 +6,13 @@ import (
 	"fmt"
 	"os/exec"
 	"regexp"
-	"runtime"
 	"slices"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"nftwl/pkg/firewall"
 	"nftwl/pkg/nftset"
 )
 
@@ -27,42 +27,36 @@ func load(text string, table nftset.Table, names []string) (*File, error) {
 		return nil, errors.New("this is JSON; restore reads what nft lists without --json")
 	}
 	var f File
-	done := make(chan error)
-	go func() {
-		// The thread is not unlocked: it ends with the goroutine, and the
-		// namespace with it.
-		runtime.LockOSThread()
-		done <- func() error {
-			if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-				return fmt.Errorf("it is no snapshot, and only root can have nft read it: %w", err)
+	err := firewall.Inside(func() error {
+		defer makeDevices(text)()
+		if err := nft(text); err != nil {
+			return err
+		}
+		conn, err := nftset.Dial()
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		for _, name := range names {
+			set, err := conn.Set(table, name)
+			if errors.Is(err, nftset.ErrNoTable) || errors.Is(err, nftset.ErrNoSet) {
+				continue
 			}
-			defer makeDevices(text)()
-			if err := nft(text); err != nil {
-				return err
-			}
-			conn, err := nftset.Dial()
 			if err != nil {
 				return err
 			}
-			defer conn.Close()
-			for _, name := range names {
-				set, err := conn.Set(table, name)
-				if errors.Is(err, nftset.ErrNoTable) || errors.Is(err, nftset.ErrNoSet) {
-					continue
-				}
-				if err != nil {
-					return err
-				}
-				elems, err := conn.Elements(set)
-				if err != nil {
-					return err
-				}
-				f.Sets = append(f.Sets, Section{*set, elems})
+			elems, err := conn.Elements(set)
+			if err != nil {
+				return err
 			}
-			return nil
-		}()
-	}()
-	if err := <-done; err != nil {
+			f.Sets = append(f.Sets, Section{*set, elems})
+		}
+		return nil
+	})
+	if errors.Is(err, firewall.ErrPermission) {
+		err = fmt.Errorf("it is no snapshot, and only root can have nft read it: %w", err)
+	}
+	if err != nil {
 		return nil, err
 	}
 	return &f, nil
@@ -83,17 +77,9 @@ func makeDevices(text string) (remove func()) {
 	slices.Sort(names)
 	var fds []int
 	for _, name := range slices.Compact(names) {
-		req, err := unix.NewIfreq(name)
-		if err != nil {
-			continue // too long for one
+		if fd, err := firewall.MakeDevice(name, 0); err == nil {
+			fds = append(fds, fd)
 		}
-		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
-		if err != nil {
-			break
-		}
-		fds = append(fds, fd)
-		req.SetUint16(unix.IFF_TUN)
-		_ = unix.IoctlIfreq(fd, unix.TUNSETIFF, req) // it may be there
 	}
 	return func() {
 		for _, fd := range fds {
