@@ -162,7 +162,7 @@ func (c *Copy) make(ports []uint16) error {
 	if err != nil {
 		return err
 	}
-	defer unix.Close(r.fd)
+	defer unix.Close(int(r))
 	if err := r.up(1); err != nil { // lo
 		return err
 	}

@@ -48,7 +48,7 @@ func readDevices(sources []netip.Prefix) (devices []*device, routes []route, err
 	if err != nil {
 		return nil, nil, err
 	}
-	defer unix.Close(r.fd)
+	defer unix.Close(int(r))
 	for _, i := range interfaces {
 		addresses, err := i.Addrs()
 		if err != nil {
@@ -97,7 +97,7 @@ func readDevices(sources []netip.Prefix) (devices []*device, routes []route, err
 }
 
 // make makes the device in the namespace of the calling thread.
-func (d *device) make(r *routeConn) (err error) {
+func (d *device) make(r routeConn) (err error) {
 	if d.tun, err = MakeDevice(d.name, d.index); err != nil {
 		return fmt.Errorf("%w: device %s: %w", ErrTUN, d.name, err)
 	}
@@ -140,31 +140,27 @@ func MakeDevice(name string, index int) (fd int, err error) {
 	return fd, nil
 }
 
-// routeConn is a connection to the kernel's routing tables: rtnetlink(7).
-type routeConn struct {
-	fd  int
-	seq uint32
-}
+// routeConn is a connection to the kernel's routing tables, by its file descriptor:
+// rtnetlink(7).
+type routeConn int
 
-func dialRoute() (*routeConn, error) {
+func dialRoute() (routeConn, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
-	return &routeConn{fd: fd}, err
+	return routeConn(fd), err
 }
 
 // ask sends a request and returns the body of its one reply, which is empty for
 // an acknowledgement.
-func (r *routeConn) ask(typ, flags uint16, body []byte) ([]byte, error) {
-	r.seq++
+func (r routeConn) ask(typ, flags uint16, body []byte) ([]byte, error) {
 	req := binary.NativeEndian.AppendUint32(nil, uint32(unix.NLMSG_HDRLEN+len(body)))
 	req = binary.NativeEndian.AppendUint16(req, typ)
 	req = binary.NativeEndian.AppendUint16(req, unix.NLM_F_REQUEST|flags)
-	req = binary.NativeEndian.AppendUint32(req, r.seq)
-	req = binary.NativeEndian.AppendUint32(req, 0)
-	if err := unix.Sendto(r.fd, append(req, body...), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+	req = append(req, make([]byte, 8)...) // no number, since there is one reply
+	if err := unix.Sendto(int(r), append(req, body...), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return nil, err
 	}
 	buf := make([]byte, 8<<10)
-	n, _, err := unix.Recvfrom(r.fd, buf, 0)
+	n, _, err := unix.Recvfrom(int(r), buf, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -189,7 +185,7 @@ func family(a netip.Addr) byte {
 
 // lookup returns the interface by which this machine answers an address, and
 // its own address there; 0 where it cannot.
-func (r *routeConn) lookup(to netip.Addr) (index int, local netip.Addr, err error) {
+func (r routeConn) lookup(to netip.Addr) (index int, local netip.Addr, err error) {
 	body := make([]byte, unix.SizeofRtMsg)
 	body[0], body[1] = family(to), byte(to.BitLen())
 	reply, err := r.ask(unix.RTM_GETROUTE, 0, nftset.AppendAttribute(body, unix.RTA_DST, to.AsSlice()))
@@ -215,7 +211,7 @@ func (r *routeConn) lookup(to netip.Addr) (index int, local netip.Addr, err erro
 	return index, local, err
 }
 
-func (r *routeConn) up(index int) error {
+func (r routeConn) up(index int) error {
 	body := make([]byte, unix.SizeofIfInfomsg)
 	binary.NativeEndian.PutUint32(body[4:], uint32(index))
 	binary.NativeEndian.PutUint32(body[8:], unix.IFF_UP)
@@ -224,7 +220,7 @@ func (r *routeConn) up(index int) error {
 	return err
 }
 
-func (r *routeConn) addAddress(index int, a netip.Prefix) error {
+func (r routeConn) addAddress(index int, a netip.Prefix) error {
 	body := make([]byte, unix.SizeofIfAddrmsg)
 	body[0], body[1], body[2] = family(a.Addr()), byte(a.Bits()), unix.IFA_F_NODAD
 	binary.NativeEndian.PutUint32(body[4:], uint32(index))
@@ -234,7 +230,7 @@ func (r *routeConn) addAddress(index int, a netip.Prefix) error {
 	return err
 }
 
-func (r *routeConn) addRoute(to netip.Prefix, index int) error {
+func (r routeConn) addRoute(to netip.Prefix, index int) error {
 	body := make([]byte, unix.SizeofRtMsg)
 	body[0], body[1] = family(to.Addr()), byte(to.Bits())
 	body[4], body[5], body[6], body[7] = unix.RT_TABLE_MAIN, unix.RTPROT_STATIC, unix.RT_SCOPE_LINK, unix.RTN_UNICAST
