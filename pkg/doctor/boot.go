@@ -20,21 +20,13 @@ import (
 // loads at boot into a network namespace of its own, and compares the table of
 // the sets with the one that is there now.
 func (d *Doctor) checkBoot(ctx context.Context) {
-	const check = "persistence.boot"
-	program := systemctl()
-	if program == "" {
-		d.skip(check, "systemd does not run here")
+	if d.units == nil {
+		d.skip("persistence.boot", "%s", d.noUnits)
 		return
 	}
-	var err error
-	if d.units, err = show(ctx, program, "nftables.service",
-		"nftwl-persist.service", "nftwl-snapshot.service", "nftwl-save.timer", "nftwl-save.service"); err != nil {
-		d.skip(check, "%v", err)
-		return
-	}
-	u := d.units[0]
-	if loaded(d.units[1]) != "" {
-		u = d.units[1]
+	u := d.units["nftables.service"]
+	if persist := d.units["nftwl-persist.service"]; loaded(persist) != "" {
+		u = persist
 	}
 	d.checkBootOf(ctx, u)
 }
@@ -78,7 +70,7 @@ func (d *Doctor) checkBootOf(ctx context.Context, u unit) {
 	d.noRules = false
 	if len(then) > 0 {
 		d.reload = "nft -f " + quote(file)
-		if d.units != nil && d.units[4]["LoadState"] == "loaded" { // it restores, too
+		if d.units["nftwl-save.service"]["LoadState"] == "loaded" { // it restores, too
 			d.reload += " && systemctl start nftwl-save"
 		}
 	}

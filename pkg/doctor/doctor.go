@@ -53,7 +53,8 @@ type Doctor struct {
 	valid  bool           // config is what the administrator wrote
 	conn   *nftset.Conn   // nil where the kernel's nftables cannot be read
 
-	units    []unit          // of nftables and of ours; nil where they cannot be seen
+	units    map[string]unit // nil where they cannot be seen
+	noUnits  string          // why
 	noRules  bool            // the file that a unit loads at boot does not load
 	reload   string          // a command that loads it; "" where it does not have the table
 	unusable map[string]bool // sets, by name
@@ -69,6 +70,7 @@ type Doctor struct {
 // they look at, and reports each result as soon as it is known.
 func (d *Doctor) Run(ctx context.Context, report func(Result)) {
 	d.report, d.told = report, make(map[remedy]bool)
+	d.findUnits(ctx)
 	for _, check := range []func(context.Context){
 		d.checkConfig,
 		d.checkKernel,

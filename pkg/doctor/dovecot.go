@@ -66,12 +66,7 @@ func (d *Doctor) checkRunning(ctx context.Context) {
 	const check = "dovecot.running"
 	loaded, err := master(d.dovecot.Path("master.pid"))
 	if err != nil {
-		unit := unit{}
-		if program := systemctl(); program != "" {
-			if units, err := show(ctx, program, "dovecot.service"); err == nil {
-				unit = units[0]
-			}
-		}
+		unit := d.units["dovecot.service"]
 		switch {
 		case unit["ActiveState"] == "failed":
 			d.fail(check, remedy{"fix what it says, then: systemctl restart dovecot", unit.journal()}, "dovecot.service has failed: %s", unit.why(ctx))

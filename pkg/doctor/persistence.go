@@ -20,15 +20,16 @@ import (
 func (d *Doctor) checkPersistence(ctx context.Context) {
 	saving := false
 	if d.units != nil {
-		nftables, persist := d.units[0], d.units[1]
-		for _, u := range d.units[1:3] {
+		persist, save := d.units["nftwl-persist.service"], d.units["nftwl-save.service"]
+		beforeReload := d.units["nftwl-snapshot.service"]
+		for _, u := range []unit{persist, beforeReload} {
 			// A later save has made good what a reload did not.
-			if microseconds(d.units[4]["ExecMainExitTimestampMonotonic"]) > microseconds(u["StateChangeTimestampMonotonic"]) {
+			if microseconds(save["ExecMainExitTimestampMonotonic"]) > microseconds(u["StateChangeTimestampMonotonic"]) {
 				u["ReloadResult"] = "success"
 			}
 		}
-		if d.checkPersist(ctx, nftables, persist, loaded(persist) != "") {
-			saving = d.checkSave(ctx, persist, d.units[2], d.units[3], d.units[4])
+		if d.checkPersist(ctx, d.units["nftables.service"], persist, loaded(persist) != "") {
+			saving = d.checkSave(ctx, persist, beforeReload, d.units["nftwl-save.timer"], save)
 		}
 	}
 	d.checkSnapshot(saving)

@@ -50,18 +50,12 @@ func (d *Doctor) checkPolicy(ctx context.Context) {
 // checkPolicyService tells whether a unit is known to be down.
 func (d *Doctor) checkPolicyService(ctx context.Context) (down bool) {
 	const check = "policy.service"
-	program := systemctl()
-	if program == "" {
-		d.skip(check, "systemd does not run here")
-		return false
-	}
-	units, err := show(ctx, program, "nftwld.socket", "nftwld.service")
-	if err != nil {
-		d.skip(check, "%v", err)
+	if d.units == nil {
+		d.skip(check, "%s", d.noUnits)
 		return false
 	}
 	enable := remedy{"enable them", "systemctl enable --now nftwld.socket nftwld.service"}
-	for _, u := range units {
+	for _, u := range []unit{d.units["nftwld.socket"], d.units["nftwld.service"]} {
 		state := u["ActiveState"]
 		down := !slices.Contains([]string{"active", "activating", "reloading"}, state)
 		switch {

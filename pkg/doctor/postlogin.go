@@ -230,7 +230,7 @@ func (d *Doctor) unseen(p *postLogin, why string) remedy {
 		return remedy{"see what Dovecot says", "doveadm log errors"}
 	case !p.root():
 		return reload("in %s, set user = root", p.Name)
-	case systemctl() == "":
+	case d.units == nil:
 		return remedy{words: "let Dovecot's container have CAP_NET_ADMIN, and netlink sockets"}
 	}
 	// Two lines for each are right for any unit: see contrib/systemd/dovecot.service.d.

@@ -25,14 +25,26 @@ type unit map[string]string
 const properties = "Id,LoadState,ActiveState,UnitFileState,Result,ReloadResult," +
 	"ExecStart,ExecMainExitTimestamp,ExecMainExitTimestampMonotonic,StateChangeTimestampMonotonic"
 
-// show asks systemd for units.
-func show(ctx context.Context, systemctl string, names ...string) ([]unit, error) {
-	out, err := output(ctx, systemctl, append([]string{"show", "--property=" + properties}, names...)...)
-	if err != nil {
-		return nil, err
+// findUnits asks systemd for the units that the checks look at.
+func (d *Doctor) findUnits(ctx context.Context) {
+	program := systemctl()
+	if program == "" {
+		d.noUnits = "systemd does not run here"
+		return
 	}
-	var units []unit
-	for block := range strings.SplitSeq(strings.TrimSpace(string(out)), "\n\n") {
+	names := []string{"nftables.service", "nftwl-persist.service", "nftwl-snapshot.service", "nftwl-save.timer", "nftwl-save.service",
+		"nftwld.socket", "nftwld.service", "dovecot.service"}
+	out, err := output(ctx, program, append([]string{"show", "--property=" + properties}, names...)...)
+	blocks := strings.Split(strings.TrimSpace(string(out)), "\n\n")
+	if err == nil && len(blocks) != len(names) {
+		err = fmt.Errorf("systemctl shows %d units of %d", len(blocks), len(names))
+	}
+	if err != nil {
+		d.noUnits = err.Error()
+		return
+	}
+	d.units = make(map[string]unit)
+	for i, block := range blocks {
 		u := make(unit)
 		for line := range strings.SplitSeq(block, "\n") {
 			key, value, _ := strings.Cut(line, "=")
@@ -41,12 +53,8 @@ func show(ctx context.Context, systemctl string, names ...string) ([]unit, error
 			}
 			u[key] = value
 		}
-		units = append(units, u)
+		d.units[names[i]] = u
 	}
-	if len(units) != len(names) {
-		return nil, fmt.Errorf("systemctl shows %d units of %d", len(units), len(names))
-	}
-	return units, nil
 }
 
 // startsAtBoot is about what is told to; a static unit is started by another.
