@@ -266,3 +266,23 @@ func TestSets(t *testing.T) {
 		})
 	}
 }
+
+// As systemctl shows a unit: of allowed capabilities, and of address families that
+// are allowed or, after a ~, denied.
+func TestWithholds(t *testing.T) {
+	for _, v := range []struct {
+		capabilities, families string
+		want                   bool
+	}{
+		{"", "", false},
+		{"cap_chown cap_net_admin", "AF_UNIX AF_NETLINK", false},
+		{"cap_net_admin", "~AF_PACKET", false},
+		{"cap_chown", "", true},
+		{"", "AF_UNIX", true},
+		{"cap_net_admin", "~AF_PACKET AF_NETLINK", true},
+	} {
+		if got := (unit{"CapabilityBoundingSet": v.capabilities, "RestrictAddressFamilies": v.families}).withholds(); got != v.want {
+			t.Errorf("%+v: %v", v, got)
+		}
+	}
+}

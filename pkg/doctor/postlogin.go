@@ -202,7 +202,10 @@ func (d *Doctor) broken(p *postLogin) (text, effect string, fix remedy) {
 	default:
 		lack("user = root", "runs as "+p.user+", who may not write to nftables", untrusted)
 	}
-	if text == "" {
+	switch {
+	case text == "" && d.units["dovecot.service"].withholds():
+		return "Dovecot's unit withholds CAP_NET_ADMIN or AF_NETLINK", untrusted, allow
+	case text == "":
 		return "", "", remedy{}
 	}
 	if most, _ := d.mostProcesses(p); d.dovecot.ProcessLimit(p.Settings) < most {
@@ -233,11 +236,22 @@ func (d *Doctor) unseen(p *postLogin, why string) remedy {
 	case d.units == nil:
 		return remedy{words: "let Dovecot's container have CAP_NET_ADMIN, and netlink sockets"}
 	}
-	// Two lines for each are right for any unit: see contrib/systemd/dovecot.service.d.
-	return remedy{"let Dovecot's unit have CAP_NET_ADMIN and AF_NETLINK, which it withholds",
-		"mkdir -p /etc/systemd/system/dovecot.service.d && printf '%s\\n' '[Service]' 'CapabilityBoundingSet=~CAP_NET_ADMIN' 'CapabilityBoundingSet=CAP_NET_ADMIN'" +
-			" 'RestrictAddressFamilies=~AF_NETLINK' 'RestrictAddressFamilies=AF_NETLINK' >>/etc/systemd/system/dovecot.service.d/nftwl.conf" +
-			" && systemctl daemon-reload && systemctl restart dovecot"}
+	return allow
+}
+
+// allow is the remedy for what Dovecot's unit withholds. Two lines for each are right
+// for any unit: see contrib/systemd/dovecot.service.d.
+var allow = remedy{"let Dovecot's unit have CAP_NET_ADMIN and AF_NETLINK, which it withholds",
+	"mkdir -p /etc/systemd/system/dovecot.service.d && printf '%s\\n' '[Service]' 'CapabilityBoundingSet=~CAP_NET_ADMIN' 'CapabilityBoundingSet=CAP_NET_ADMIN'" +
+		" 'RestrictAddressFamilies=~AF_NETLINK' 'RestrictAddressFamilies=AF_NETLINK' >>/etc/systemd/system/dovecot.service.d/nftwl.conf" +
+		" && systemctl daemon-reload && systemctl restart dovecot"}
+
+// withholds tells whether a unit, as systemctl shows it, lacks what nftwl needs.
+func (u unit) withholds() bool {
+	capabilities := u["CapabilityBoundingSet"]
+	families, denied := strings.CutPrefix(u["RestrictAddressFamilies"], "~")
+	return capabilities != "" && !slices.Contains(strings.Fields(capabilities), "cap_net_admin") ||
+		families != "" && slices.Contains(strings.Fields(families), "AF_NETLINK") == denied
 }
 
 // checkSafe checks that Dovecot runs as root only what is root's, and this very

@@ -23,7 +23,7 @@ type unit map[string]string
 
 // properties are those that the checks look at; a unit has those of its type.
 const properties = "Id,LoadState,ActiveState,UnitFileState,Result,ReloadResult," +
-	"ExecStart,ExecMainExitTimestamp,ExecMainExitTimestampMonotonic,StateChangeTimestampMonotonic"
+	"CapabilityBoundingSet,RestrictAddressFamilies,ExecStart,ExecMainExitTimestamp,ExecMainExitTimestampMonotonic,StateChangeTimestampMonotonic"
 
 // findUnits asks systemd for the units that the checks look at.
 func (d *Doctor) findUnits(ctx context.Context) {
