@@ -12,9 +12,8 @@ import (
 // Batch gathers changes that the kernel makes in one transaction: all of
 // them, or none.
 //
-// Elements of one set that follow each other share messages, so it costs
-// about 40 bytes an IPv4 element, and nothing is encoded twice. The zero value
-// is not ready for use; call Conn.Batch.
+// Elements of one set that follow each other share messages: an IPv4 element
+// takes about 40 bytes. The zero value is not ready for use; call Conn.Batch.
 type Batch struct {
 	conn   *Conn
 	first  uint32 // number of the message that begins the batch
@@ -36,12 +35,12 @@ type about struct {
 	set *Set
 }
 
-// Batch begins one. The connection must not be used for anything else until
+// Batch begins a batch. The connection must not be used for anything else until
 // it is committed or dropped.
 func (c *Conn) Batch() *Batch { return c.BatchAt(0) }
 
-// BatchAt begins one that fails with ErrGeneration unless the ruleset is of the
-// generation; 0 stands for any.
+// BatchAt begins a batch that fails with ErrGeneration unless the ruleset is of
+// the generation; 0 stands for any.
 func (c *Conn) BatchAt(generation uint32) *Batch {
 	b := &Batch{conn: c, first: c.next()}
 	b.buf = appendMessage(make([]byte, 0, 1024), unix.NFNL_MSG_BATCH_BEGIN, unix.NLM_F_REQUEST, b.first, 0, unix.NFNL_SUBSYS_NFTABLES)
@@ -52,8 +51,8 @@ func (c *Conn) BatchAt(generation uint32) *Batch {
 	return b
 }
 
-// Grow makes room for n more elements of the set with comments of so many bytes
-// together, so that a large batch is not copied over and over while it grows.
+// Grow makes room for n more elements of the set with comments of that many bytes
+// in all, so that a large batch is not copied again and again while it grows.
 func (b *Batch) Grow(s *Set, n, comments int) {
 	const most = 4*attrHeader + 2*(attrHeader+8) + 3 + 2*3 // with a timeout, an expiration, and padding
 	b.buf = slices.Grow(b.buf, n*(most+s.Key.len())+comments)
@@ -68,6 +67,13 @@ func (b *Batch) message(typ, flags uint16, s *Set) {
 		b.about = append(b.about, about{seq, s})
 	}
 	b.buf = appendMessage(b.buf, typ, unix.NLM_F_REQUEST|flags, seq, s.Table.Family, 0)
+}
+
+// put adds a message about a set, which has no elements.
+func (b *Batch) put(typ, flags uint16, s *Set, attrs []byte) {
+	b.message(typ, flags, s)
+	b.buf = append(b.buf, attrs...)
+	endMessage(b.buf, b.last)
 }
 
 // finish closes the open message of elements, if there is one.
@@ -94,47 +100,39 @@ func (b *Batch) element(typ, flags uint16, s *Set, e *Element) {
 	b.buf = appendElement(b.buf, s, e, typ == msgDelSetElem)
 }
 
-// Create adds an element. Where it exists already, the whole batch fails with
+// Create adds an element. If it exists already, the whole batch fails with
 // ErrExists.
 func (b *Batch) Create(s *Set, e Element) {
 	b.element(msgNewSetElem, unix.NLM_F_CREATE|unix.NLM_F_EXCL, s, &e)
 }
 
-// Add adds an element. One that exists already is left as it is, except that
-// kernels from 6.12 on give it the Timeout, where that differs, and the
-// Expires, where that is not 0; never another comment.
+// Add adds an element. One that exists already stays as it is, except that
+// kernels from 6.12 on give it the Timeout, if that differs, and the Expires, if
+// that is not 0; never another comment.
 func (b *Batch) Add(s *Set, e Element) { b.element(msgNewSetElem, unix.NLM_F_CREATE, s, &e) }
 
-// Delete deletes an element. Where it is not there, the whole batch fails
-// with ErrNotFound.
+// Delete deletes an element. If it does not exist, the whole batch fails with
+// ErrNotFound.
 func (b *Batch) Delete(s *Set, k Key) { b.element(msgDelSetElem, 0, s, &Element{Key: k}) }
 
 // Flush deletes all elements of a set.
-func (b *Batch) Flush(s *Set) {
-	b.message(msgDelSetElem, 0, s)
-	b.buf = appendListOf(b.buf, s)
-	endMessage(b.buf, b.last)
-}
+func (b *Batch) Flush(s *Set) { b.put(msgDelSetElem, 0, s, appendListOf(nil, s)) }
 
 // CreateTable creates a table, unless it exists.
 func (b *Batch) CreateTable(t Table) {
-	b.message(msgNewTable, unix.NLM_F_CREATE, &Set{Table: t})
-	b.buf = appendString(b.buf, unix.NFTA_TABLE_NAME, t.Name)
-	b.buf = appendUint32(b.buf, unix.NFTA_TABLE_FLAGS, 0)
-	endMessage(b.buf, b.last)
+	attrs := appendString(nil, unix.NFTA_TABLE_NAME, t.Name)
+	b.put(msgNewTable, unix.NLM_F_CREATE, &Set{Table: t}, appendUint32(attrs, unix.NFTA_TABLE_FLAGS, 0))
 }
 
-// CreateSet creates a set. One of the same name must not exist with another
-// definition.
+// CreateSet creates a set. If one of that name exists with another definition,
+// the whole batch fails.
 func (b *Batch) CreateSet(s *Set) {
 	b.setIDs++
-	b.message(msgNewSet, unix.NLM_F_CREATE, s)
-	b.buf = appendSet(b.buf, s, b.setIDs)
-	endMessage(b.buf, b.last)
+	b.put(msgNewSet, unix.NLM_F_CREATE, s, appendSet(nil, s, b.setIDs))
 }
 
-// Commit carries the batch out, and returns when the kernel has. An empty
-// batch asks nothing of it.
+// Commit carries the batch out, and returns when the kernel has. An empty batch
+// does nothing.
 func (b *Batch) Commit() error {
 	b.finish()
 	if b.last == 0 {
@@ -142,7 +140,7 @@ func (b *Batch) Commit() error {
 	}
 	c := b.conn
 	// The last message asks for an acknowledgement, so that silence is never
-	// taken for success. It is sent after the commit (nfnetlink_rcv_batch).
+	// success. The kernel sends it after the commit (nfnetlink_rcv_batch).
 	last := native.Uint32(b.buf[b.last+8:])
 	flags := native.Uint16(b.buf[b.last+6:])
 	native.PutUint16(b.buf[b.last+6:], flags|unix.NLM_F_ACK)
@@ -160,8 +158,8 @@ func (b *Batch) Commit() error {
 	full := false      // the socket's buffer was
 	for {
 		err := c.replies(b.first, last, func(m message) (done bool, err error) {
-			// An error of the transaction as a whole carries the number of
-			// its first message, and one of a message that message's.
+			// An error of the whole transaction has the number of its first
+			// message.
 			if !m.ack {
 				return false, nil
 			}
@@ -186,8 +184,7 @@ func (b *Batch) Commit() error {
 	if failed.err == nil {
 		return nil
 	}
-	// Only now, since it asks the kernel what is missing, and would take its
-	// answer for one to the batch.
+	// Only now, because it asks the kernel what is missing.
 	return b.error(failed.seq, failed.err)
 }
 
@@ -222,9 +219,8 @@ func (c *Conn) grow(n int) error {
 	if err != nil || n+overhead <= have {
 		return err
 	}
-	// The kernel doubles what it is asked for. Without CAP_NET_ADMIN the
-	// second is limited by net.core.wmem_max, and the transaction will fail
-	// for the capability anyway.
+	// The kernel doubles what it is asked for. Without CAP_NET_ADMIN,
+	// net.core.wmem_max limits it, and the transaction will fail anyway.
 	if unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, n/2+overhead) == nil {
 		return nil
 	}

@@ -20,19 +20,20 @@ func (o Outcome) String() string { return [...]string{"unchanged", "added", "ren
 
 // Extend makes sure that every element is in the set and expires no sooner than
 // asked: it adds those that are missing, gives those that would expire sooner
-// the new timeout and comment, and leaves those alone whose time left is longer,
-// or shorter by no more than slack. It never shortens the time left, nor makes a
-// permanent element expire, whatever others do at the same time. The outcomes are
-// those of the elements, in order.
+// the new timeout and comment, and leaves alone those whose time left is longer,
+// or shorter by at most slack. It never shortens the time left, nor makes a
+// permanent element expire, whatever others do at the same time. It returns the
+// outcome of each element, in order.
 //
-// comment returns the comment of an element that is there, of the one that it has
-// and the one that was asked for. With nil, an element that gets a new timeout
-// gets the latter, and the others keep theirs.
+// comment returns the comment of an element that is there, from the one that it
+// has and the one that was asked for. If it is nil, an element that gets a new
+// timeout gets the latter, and the others keep theirs.
 //
-// All is one transaction. On kernels before 6.12 it can take a second one,
-// after the first turned out to have renewed nothing; and where the set is too
-// full for all, those that are there already are renewed alone. Where the ruleset
-// keeps changing until the deadline, Extend fails with ErrBusy.
+// It is one transaction, with two exceptions: kernels before 6.12 can need a
+// second one, because the first reported success and renewed nothing; and if the
+// set has no room for all, Extend renews those that are there and returns
+// ErrFull. If the ruleset keeps changing until the deadline, it fails with
+// ErrBusy.
 func (c *Conn) Extend(s *Set, elems []Element, slack time.Duration, comment func(old, new string) string) ([]Outcome, error) {
 	if err := s.Writable(); err != nil {
 		return nil, err
@@ -50,7 +51,7 @@ func (c *Conn) Extend(s *Set, elems []Element, slack time.Duration, comment func
 }
 
 // merge makes one element of those with the same key, which expires when the
-// last of them does, and tells where each went.
+// last of them does, and returns the index of each in unique.
 func merge(elems []Element, comment func(old, new string) string) (unique []Element, of []int) {
 	unique, of = make([]Element, 0, len(elems)), make([]int, len(elems))
 	at := make(map[Key]int, len(elems))
@@ -78,25 +79,20 @@ func merge(elems []Element, comment func(old, new string) string) (unique []Elem
 // extendUnique is Extend for elements each of which has a key of its own.
 func (c *Conn) extendUnique(s *Set, elems []Element, slack time.Duration, comment func(old, new string) string) ([]Outcome, error) {
 	outcomes, renewed, err := c.extend(s, elems, slack, comment, true)
-	// What was there, and was to expire later.
-	there := func() (some []Element) {
-		for i, e := range elems {
-			if outcomes[i] == Renewed {
-				some = append(some, e)
-			}
+	var there []Element // that would have expired sooner
+	for i, o := range outcomes {
+		if o == Renewed {
+			there = append(there, elems[i])
 		}
-		return some
 	}
-	if errors.Is(err, ErrFull) {
-		if some := there(); len(some) > 0 && len(some) < len(elems) {
-			// The error that counts is the first.
-			_, _ = c.extendUnique(s, some, slack, comment)
-		}
+	if errors.Is(err, ErrFull) && len(there) > 0 && len(there) < len(elems) {
+		// The error that counts is the first.
+		_, _ = c.extendUnique(s, there, slack, comment)
 	}
 	if err != nil || renewed == nil {
 		return outcomes, err
 	}
-	// Kernels before 6.12 renew nothing so, and report success.
+	// Kernels before 6.12 report success and renew nothing.
 	now, err := c.Lookup(s, renewed.Key)
 	if err != nil {
 		return outcomes, err
@@ -104,12 +100,12 @@ func (c *Conn) extendUnique(s *Set, elems []Element, slack time.Duration, commen
 	if e := now[renewed.Key]; e.Permanent() || e.Expires > renewed.Expires {
 		return outcomes, nil
 	}
-	_, _, err = c.extend(s, there(), slack, comment, false)
+	_, _, err = c.extend(s, there, slack, comment, false)
 	return outcomes, err
 }
 
-// extend is one transaction of Extend's. With inPlace it has the kernel renew
-// without deleting; an element that it asked that for is returned as it was.
+// extend is one transaction of Extend's. With inPlace it renews without deleting,
+// and returns an element that it renewed so, as it was before.
 func (c *Conn) extend(s *Set, elems []Element, slack time.Duration, comment func(old, new string) string, inPlace bool) (outcomes []Outcome, renewed *Element, err error) {
 	keys := make([]Key, len(elems))
 	for i, e := range elems {
@@ -117,10 +113,9 @@ func (c *Conn) extend(s *Set, elems []Element, slack time.Duration, comment func
 	}
 	// Between the lookup and the transaction another login can add an element,
 	// or renew one for longer. So elements that were missing are created, which
-	// fails where they exist by now; and a transaction that renews any names the
-	// generation of the ruleset that was looked at, and is refused on another.
-	// A stranger's change refuses it too, so it is tried again until the
-	// deadline, and never without that guard.
+	// fails if they exist by now; and a transaction that renews any names the
+	// generation of the lookup, and the kernel refuses it on another. Changes of
+	// other sets have it refused too, so it is retried until the deadline.
 	for {
 		there, generation, err := c.lookup(s, keys)
 		if err != nil {
@@ -148,9 +143,8 @@ func (c *Conn) extend(s *Set, elems []Element, slack time.Duration, comment func
 				replace = append(replace, e)
 				continue
 			}
-			// Without a deletion, so that a login does not wait for RCU when
-			// the connection closes: the kernel renews an element whose
-			// expiration is given.
+			// The kernel renews an element whose expiration is given. See Conn
+			// for what a deletion costs.
 			renewed = &old
 			e.Expires = e.left()
 			renew = append(renew, e)
@@ -176,8 +170,8 @@ func (c *Conn) extend(s *Set, elems []Element, slack time.Duration, comment func
 	}
 }
 
-// Outlives tells whether an element of a set expires no sooner than another that
-// is to be written there, less slack.
+// Outlives reports whether an element of a set expires no sooner than another
+// that is to be written there, less slack.
 func (e Element) Outlives(other Element, slack time.Duration) bool {
 	if e.Permanent() || other.Permanent() {
 		return e.Permanent()
@@ -193,8 +187,8 @@ func (e Element) left() time.Duration {
 	return e.Timeout
 }
 
-// Replace gives elements a new timeout and comment on every kernel: added, so that
-// the deletion cannot miss one, deleted, and added anew.
+// Replace gives elements a new timeout and comment, on every kernel: it adds them,
+// so that no deletion fails, deletes them, and adds them again.
 func (b *Batch) Replace(s *Set, elems []Element) {
 	for _, e := range elems {
 		b.Add(s, e)
@@ -207,9 +201,9 @@ func (b *Batch) Replace(s *Set, elems []Element) {
 	}
 }
 
-// Remove deletes those of the elements that are in the set and that match
-// accepts; a nil match accepts all. It returns the ones deleted. Where the
-// elements keep changing until the deadline, it fails with ErrBusy.
+// Remove deletes those of some elements that are in the set and that match
+// accepts; a nil match accepts all. It returns those that it deleted. If they keep
+// changing until the deadline, it fails with ErrBusy.
 func (c *Conn) Remove(s *Set, keys []Key, match func(Element) bool) ([]Element, error) {
 	if s.Constant {
 		return nil, s.error(ErrConstant)
@@ -249,12 +243,12 @@ func (c *Conn) Remove(s *Set, keys []Key, match func(Element) bool) ([]Element, 
 // Elements returns the elements of a set, each once, ordered by key, with the
 // time left that they have when it returns.
 //
-// A dump during which the ruleset changed can lack elements (see Dump). Then
-// further ones are taken and put together, until it is unlikely that an element
-// is missing from each of them.
+// A dump during which the set changed can lack elements; see Dump. Then Elements
+// dumps again and unites what it got, until it is unlikely that each dump lacks
+// the same element.
 func (c *Conn) Elements(s *Set) ([]Element, error) {
 	start := time.Now()
-	all, err := c.dump(s, dumpBuffer)
+	all, err := c.dump(s)
 	if !errors.Is(err, ErrInterrupted) {
 		return all, err
 	}
@@ -265,15 +259,16 @@ func (c *Conn) Elements(s *Set) ([]Element, error) {
 	missing := 1.0
 	for attempt := 2; ; attempt++ {
 		at := time.Now()
-		// Elements go missing where the kernel ends one buffer and begins the
-		// next. Another size has it do so at others. The kernel takes the largest
-		// that a socket has had, so that each size needs a socket of its own.
+		// Elements go missing where one buffer ends and the next begins, so each
+		// dump has buffers of another size. The kernel remembers the largest that
+		// a socket has had, so each has a socket of its own.
 		other, err := Dial()
 		if err != nil {
 			return nil, err
 		}
+		other.buf = make([]byte, dumpBuffer-(attempt-1)<<10)
 		other.deadline, other.timeout = c.deadline, c.timeout
-		one, err := other.dump(s, dumpBuffer-(attempt-1)<<10)
+		one, err := other.dump(s)
 		c.deadline = other.deadline
 		other.Close()
 		if err == nil {
@@ -297,12 +292,14 @@ func (c *Conn) Elements(s *Set) ([]Element, error) {
 }
 
 // dump returns the elements of a dump, each once, ordered by key, with the time
-// left that they have when it returns. With the error ErrInterrupted it returns
-// those that did arrive.
-func (c *Conn) dump(s *Set, buffer int) (elems []Element, err error) {
+// left that they have when it returns; with ErrInterrupted, those that did arrive.
+//
+// An element that came twice is a sign, too, that others are missing: the kernel
+// resizes the hash table some time after many elements were added.
+func (c *Conn) dump(s *Set) (elems []Element, err error) {
 	start := time.Now()
 	elems = make([]Element, 0, s.Count)
-	err = c.dumpInto(buffer, s, func(e Element) error {
+	err = c.Dump(s, func(e Element) error {
 		// Counted from the start until the end is known.
 		e.Expires += time.Since(start)
 		elems = append(elems, e)
@@ -315,7 +312,8 @@ func (c *Conn) dump(s *Set, buffer int) (elems []Element, err error) {
 	kept := elems[:0]
 	for _, e := range elems {
 		if last := len(kept) - 1; last >= 0 && kept[last].Key == e.Key {
-			// The one that was read later counts, which has no less time left.
+			err = s.error(ErrInterrupted)
+			// The one that was read later has no less time left.
 			if e.Expires > kept[last].Expires {
 				kept[last] = e
 			}
@@ -326,7 +324,7 @@ func (c *Conn) dump(s *Set, buffer int) (elems []Element, err error) {
 	return age(kept, time.Since(start)), err
 }
 
-// age takes off time that has passed, and leaves out what has expired.
+// age subtracts time that has passed, and leaves out what has expired.
 func age(elems []Element, passed time.Duration) []Element {
 	kept := elems[:0]
 	for _, e := range elems {
@@ -340,10 +338,10 @@ func age(elems []Element, passed time.Duration) []Element {
 	return kept
 }
 
-// union returns what is in a set, of what earlier dumps saw and of one more, which
-// came later. What only one of the two has is looked up. before is how many of
-// that the earlier ones lack though it was there since they began, and now how
-// many the last one lacks.
+// union returns what is in a set of what earlier dumps have and one later dump
+// has. It looks up what only one of the two has. Of that, before is how many the
+// earlier ones lack that were there since they began, and now how many the later
+// one lacks.
 func (c *Conn) union(s *Set, all, one []Element, later, since time.Duration) (union []Element, before, now int, err error) {
 	all = age(all, later)
 	var odd []Key

@@ -2,11 +2,8 @@ package nftset
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
-	"hash/maphash"
 	"os"
-	"slices"
 	"strings"
 	"time"
 
@@ -16,14 +13,14 @@ import (
 // Conn is a netlink connection to nf_tables in the network namespace of the
 // thread that dialled it. It is for one goroutine at a time.
 //
-// Closing one after elements were deleted takes the kernel a grace period of
-// RCU, some 10 ms: nft_rcv_nl_event() waits for the deletions to be carried
-// out. That is why Extend does without deleting where the kernel lets it.
+// Close takes some 10 ms, a grace period of RCU, after elements were deleted:
+// nft_rcv_nl_event() waits until they are gone. That is why Extend deletes
+// nothing if the kernel renews elements in place.
 type Conn struct {
 	fd       int
 	seq      uint32
 	deadline time.Time     // zero: none
-	timeout  time.Duration // of an answer to a dump; 0: the deadline stays
+	timeout  time.Duration // by which an answer to a dump moves the deadline; 0: it stays
 	buf      []byte
 }
 
@@ -31,22 +28,19 @@ const (
 	// smallBuffer takes any single reply: the largest is a set with a
 	// comment and names of 255 bytes.
 	smallBuffer = 8 << 10
-	// dumpBuffer makes the kernel fill buffers of 32 KiB, its limit. A dump
-	// walks the set from its start for each of them.
+	// dumpBuffer is the most that the kernel sends at once in a dump. It walks
+	// the set from its start for each buffer.
 	dumpBuffer = 32 << 10
 )
 
-// Dial opens a connection. It needs no privilege; what is then asked does.
+// Dial opens a connection. It needs no privilege; most requests do.
 func Dial() (*Conn, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
 	if err != nil {
-		if why := reason(err); why != err {
-			return nil, &Error{Err: why}
-		}
-		return nil, fmt.Errorf("open a netlink socket: %w", err)
+		return nil, Table{}.error(err)
 	}
 	// An error's reply then carries the header of the message alone, not all
-	// of its elements. Kernels before 4.3 refuse, and their replies are cut.
+	// of its elements. Kernels before 4.3 refuse, and cut their replies.
 	_ = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_CAP_ACK, 1)
 	return &Conn{fd: fd, buf: make([]byte, smallBuffer)}, nil
 }
@@ -55,18 +49,18 @@ func Dial() (*Conn, error) {
 func (c *Conn) Close() error { return unix.Close(c.fd) }
 
 // SetDeadline limits how long later calls wait for the kernel's answers and
-// try again; past it they fail with ErrDeadline or ErrBusy. The zero time waits
-// for ever.
+// retry; after it they fail with ErrDeadline or ErrBusy. With the zero time they
+// wait for ever.
 //
-// It cannot limit the time that the kernel takes to carry out a request,
-// which includes waiting for another process's transaction to end.
+// It does not limit how long the kernel takes to carry out a request, which
+// includes waiting for another process's transaction.
 func (c *Conn) SetDeadline(t time.Time) { c.deadline, c.timeout = t, 0 }
 
-// SetTimeout sets the deadline to d from now. A dump moves it to d after each
-// answer, because a set can be larger than can be read in any fixed time.
+// SetTimeout sets the deadline to d from now. Each answer to a dump moves it to
+// d after that answer, because a set can be larger than can be read in any fixed
+// time.
 func (c *Conn) SetTimeout(d time.Duration) { c.deadline, c.timeout = time.Now().Add(d), d }
 
-// late tells whether the deadline has passed.
 func (c *Conn) late() bool { return !c.deadline.IsZero() && time.Now().After(c.deadline) }
 
 // next returns the number of the next message.
@@ -94,14 +88,14 @@ type message struct {
 	flags      uint16
 	seq        uint32
 	ack        bool   // an acknowledgement, an error or the end of a dump
-	err        error  // an errno where ack and it failed
+	err        error  // an errno, if ack reports one
 	generation uint16 // of the ruleset, its low bits (nfgenmsg.res_id); 0 for an ack
-	body       []byte
+	body       []byte // valid until the next read
 }
 
 // replies calls f for each reply to the messages numbered first to last, in
-// order, until f is done or fails. What is left from a call that gave up is
-// passed over.
+// order, until f is done or fails. It skips replies to an earlier call that gave
+// up.
 func (c *Conn) replies(first, last uint32, f func(m message) (done bool, err error)) error {
 	for {
 		ours, done := false, false
@@ -123,8 +117,7 @@ func (c *Conn) replies(first, last uint32, f func(m message) (done bool, err err
 	}
 }
 
-// receive reads one buffer of replies and calls f for each message in it, in
-// order. An error of f's ends it.
+// receive reads one buffer and calls f for each message in it, until f fails.
 func (c *Conn) receive(f func(m message) error) error {
 	n, err := c.read()
 	if err != nil {
@@ -164,8 +157,8 @@ func (c *Conn) receive(f func(m message) error) error {
 	return nil
 }
 
-// read fills the buffer, waiting at most until the deadline. An answer that is
-// there already is read even after it.
+// read fills the buffer, waiting at most until the deadline. It reads an answer
+// that is there already even after the deadline.
 func (c *Conn) read() (int, error) {
 	for {
 		n, _, err := unix.Recvfrom(c.fd, c.buf, unix.MSG_DONTWAIT|unix.MSG_TRUNC)
@@ -202,66 +195,88 @@ func (c *Conn) ask(requests []byte, first uint32, n int, f func(i int, m message
 	})
 }
 
+// request encodes a request with the attributes, and returns its number too.
+func (c *Conn) request(typ, flags uint16, family Family, attrs []byte) (req []byte, seq uint32) {
+	seq = c.next()
+	req = appendMessage(nil, typ, unix.NLM_F_REQUEST|flags, seq, family, 0)
+	req = append(req, attrs...)
+	endMessage(req, 0)
+	return req, seq
+}
+
+// get sends a request that gets one reply, and returns that.
+func (c *Conn) get(typ uint16, family Family, attrs []byte) (reply message, err error) {
+	req, seq := c.request(typ, 0, family, attrs)
+	err = c.ask(req, seq, 1, func(_ int, m message) error {
+		reply = m
+		return m.err
+	})
+	return reply, err
+}
+
+// list asks for a dump, and calls f for each message of it. After an error of
+// f's, the rest of the dump is left unread.
+func (c *Conn) list(typ uint16, family Family, attrs []byte, f func(m message) error) error {
+	c.enlarge()
+	req, seq := c.request(typ, unix.NLM_F_DUMP, family, attrs)
+	if err := c.send(req); err != nil {
+		return err
+	}
+	return c.replies(seq, seq, func(m message) (done bool, err error) {
+		if m.ack {
+			return true, m.err
+		}
+		return false, f(m)
+	})
+}
+
+// enlarge makes the buffer large enough for what is more than a reply.
+func (c *Conn) enlarge() {
+	if len(c.buf) == smallBuffer {
+		c.buf = make([]byte, dumpBuffer)
+	}
+}
+
 // Set returns the definition of a set.
 func (c *Conn) Set(table Table, name string) (*Set, error) {
-	seq := c.next()
-	req := appendMessage(nil, msgGetSet, unix.NLM_F_REQUEST, seq, table.Family, 0)
-	req = appendString(req, unix.NFTA_SET_TABLE, table.Name)
-	req = appendString(req, unix.NFTA_SET_NAME, name)
-	endMessage(req, 0)
-	var set *Set
-	err := c.ask(req, seq, 1, func(_ int, m message) (err error) {
-		if m.ack {
-			return m.err
-		}
-		set, err = decodeSet(table, m.body)
-		return err
-	})
-	named := &Set{Table: table, Name: name}
-	switch {
-	case errors.Is(err, unix.ENOENT):
+	s := &Set{Table: table, Name: name}
+	attrs := appendString(nil, unix.NFTA_SET_TABLE, table.Name)
+	m, err := c.get(msgGetSet, table.Family, appendString(attrs, unix.NFTA_SET_NAME, name))
+	if err == unix.ENOENT {
 		if _, err := c.handle(table); err != nil {
 			return nil, err
 		}
-		return nil, named.error(ErrNoSet)
-	case err != nil:
-		var typed *Error
-		if errors.As(err, &typed) {
-			return nil, err
-		}
-		return nil, named.error(err)
+		err = ErrNoSet
 	}
-	return set, nil
+	if err == nil {
+		err = decodeSet(s, m.body)
+	}
+	if err != nil {
+		return nil, s.error(err)
+	}
+	return s, nil
 }
 
 // Generation returns the number of the ruleset's generation, which every
 // transaction increases. It is never 0.
-func (c *Conn) Generation() (generation uint32, err error) {
-	seq := c.next()
-	req := appendMessage(nil, msgGetGen, unix.NLM_F_REQUEST, seq, 0, 0)
-	endMessage(req, 0)
-	err = c.ask(req, seq, 1, func(_ int, m message) error {
-		if !m.ack {
-			generation = decodeGeneration(m.body)
-		}
-		return m.err
-	})
-	if why := reason(err); why != err {
-		return 0, &Error{Err: why}
+func (c *Conn) Generation() (uint32, error) {
+	m, err := c.get(msgGetGen, 0, nil)
+	if err != nil {
+		return 0, Table{}.error(err)
 	}
-	return generation, err
+	return decodeGeneration(m.body), nil
 }
 
-// Instance tells a table from one of the same name that was there before it, as
-// after the ruleset was flushed and loaded anew: no two tables that a machine
-// ever had are the same. The zero value is no table's.
+// Instance tells a table from an earlier one of the same name, from before the
+// ruleset was flushed and loaded again: no two tables of a machine have the same.
+// The zero value is no table's.
 type Instance struct {
 	Boot      string // the boot's random id, a UUID; see random(4)
-	Namespace uint64 // the network namespace's cookie, or its inode before Linux 5.14
-	Handle    uint64 // the table's, of which a namespace gives each number once
+	Namespace uint64 // the network namespace's cookie; its inode before Linux 5.14
+	Handle    uint64 // the table's; a namespace gives each number once
 }
 
-// Instance returns which table has the name now.
+// Instance returns the instance that has the table's name now.
 func (c *Conn) Instance(table Table) (Instance, error) {
 	handle, err := c.handle(table)
 	if err != nil {
@@ -272,8 +287,7 @@ func (c *Conn) Instance(table Table) (Instance, error) {
 		return Instance{}, err
 	}
 	i := Instance{Boot: strings.TrimSpace(string(boot)), Handle: handle}
-	// An inode's number is given again when a namespace is gone, and a cookie
-	// never.
+	// The kernel reuses an inode when its namespace is gone, but never a cookie.
 	if i.Namespace, err = unix.GetsockoptUint64(c.fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE); err == nil {
 		return i, nil
 	}
@@ -286,20 +300,14 @@ func (c *Conn) Instance(table Table) (Instance, error) {
 }
 
 // handle returns the handle of a table.
-func (c *Conn) handle(table Table) (handle uint64, err error) {
-	seq := c.next()
-	req := appendMessage(nil, msgGetTable, unix.NLM_F_REQUEST, seq, table.Family, 0)
-	req = appendString(req, unix.NFTA_TABLE_NAME, table.Name)
-	endMessage(req, 0)
-	err = c.ask(req, seq, 1, func(_ int, m message) (err error) {
-		if m.ack {
-			return m.err
-		}
+func (c *Conn) handle(table Table) (uint64, error) {
+	m, err := c.get(msgGetTable, table.Family, appendString(nil, unix.NFTA_TABLE_NAME, table.Name))
+	if err == unix.ENOENT {
+		err = ErrNoTable
+	}
+	var handle uint64
+	if err == nil {
 		handle, err = decodeHandle(m.body)
-		return err
-	})
-	if errors.Is(err, unix.ENOENT) {
-		return 0, table.error(ErrNoTable)
 	}
 	if err != nil {
 		return 0, table.error(err)
@@ -307,12 +315,12 @@ func (c *Conn) handle(table Table) (handle uint64, err error) {
 	return handle, nil
 }
 
-// lookupChunk is how many lookups are sent at once: their replies must all
-// fit the socket's buffer, in which each takes about 1 KiB of 208.
+// lookupChunk is how many lookups are sent at once: their replies must fit
+// the socket's buffer of 208 KiB, in which each takes about 1 KiB.
 const lookupChunk = 64
 
-// Lookup asks for single elements, and returns those that are in the set, by
-// their keys. It never dumps the set.
+// Lookup returns those of some elements that are in the set, by their keys. It
+// asks for each alone, and so takes no longer for a large set.
 func (c *Conn) Lookup(s *Set, keys ...Key) (map[Key]Element, error) {
 	found, _, err := c.lookup(s, keys)
 	return found, err
@@ -351,9 +359,7 @@ func (c *Conn) lookup(s *Set, keys []Key) (found map[Key]Element, generation uin
 				}
 				return nil
 			case m.err == unix.ENOENT:
-				// The element is missing, or the set went since Set was
-				// called; adding to it will tell.
-				return nil
+				return nil // the element is missing; or the set, which a change will tell
 			case m.ack:
 				return m.err
 			}
@@ -370,103 +376,49 @@ func (c *Conn) lookup(s *Set, keys []Key) (found map[Key]Element, generation uin
 }
 
 // Dump calls f for every element of the set, in the kernel's order, while
-// they arrive. An error of f's ends it.
+// they arrive, until f fails.
 //
-// The kernel takes a dump up again where it was by counting elements, in a
-// hash table that may change between two buffers, and does not say so: it
-// marks the dumps of everything else (NLM_F_DUMP_INTR), but not this one. So
-// elements can be missing, and come twice. Dump returns ErrInterrupted, after
-// f saw what did arrive, where there is a sign of it: the ruleset's
-// generation changed; an element came twice, as others go missing when the
-// table is resized, which the kernel does some time after many were added; or
-// the set has fewer elements than before, because some that had expired were
-// collected.
-func (c *Conn) Dump(s *Set, f func(Element) error) error { return c.dumpInto(dumpBuffer, s, f) }
-
-// dumpInto is Dump with buffers of a size, unless the connection has had a
-// larger one.
-func (c *Conn) dumpInto(buffer int, s *Set, f func(Element) error) error {
+// In each buffer, the kernel finds where it was by counting elements in a hash
+// table that may have changed since. So elements can be missing or come twice.
+// It marks other dumps of which that is true (NLM_F_DUMP_INTR), but not this one.
+// Dump returns ErrInterrupted, after f saw what did arrive, if the ruleset's
+// generation changed, or if the set has fewer elements than before because the
+// kernel has collected expired ones.
+func (c *Conn) Dump(s *Set, f func(Element) error) error {
 	before, err := c.Set(s.Table, s.Name)
 	if err != nil {
 		return err
 	}
-	if len(c.buf) < buffer {
-		c.buf = make([]byte, buffer)
-	}
-	seq := c.next()
-	req := appendMessage(nil, msgGetSetElem, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, seq, s.Table.Family, 0)
-	req = appendListOf(req, s)
-	endMessage(req, 0)
-	if err := c.send(req); err != nil {
-		return s.error(err)
-	}
 	var (
 		changed    bool
 		generation uint16
-		seen       seen
 		stop       error // the rest is read all the same, so that the next call finds no leftovers
 	)
-	err = c.replies(seq, seq, func(m message) (done bool, err error) {
-		changed = changed || m.flags&unix.NLM_F_DUMP_INTR != 0
-		if m.ack {
-			return true, m.err
-		}
+	err = c.list(msgGetSetElem, s.Table.Family, appendListOf(nil, s), func(m message) error {
 		if c.timeout > 0 {
 			c.SetTimeout(c.timeout)
 		}
-		changed = changed || generation != 0 && m.generation != generation
+		changed = changed || m.flags&unix.NLM_F_DUMP_INTR != 0 || generation != 0 && m.generation != generation
 		generation = m.generation
 		if stop == nil {
-			stop = decodeElements(s, m.body, func(e Element) error {
-				seen.add(e.Key)
-				return f(e)
-			})
+			stop = decodeElements(s, m.body, f)
 		}
-		return false, nil
+		return nil
 	})
 	switch {
-	case errors.Is(err, unix.ENOENT):
+	case err == unix.ENOENT:
 		return s.error(ErrNoSet)
 	case err != nil:
 		return s.error(err)
-	}
-	if stop != nil {
+	case stop != nil:
 		return stop
 	}
 	after, err := c.Set(s.Table, s.Name)
 	if err != nil {
 		return err
 	}
-	if changed || after.Count < before.Count || seen.twice() {
+	if changed || after.Count < before.Count {
 		return s.error(ErrInterrupted)
 	}
 	return nil
-}
-
-// seen remembers keys in 8 bytes each, to tell whether one came twice. It can
-// be wrong in saying so, once in many million dumps, and costs one more then.
-type seen struct {
-	seed   maphash.Seed
-	hashes []uint64
-}
-
-func (s *seen) add(k Key) {
-	if s.hashes == nil {
-		s.seed = maphash.MakeSeed()
-	}
-	var b [18]byte
-	a := k.Addr.As16()
-	copy(b[:], a[:])
-	binary.BigEndian.PutUint16(b[16:], k.Port)
-	s.hashes = append(s.hashes, maphash.Bytes(s.seed, b[:]))
-}
-
-func (s *seen) twice() bool {
-	slices.Sort(s.hashes)
-	for i := 1; i < len(s.hashes); i++ {
-		if s.hashes[i] == s.hashes[i-1] {
-			return true
-		}
-	}
-	return false
 }

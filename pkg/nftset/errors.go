@@ -22,25 +22,23 @@ var (
 	ErrDeadline   = errors.New("the kernel did not answer in time")
 	ErrSupport    = errors.New("the kernel has no nf_tables")
 
-	// ErrGeneration is a transaction that was made for another generation of
-	// the ruleset, and so was not carried out.
+	ErrExists = errors.New("the element exists already") // and was to be created
+
+	// ErrGeneration: the transaction was for another generation of the ruleset,
+	// and was not carried out.
 	ErrGeneration = errors.New("the ruleset has changed")
 
-	// ErrExists is an element that was to be created and exists already.
-	ErrExists = errors.New("the element exists already")
-
-	// ErrBusy is a change that was not made, because the ruleset changed
-	// between each look at the elements and the transaction.
+	// ErrBusy: nothing was changed, because the ruleset changed between each
+	// lookup and its transaction.
 	ErrBusy = errors.New("the ruleset kept changing")
 
-	// ErrInterrupted is a dump during which the set changed, so that elements
-	// can be missing from it.
+	// ErrInterrupted: the set changed during a dump, which may lack elements.
 	ErrInterrupted = errors.New("the set changed while it was read")
 )
 
 // Error says what failed on which table or set, and why.
 type Error struct {
-	Table Table
+	Table Table  // zero for an error of the connection
 	Set   string // empty where it concerns the table
 	Size  uint32 // of the set, for ErrFull
 	Type  string // of the set's keys as nft names it, for ErrKeyType
@@ -52,7 +50,10 @@ func (e *Error) Unwrap() error { return e.Err }
 
 func (e *Error) Error() string {
 	what := "set " + e.Set
-	if e.Set == "" {
+	switch {
+	case e.Table.Name == "":
+		what = "nftables"
+	case e.Set == "":
 		what = "table " + e.Table.String()
 	}
 	switch e.Err {
@@ -83,7 +84,11 @@ func (e *Error) Error() string {
 	return fmt.Sprintf("%s: %v", what, e.Err)
 }
 
+// error returns an *Error about the set, or err if it is one.
 func (s *Set) error(err error) error {
+	if typed, ok := err.(*Error); ok {
+		return typed
+	}
 	if err == unix.ENFILE {
 		err = ErrFull // nft_add_set_elem() in net/netfilter/nf_tables_api.c
 	}
@@ -94,8 +99,8 @@ func (t Table) error(err error) error {
 	return &Error{Table: t, Err: reason(err)}
 }
 
-// reason names an errno where it can mean one thing only. ENOENT, which can
-// mean several, is left to the caller that knows what it asked for.
+// reason names an errno that can mean one thing only. What ENOENT means, only the
+// caller knows.
 func reason(err error) error {
 	errno, ok := err.(unix.Errno)
 	if !ok {

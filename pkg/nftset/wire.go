@@ -3,45 +3,13 @@ package nftset
 import (
 	"encoding/binary"
 	"errors"
-	"fmt"
+	"math"
 	"net/netip"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
-
-// Types of nft that a key of ours can have, numbered by enum datatypes in
-// nft's include/datatype.h.
-const (
-	typeIPv4Addr    = 7
-	typeIPv6Addr    = 8
-	typeInetService = 13
-
-	typeBits = 6 // TYPE_BITS: the width of a part in the number of a concatenation
-)
-
-// typeNames are nft's names of the types that people make sets of, for an
-// error about a set of another type.
-var typeNames = [...]string{
-	4: "integer", 5: "string", 6: "ll_addr",
-	7: "ipv4_addr", 8: "ipv6_addr", 9: "ether_addr", 10: "ether_type", 11: "arp_op", 12: "inet_proto",
-	13: "inet_service", 14: "icmp_type", 15: "tcp_flag", 19: "mark", 20: "iface_index", 22: "realm",
-	23: "classid", 24: "uid", 25: "gid", 26: "ct_state", 29: "icmpv6_type", 41: "ifname", 46: "cgroupsv2",
-}
-
-func typeName(magic uint32) string {
-	var parts []string
-	for ; magic != 0; magic >>= typeBits {
-		n := magic & (1<<typeBits - 1)
-		name := fmt.Sprintf("type %d", n)
-		if int(n) < len(typeNames) && typeNames[n] != "" {
-			name = typeNames[n]
-		}
-		parts = append([]string{name}, parts...)
-	}
-	return strings.Join(parts, " . ")
-}
 
 // Numbers that x/sys/unix does not have.
 const (
@@ -143,9 +111,8 @@ func appendElement(b []byte, s *Set, e *Element, bare bool) []byte {
 	}
 	if !bare {
 		if s.Timeouts {
-			// Said even when it is 0 or the set's default: without it the
-			// kernel takes the default, and 0 is how an element is
-			// permanent in a set that has one.
+			// Also if it is 0, for a permanent element: without a timeout the
+			// kernel takes the set's default.
 			b = appendUint64(b, unix.NFTA_SET_ELEM_TIMEOUT, milliseconds(e.Timeout))
 			if e.Expires > 0 && e.Timeout > 0 {
 				// The kernel refuses more than the timeout (ERANGE).
@@ -239,10 +206,28 @@ func appendSet(b []byte, s *Set, id uint32) []byte {
 	return b
 }
 
+// milliseconds is the kernel's unit. A part of one rounds up, because 0 time
+// left means the whole timeout.
+func milliseconds(d time.Duration) uint64 {
+	ms := uint64(d / time.Millisecond)
+	if d%time.Millisecond > 0 {
+		ms++
+	}
+	return ms
+}
+
+func fromMilliseconds(ms uint64) time.Duration {
+	if ms > math.MaxInt64/uint64(time.Millisecond) {
+		return math.MaxInt64
+	}
+	return time.Duration(ms) * time.Millisecond
+}
+
 var errTruncated = errors.New("a truncated netlink message")
 
-// attributes calls f for every attribute in b, with its type less the flags.
-func attributes(b []byte, f func(typ uint16, data []byte) error) error {
+// Attributes calls f for each attribute in b, with its type less the flags, until
+// f fails.
+func Attributes(b []byte, f func(typ uint16, data []byte) error) error {
 	for len(b) >= attrHeader {
 		n := int(native.Uint16(b))
 		if n < attrHeader || n > len(b) {
@@ -283,14 +268,12 @@ func beMilliseconds(b []byte) time.Duration {
 	return fromMilliseconds(binary.BigEndian.Uint64(b))
 }
 
-// decodeSet reads the body of a NEWSET message.
-func decodeSet(table Table, b []byte) (*Set, error) {
-	s := &Set{Table: table}
+// decodeSet reads the body of a NEWSET message into s, which has its table and
+// name.
+func decodeSet(s *Set, b []byte) error {
 	var flags, keyType, keyLen uint32
-	err := attributes(b, func(typ uint16, data []byte) error {
+	err := Attributes(b, func(typ uint16, data []byte) error {
 		switch typ {
-		case unix.NFTA_SET_NAME:
-			s.Name = strings.TrimSuffix(string(data), "\x00")
 		case unix.NFTA_SET_FLAGS:
 			flags = beUint32(data)
 		case unix.NFTA_SET_KEY_TYPE:
@@ -304,7 +287,7 @@ func decodeSet(table Table, b []byte) (*Set, error) {
 		case unix.NFTA_SET_POLICY:
 			s.Memory = beUint32(data) == unix.NFT_SET_POL_MEMORY
 		case unix.NFTA_SET_DESC:
-			return attributes(data, func(typ uint16, data []byte) error {
+			return Attributes(data, func(typ uint16, data []byte) error {
 				if typ == unix.NFTA_SET_DESC_SIZE {
 					s.Size = beUint32(data)
 				}
@@ -315,7 +298,7 @@ func decodeSet(table Table, b []byte) (*Set, error) {
 		case setCount:
 			s.Count = beUint32(data)
 		case setExpression:
-			return attributes(data, func(typ uint16, data []byte) error {
+			return Attributes(data, func(typ uint16, data []byte) error {
 				s.Counter = s.Counter || typ == unix.NFTA_EXPR_NAME && string(data) == "counter\x00"
 				return nil
 			})
@@ -323,32 +306,28 @@ func decodeSet(table Table, b []byte) (*Set, error) {
 		return nil
 	})
 	if err != nil {
-		return nil, err
+		return err
 	}
 	s.Constant = flags&unix.NFT_SET_CONSTANT != 0
 	s.Dynamic = flags&unix.NFT_SET_EVAL != 0
 	s.Timeouts = flags&unix.NFT_SET_TIMEOUT != 0
 	if flags&unix.NFT_SET_MAP != 0 {
-		return nil, s.error(ErrMap)
+		return ErrMap
 	}
-	known := false
-	for _, k := range []KeyType{{}, {Port: true}, {IPv6: true}, {IPv6: true, Port: true}} {
-		if k.magic() == keyType && uint32(k.len()) == keyLen {
-			s.Key, known = k, true
+	for _, s.Key = range KeyTypes {
+		if s.Key.magic() == keyType && uint32(s.Key.len()) == keyLen {
+			if flags&(unix.NFT_SET_INTERVAL|setConcat) != 0 {
+				return ErrInterval
+			}
+			return nil
 		}
 	}
-	if !known {
-		return nil, &Error{Table: table, Set: s.Name, Type: typeName(keyType), Err: ErrKeyType}
-	}
-	if flags&(unix.NFT_SET_INTERVAL|setConcat) != 0 {
-		return nil, s.error(ErrInterval)
-	}
-	return s, nil
+	return &Error{Table: s.Table, Set: s.Name, Type: typeName(keyType), Err: ErrKeyType}
 }
 
 // decodeHandle reads the handle in the body of a NEWTABLE message.
 func decodeHandle(b []byte) (handle uint64, err error) {
-	err = attributes(b, func(typ uint16, data []byte) error {
+	err = Attributes(b, func(typ uint16, data []byte) error {
 		if typ == tableHandle && len(data) == 8 {
 			handle = binary.BigEndian.Uint64(data)
 		}
@@ -360,7 +339,7 @@ func decodeHandle(b []byte) (handle uint64, err error) {
 // decodeGeneration reads the body of a NEWGEN message.
 func decodeGeneration(b []byte) (generation uint32) {
 	// A truncated one leaves it 0, which stands for any.
-	_ = attributes(b, func(typ uint16, data []byte) error {
+	_ = Attributes(b, func(typ uint16, data []byte) error {
 		if typ == unix.NFTA_GEN_ID {
 			generation = beUint32(data)
 		}
@@ -372,11 +351,11 @@ func decodeGeneration(b []byte) (generation uint32) {
 // decodeElements calls f for every element in the body of a NEWSETELEM
 // message.
 func decodeElements(s *Set, b []byte, f func(Element) error) error {
-	return attributes(b, func(typ uint16, data []byte) error {
+	return Attributes(b, func(typ uint16, data []byte) error {
 		if typ != unix.NFTA_SET_ELEM_LIST_ELEMENTS {
 			return nil
 		}
-		return attributes(data, func(_ uint16, data []byte) error {
+		return Attributes(data, func(_ uint16, data []byte) error {
 			e, err := decodeElement(s, data)
 			if err != nil {
 				return err
@@ -391,10 +370,10 @@ func decodeElement(s *Set, b []byte) (Element, error) {
 	// (nf_tables_fill_setelem), and the expiration of a permanent element.
 	e := Element{Timeout: s.Timeout}
 	expires, catchAll := false, false
-	err := attributes(b, func(typ uint16, data []byte) error {
+	err := Attributes(b, func(typ uint16, data []byte) error {
 		switch typ {
 		case unix.NFTA_SET_ELEM_KEY:
-			return attributes(data, func(typ uint16, data []byte) error {
+			return Attributes(data, func(typ uint16, data []byte) error {
 				if typ != unix.NFTA_DATA_VALUE || len(data) != s.Key.len() {
 					return errTruncated
 				}
