@@ -52,7 +52,7 @@ existing file is kept.`,
 			}
 			if r.First != nil {
 				printNote("table %s was loaded anew since %s was saved: restored it first (%s)", s.Table, path, r.First)
-				printPassed(path, r.First.Passed, r.First.Refused)
+				printRefused(path, r.First.Refused)
 			}
 			if r.NotKept != nil {
 				printNote("the snapshot before is not kept as %s.old: %v", path, r.NotKept)
@@ -67,15 +67,12 @@ func (s *session) saved() snapshot.Sets {
 	return snapshot.Sets{Table: s.Table, Names: s.Sets(), Refuse: func(addr netip.Addr) error { return trust.Refuse(s.Config, addr) }}
 }
 
-// printPassed tells what of a file was not restored.
-func printPassed(file string, passed []string, refused []error) {
-	for _, what := range passed {
-		printNote("%s: %s: passed over", file, what)
-	}
+// printRefused tells what of a file was not restored.
+func printRefused(file string, refused []error) {
 	const most = 3
 	for i, err := range refused {
 		if i == most {
-			printNote("%s: %d more addresses like these", file, len(refused)-most)
+			printNote("%s: %d more like these", file, len(refused)-most)
 			return
 		}
 		printNote("%s: not restored: %v", file, err)
@@ -132,7 +129,7 @@ Exit status: 0, or 1 if something failed; nothing is changed then.`,
 // restoreSnapshot restores the snapshot of the configuration.
 func (s *session) restoreSnapshot(anyone bool) (snapshot.Result, error) {
 	r, err := snapshot.RestoreSnapshot(s.Snapshot, s.conn, s.saved(), anyone)
-	printPassed(s.Snapshot, r.Passed, r.Refused)
+	printRefused(s.Snapshot, r.Refused)
 	if r.NotNoted != nil {
 		printNote("the next save will restore %s once more, because it cannot be written now: %v", s.Snapshot, r.NotNoted)
 	}
@@ -154,7 +151,7 @@ func (s *session) restore(paths []string) (snapshot.Result, error) {
 	return snapshot.Restore(s.conn, files, time.Now)
 }
 
-// parse reads a file of sets, of which it takes the four configured ones.
+// parse reads a file, and prints what of it will not be restored.
 func (s *session) parse(path string) (*snapshot.File, error) {
 	name := path
 	if path == "-" {
@@ -164,12 +161,10 @@ func (s *session) parse(path string) (*snapshot.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	f, err := snapshot.ParseSets(text, s.Table, s.Sets())
-	if f != nil {
-		printPassed(name, f.Passed, f.Drop(s.saved().Refuse))
-	}
+	f, err := snapshot.ParseSets(text, s.saved())
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
+	printRefused(name, f.Refused)
 	return f, nil
 }

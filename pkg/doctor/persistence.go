@@ -157,7 +157,7 @@ func (d *Doctor) checkSnapshot(saving bool) {
 		text, err := snapshot.Read(path)
 		var file *snapshot.File
 		if err == nil {
-			file, err = snapshot.ParseSets(text, d.config.Table, d.config.Sets())
+			file, err = snapshot.ParseSets(text, snapshot.Sets{Table: d.config.Table, Names: d.config.Sets()})
 		}
 		if err != nil {
 			d.fail(check, remedy{words: fmt.Sprintf("repair or remove it, since nftwl restore refuses it; the one before may be beside it as %s.old", filepath.Base(path))}, "%s: %v", path, err)

@@ -17,115 +17,102 @@ import (
 // lockTime is how long a save waits for another one to end.
 const lockTime = 30 * time.Second
 
-// lock keeps other saves and restores from the snapshot at path, until unlock.
-// What a killed one left behind can then be told and removed. The lock is on a
-// file that nobody else can open; it goes with the process.
+// lock keeps other saves and restores from the snapshot at path, until unlock. So
+// whatever a killed one left behind can be removed. The lock is on a file that
+// nobody else can open, and ends with the process.
 func lock(path string) (unlock func(), err error) {
 	if _, err := os.Stat(filepath.Dir(path)); err != nil {
 		return nil, err
 	}
 	name := path + ".lock"
-	const foreign = 10 // times that someone may put a file of theirs there
+	const foreign = 10 // times that others may put a file of theirs there
 	strangers := 0
 	for deadline := time.Now().Add(lockTime); ; {
-		f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
-		if err == nil {
-			if err = giveTo(f, filepath.Dir(path)); err != nil {
-				_ = os.Remove(name)
-			}
-		} else if errors.Is(err, fs.ErrExist) {
+		f, err := createNew(name)
+		if errors.Is(err, fs.ErrExist) {
 			f, err = os.OpenFile(name, os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 			if errors.Is(err, fs.ErrNotExist) {
-				continue // whoever had it is done
+				continue // its owner is done
 			}
 			if err == nil && !owned(f) {
+				f.Close()
 				err = fmt.Errorf("%s belongs to another user", name)
 			}
 			if err != nil && strangers < foreign && os.Remove(name) == nil {
 				strangers++
-				f.Close() // nil is allowed
 				continue
 			}
 		}
 		if err != nil {
-			f.Close()
 			return nil, err
 		}
-		for {
-			err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-			if err != unix.EWOULDBLOCK && err != unix.EINTR {
-				break
-			}
-			if time.Now().After(deadline) {
-				f.Close()
-				return nil, fmt.Errorf("%s is being saved or restored by another process, and was for the last %v", path, lockTime)
-			}
-			time.Sleep(5 * time.Millisecond)
-		}
-		if err != nil {
-			f.Close()
-			return nil, fmt.Errorf("lock %s: %w", name, err)
-		}
-		// Who had it before may have removed it.
+		locked := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		// The previous owner may have removed it.
 		mine, err := f.Stat()
 		there, e := os.Lstat(name)
-		if err == nil && e == nil && os.SameFile(mine, there) {
+		if locked == nil && err == nil && e == nil && os.SameFile(mine, there) {
 			return func() {
 				_ = os.Remove(name) // it does no harm
 				f.Close()
 			}, nil
 		}
 		f.Close()
+		switch {
+		case locked == nil:
+		case locked != unix.EWOULDBLOCK && locked != unix.EINTR:
+			return nil, fmt.Errorf("lock %s: %w", name, locked)
+		case time.Now().After(deadline):
+			return nil, fmt.Errorf("another process has been saving or restoring %s for %v", path, lockTime)
+		default:
+			time.Sleep(5 * time.Millisecond)
+		}
 	}
 }
 
-// owned tells whether a file is this user's, or that of the directory's owner, and
-// nobody else's.
+// createNew creates a file of mode 0600. In the directory of a service, root makes
+// it the service's, which is to restore it. Otherwise it does not change the
+// owner, because a service's sandbox may forbid that system call. A sticky
+// directory, such as /tmp, is no service's.
+func createNew(name string) (*os.File, error) {
+	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	dir, err := os.Stat(filepath.Dir(name))
+	if err == nil && os.Geteuid() == 0 && uid(dir) != 0 && dir.Mode()&fs.ModeSticky == 0 {
+		err = f.Chown(int(uid(dir)), int(dir.Sys().(*syscall.Stat_t).Gid))
+	}
+	if err != nil {
+		_ = os.Remove(name)
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+func uid(info fs.FileInfo) uint32 { return info.Sys().(*syscall.Stat_t).Uid }
+
+// owned reports whether this user or the owner of its directory owns a regular file.
 func owned(f *os.File) bool {
 	info, err := f.Stat()
 	if err != nil || !info.Mode().IsRegular() {
 		return false
 	}
-	uid := info.Sys().(*syscall.Stat_t).Uid
 	dir, err := os.Stat(filepath.Dir(f.Name()))
-	return uid == uint32(os.Geteuid()) || err == nil && uid == dir.Sys().(*syscall.Stat_t).Uid
+	return uid(info) == uint32(os.Geteuid()) || err == nil && uid(info) == uid(dir)
 }
 
-// giveTo lets the owner of a directory read what root saves there by hand: it
-// is the service that restores it. Nothing is asked of the kernel otherwise,
-// because a service's sandbox kills who changes owners. A sticky directory, such
-// as /tmp, is no service's.
-func giveTo(f *os.File, dir string) error {
-	info, err := os.Stat(dir)
-	if err != nil {
-		return err
-	}
-	owner := info.Sys().(*syscall.Stat_t)
-	if os.Geteuid() != 0 || owner.Uid == 0 || info.Mode()&fs.ModeSticky != 0 {
-		return nil
-	}
-	return f.Chown(int(owner.Uid), int(owner.Gid))
-}
-
-// A draft is a file that is to take the place of another.
+// draft is a file that is to replace another.
 type draft struct{ *os.File }
 
-// create makes a draft beside path. The lock is held.
+// create makes a draft beside path. The caller holds the lock.
 func create(path string) (*draft, error) {
 	name := path + ".tmp"
 	if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
-	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	d := &draft{f}
-	if err := giveTo(f, filepath.Dir(path)); err != nil {
-		d.discard()
-		return nil, err
-	}
-	return d, nil
+	f, err := createNew(name)
+	return &draft{f}, err
 }
 
 // discard ends the draft: it removes what has its name, if anything has.
@@ -134,18 +121,18 @@ func (d *draft) discard() {
 	d.Close()
 }
 
-// replace puts the draft at path, whole and on disk, and what was there at keep,
-// or nowhere where that is empty. notKept is why that failed, which leaves the
-// new file in place.
+// replace puts the draft at path, whole and on disk, and what was there at keep;
+// an empty keep discards it. notKept is why keep failed, which leaves the new file
+// in place.
 func (d *draft) replace(path, keep string) (notKept, err error) {
 	if err := d.Sync(); err != nil {
 		return nil, err
 	}
-	// The two change places at once, so that path never is without a file. Not
-	// by a second link to the old one: fs.protected_hardlinks may forbid it.
+	// The two change places at once, so that there is always a file at path. A
+	// second link to the old one would not do: fs.protected_hardlinks may forbid it.
 	err = unix.Renameat2(unix.AT_FDCWD, d.Name(), unix.AT_FDCWD, path, unix.RENAME_EXCHANGE)
 	switch {
-	case err == nil && keep == "": // discard removes it
+	case err == nil && keep == "": // discard removes the old one
 	case err == nil:
 		notKept = os.Rename(d.Name(), keep)
 	case err == unix.ENOENT:
@@ -169,23 +156,22 @@ func (d *draft) replace(path, keep string) (notKept, err error) {
 }
 
 const (
-	// maxFile is the size of the largest file that is read, in bytes: many
-	// times what sets hold that a mail server can use.
+	// maxFile is the size of the largest file that is read, in bytes: many times
+	// that of a mail server's sets.
 	maxFile = 1 << 30
-	// maxElements is how many it may have. They take more memory than their
-	// text.
+	// maxElements is how many it may have. They take more memory than their text.
 	maxElements = 1 << 24
-	// readTime is how long a pipe that is read may be silent.
+	// readTime is how long a pipe may be silent.
 	readTime = 30 * time.Second
 )
 
-// Read returns the text of a file, without a second copy for the string. One
-// that is larger than 1 GiB is an error, and so is a pipe whose writer is
-// silent for 30 seconds; "-" is standard input, which may be.
+// Read returns the text of a file; "-" is standard input. A file larger than 1 GiB
+// is an error, and so is a pipe whose writer is silent for 30 seconds, except
+// standard input.
 func Read(path string) (string, error) {
 	f := os.Stdin
 	if path != "-" {
-		// Without O_NONBLOCK, a pipe would be waited for until it has a writer.
+		// Without O_NONBLOCK, the open of a pipe waits for a writer.
 		var err error
 		if f, err = os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0); err != nil {
 			return "", err
@@ -193,7 +179,7 @@ func Read(path string) (string, error) {
 		defer f.Close()
 	}
 	tooLarge := fmt.Errorf("%s is larger than %d MiB", path, maxFile>>20)
-	var text strings.Builder
+	var text strings.Builder // not ReadFile, which needs a second copy for the string
 	info, err := f.Stat()
 	switch {
 	case err != nil:
@@ -215,22 +201,22 @@ func Read(path string) (string, error) {
 	return text.String(), err
 }
 
-// patient is a file each read of which is waited for as long.
+// patient is a file each read of which may take readTime.
 type patient struct{ *os.File }
 
 func (p patient) Read(b []byte) (int, error) {
-	_ = p.SetReadDeadline(time.Now().Add(readTime)) // a regular file has none, and is never waited for
+	_ = p.SetReadDeadline(time.Now().Add(readTime)) // fails for a regular file, which needs none
 	return p.File.Read(b)
 }
 
-// OwnerError is a file that others can have written.
+// OwnerError says why others can have written a file.
 type OwnerError struct{ Path, Why string }
 
 func (e *OwnerError) Error() string { return e.Path + " " + e.Why }
 
-// CheckOwner returns an *OwnerError where others than root, this user and the owner
-// of the directory can have written a file, or put it there: who writes the
-// snapshot says whom the firewall trusts.
+// CheckOwner returns an *OwnerError if others than root, this user and the owner of
+// the directory can have written a file, or put it there: whoever writes the
+// snapshot decides whom the firewall trusts.
 func CheckOwner(path string) error {
 	dir, err := os.Stat(filepath.Dir(path))
 	if err != nil {
@@ -240,15 +226,14 @@ func CheckOwner(path string) error {
 	if dir.Mode()&others != 0 && dir.Mode()&fs.ModeSticky == 0 {
 		return &OwnerError{path, "is in a directory that everyone can write to"}
 	}
-	owner := func(info fs.FileInfo) uint32 { return info.Sys().(*syscall.Stat_t).Uid }
-	// The file, and the link to it where it is one.
+	// The link, if it is one, and the file.
 	for _, stat := range []func(string) (fs.FileInfo, error){os.Lstat, os.Stat} {
 		info, err := stat(path)
 		if err != nil {
 			return err
 		}
-		if uid := owner(info); uid != 0 && uid != uint32(os.Geteuid()) && uid != owner(dir) {
-			return &OwnerError{path, fmt.Sprintf("belongs to user %d, and neither to root nor to the owner of its directory", uid)}
+		if owner := uid(info); owner != 0 && owner != uint32(os.Geteuid()) && owner != uid(dir) {
+			return &OwnerError{path, fmt.Sprintf("belongs to user %d, and neither to root nor to the owner of its directory", owner)}
 		}
 		if info.Mode().IsRegular() && info.Mode()&others != 0 {
 			return &OwnerError{path, "is a file that everyone can write to"}

@@ -16,12 +16,10 @@ import (
 	"nftwl/pkg/nftset"
 )
 
-// load has nft load a file in a network namespace of its own, and returns the
-// sets that are there then. So nft's language, and what is an error in it, is
-// nft's alone; and whatever the file does to the rest of the ruleset is gone with
-// the namespace.
-//
-// It needs root.
+// load has nft load a file in a network namespace of its own, and returns the sets
+// that are there then. So nft alone decides what its language means and what is an
+// error in it; and whatever else the file does ends with the namespace. It needs
+// root.
 func load(text string, table nftset.Table, names []string) (*File, error) {
 	if strings.HasPrefix(strings.TrimSpace(text), "{") {
 		return nil, errors.New("this is JSON; restore reads what nft lists without --json")
@@ -62,12 +60,12 @@ func load(text string, table nftset.Table, names []string) (*File, error) {
 	return &f, nil
 }
 
-// ofDevices finds the names of interfaces that nft and the kernel want to be
-// there: of iif, oif, chains and flowtables, one or a list.
+// ofDevices finds the interfaces that must exist for nft and the kernel: those of
+// iif, oif, chains and flowtables, one or a list.
 var ofDevices = regexp.MustCompile(`\b(?:[io]if|devices?)\b[ !=]+(?:\{[^}]*\}|[^\s;]+)`)
 
 // makeDevices makes the interfaces that a file names, in the network namespace
-// of this thread. Of one that cannot be made nft says that it is missing.
+// of this thread. If one cannot be made, nft reports that it is missing.
 func makeDevices(text string) (remove func()) {
 	var names []string
 	for _, found := range ofDevices.FindAllString(text, -1) {
@@ -88,7 +86,7 @@ func makeDevices(text string) (remove func()) {
 	}
 }
 
-// nftError is the first line of what nft prints of a file that it refuses.
+// nftError is the first line that nft prints about a file that it refuses.
 var nftError = regexp.MustCompile(`^[^:\s]*:(\d+):[-\d]+: Error: (.*)`)
 
 // nft loads text in the network namespace of this thread.
@@ -107,7 +105,7 @@ func nft(text string) error {
 	var exit *exec.ExitError
 	switch {
 	case ctx.Err() != nil:
-		return fmt.Errorf("nft has not read it within %v", patience)
+		return fmt.Errorf("nft took longer than %v to read it", patience)
 	case errors.As(err, &exit):
 		line, _, _ := strings.Cut(string(out), "\n")
 		if m := nftError.FindStringSubmatch(line); m != nil {

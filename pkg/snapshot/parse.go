@@ -13,13 +13,11 @@ import (
 
 // File is what a file of sets holds.
 type File struct {
-	// Saved is when it was saved; zero if the file is no snapshot.
-	Saved time.Time
-	// Table is the table that it was saved from; zero if the file does not say.
-	Table nftset.Instance
+	Saved time.Time       // zero if the file is no snapshot
+	Table nftset.Instance // that it was saved from; zero if the file does not say
 	Sets  []Section
-	// Passed are the sets in a snapshot that are not wanted, as "line 12: set x".
-	Passed []string
+	// Refused are the sets and addresses that ParseSets left out, and why.
+	Refused []error
 }
 
 // Section is a set of a File.
@@ -29,50 +27,55 @@ type Section struct {
 }
 
 // ParseSets reads a file: a snapshot, or any other that nft -f loads. It takes
-// the sets of a table that have one of the names. A file that has none of them
-// is an error, with the File.
-func ParseSets(text string, table nftset.Table, names []string) (f *File, err error) {
+// those of the sets, less the addresses that they refuse. If the file has none of
+// the sets, that is an error.
+func ParseSets(text string, sets Sets) (f *File, err error) {
 	if strings.HasPrefix(text, headerStart) {
-		f, err = Parse(text, func(t nftset.Table, set string) bool { return t == table && slices.Contains(names, set) })
+		f, err = Parse(text)
 	} else {
-		f, err = load(text, table, names)
+		f, err = load(text, sets.Table, sets.Names)
 	}
-	if err == nil && len(f.Sets) == 0 {
-		err = fmt.Errorf("none of the sets in it is one of table %s that the configuration names", table)
+	if err != nil {
+		return nil, err
 	}
-	return f, err
-}
-
-// Drop leaves out the elements whose addresses are refused, and returns why.
-func (f *File) Drop(refuse func(netip.Addr) error) (refused []error) {
+	f.Sets = slices.DeleteFunc(f.Sets, func(s Section) bool {
+		if s.Table == sets.Table && slices.Contains(sets.Names, s.Name) {
+			return false
+		}
+		f.Refused = append(f.Refused, fmt.Errorf("the configuration does not name set %s of table %s", s.Name, s.Table))
+		return true
+	})
+	if len(f.Sets) == 0 {
+		return nil, fmt.Errorf("none of the sets in it is one of table %s that the configuration names", sets.Table)
+	}
 	for i := range f.Sets {
 		s := &f.Sets[i]
 		s.Elements = slices.DeleteFunc(s.Elements, func(e nftset.Element) bool {
-			if e.CatchAll() {
+			if sets.Refuse == nil || e.CatchAll() {
 				return false
 			}
-			err := refuse(e.Addr)
+			err := sets.Refuse(e.Addr)
 			if err != nil {
-				refused = append(refused, err)
+				f.Refused = append(f.Refused, err)
 			}
 			return err != nil
 		})
 	}
-	return refused
+	return f, nil
 }
 
-// Parse reads a snapshot, to the letter as Write writes it. Of the sets in it,
-// it takes those that wanted accepts. An error begins with "line N: ".
+// Parse reads a snapshot, and accepts only what Write writes. An error begins with
+// "line N: ".
 //
 // The comments of the elements are parts of the text, and keep it in memory.
-func Parse(text string, wanted func(nftset.Table, string) bool) (*File, error) {
+func Parse(text string) (*File, error) {
 	f := &File{}
 	r := reader{rest: text}
 	var err error
 	if f.Saved, f.Table, err = parseHeader(r.next()); err != nil {
 		return nil, r.error(err)
 	}
-	// Before what the cut made of the last element.
+	// First, so that a file that was cut short is reported as that.
 	body := strings.TrimSuffix(r.rest, "\n")
 	i := strings.LastIndexByte(body, '\n') + 1
 	want, ok := parseTrailer(body[i:])
@@ -82,19 +85,14 @@ func Parse(text string, wanted func(nftset.Table, string) bool) (*File, error) {
 	r.rest = body[:i]
 	elements := 0
 	for r.rest != "" {
-		s, passed, err := r.set(wanted)
+		s, err := r.set()
 		if err != nil {
 			return nil, r.error(err)
-		}
-		if passed != "" {
-			f.Passed = append(f.Passed, passed)
-			continue
 		}
 		elements += len(s.Elements)
 		f.Sets = append(f.Sets, s)
 	}
-	// Those of the sets that were passed over are not counted.
-	if elements > want || elements < want && len(f.Passed) == 0 {
+	if elements != want {
 		r.line++
 		return nil, r.error(fmt.Errorf("the snapshot has %d elements, and its last line says %d; %s", elements, want, byHand))
 	}
@@ -106,10 +104,10 @@ const byHand = "after a change by hand, remove the first line"
 // reader reads the lines of a snapshot.
 type reader struct {
 	rest string
-	line int // of what was read last
+	line int // the number of the last line
 }
 
-// next returns the next line; "" after the last.
+// next returns the next line, "" after the last.
 func (r *reader) next() (line string) {
 	line, r.rest, _ = strings.Cut(r.rest, "\n")
 	r.line++
@@ -127,76 +125,64 @@ func unknown(line string) error {
 	return fmt.Errorf("%q is not as nftwl writes it; %s", line, byHand)
 }
 
-// set reads a set, or passes over it. What it read must be what would be written
-// for it: so every line is checked by one comparison.
-func (r *reader) set(wanted func(nftset.Table, string) bool) (s Section, passed string, err error) {
+// set reads a set. It checks a definition or an element by writing what it read,
+// and comparing that with the text.
+func (r *reader) set() (s Section, err error) {
 	text := r.rest
 	line := r.next()
 	name, ok := strings.CutPrefix(line, "table ")
 	name, ok2 := strings.CutSuffix(name, " {")
 	if s.Table, err = nftset.ParseTable(name); !ok || !ok2 || err != nil {
-		return s, "", unknown(line)
+		return s, unknown(line)
 	}
 	line = r.next()
 	name, ok = strings.CutPrefix(line, "\tset ")
 	s.Name, ok2 = strings.CutSuffix(name, " {")
 	if !ok || !ok2 || nftset.CheckName(s.Name) != nil {
-		return s, "", unknown(line)
-	}
-	pass := !wanted(s.Table, s.Name)
-	if pass {
-		passed = fmt.Sprintf("line %d: set %s", r.line, s.Name)
+		return s, unknown(line)
 	}
 	const list, ends = "\t\telements = {", "\t}"
 	for line = r.next(); line != list && line != ends; line = r.next() {
 		if !define(&s.Set, strings.TrimPrefix(line, "\t\t")) {
-			return s, "", unknown(line)
+			return s, unknown(line)
 		}
 	}
 	definition := text[:len(text)-len(r.rest)-len(line)-len("\n")]
 	if string(appendSet(nil, &s.Set)) != definition {
-		return s, "", unknown(definition[strings.LastIndexByte(definition[:len(definition)-1], '\n')+1 : len(definition)-1])
+		return s, unknown(definition[strings.LastIndexByte(definition[:len(definition)-1], '\n')+1 : len(definition)-1])
 	}
 	if line == list {
 		n := strings.Count(r.rest[:max(0, strings.Index(r.rest, "\n\t\t}\n"))], "\n") + 1
 		if n > maxElements {
-			return s, "", fmt.Errorf("more than %d elements", maxElements)
+			return s, fmt.Errorf("more than %d elements", maxElements)
 		}
 		// Room for all at once: grown bit by bit, they would take twice as much.
-		if !pass {
-			s.Elements = make([]nftset.Element, 0, n)
-		}
+		s.Elements = make([]nftset.Element, 0, n)
 		var written []byte
 		for i := range n {
 			line = r.next()
-			if pass {
-				continue
-			}
-			text := line
+			text, comma := line, ""
 			if i < n-1 {
-				text = strings.TrimSuffix(text, ",")
+				text, comma = strings.TrimSuffix(line, ","), ","
 			}
 			e, ok := parseElement(&s.Set, strings.TrimPrefix(text, "\t\t\t"))
-			written = appendElement(written[:0], &s.Set, e, false)
-			if i < n-1 {
-				written = append(written, ',')
-			}
+			written = append(appendElement(written[:0], &s.Set, e, false), comma...)
 			if !ok || string(written[len(",\n"):]) != line {
-				return s, "", unknown(line)
+				return s, unknown(line)
 			}
 			s.Elements = append(s.Elements, e)
 		}
 		if line = r.next(); line != "\t\t}" {
-			return s, "", unknown(line)
+			return s, unknown(line)
 		}
 		if line = r.next(); line != ends {
-			return s, "", unknown(line)
+			return s, unknown(line)
 		}
 	}
 	if line = r.next(); line != "}" {
-		return s, "", unknown(line)
+		return s, unknown(line)
 	}
-	return s, passed, nil
+	return s, nil
 }
 
 // define reads a line of a set's definition.
@@ -205,7 +191,7 @@ func define(s *nftset.Set, line string) bool {
 	var err error
 	switch key {
 	case "type":
-		for _, k := range []nftset.KeyType{{}, {IPv6: true}, {Port: true}, {IPv6: true, Port: true}} {
+		for _, k := range nftset.KeyTypes {
 			if value == k.String() {
 				s.Key = k
 			}

@@ -18,11 +18,6 @@ import (
 
 var filter = nftset.Table{Family: nftset.INet, Name: "filter"}
 
-// ours accepts the sets that the configuration names by default.
-func ours(table nftset.Table, set string) bool {
-	return table == filter && slices.Contains([]string{"trusted_ipv4", "trusted_ipv6", "banned_ipv4", "banned_ipv6"}, set)
-}
-
 // comments are what nft prints and loads, though it looks like its language.
 var comments = []string{"", "alice", `x \ y; {`, "}", "# nftwl end, 7 elements", "a, b", "'quoted'", "zoë ☃ 日本", "timeout 1d", strings.Repeat("x", nftset.MaxComment)}
 
@@ -89,7 +84,7 @@ func (f *File) text() string {
 func TestWriteParse(t *testing.T) {
 	for seed := range uint64(500) {
 		want := random(rand.New(rand.NewPCG(seed, 0)))
-		got, err := Parse(want.text(), ours)
+		got, err := Parse(want.text())
 		if err != nil {
 			t.Fatalf("seed %d: %v in:\n%s", seed, err, want.text())
 		}
@@ -294,7 +289,7 @@ func TestParseLongest(t *testing.T) {
 	text := whole(section("trusted_ipv4", element("192.0.2.7 . 993", 0, 0, "")))
 	_, foreign, _ := strings.Cut(text, "\n")
 	for text, want := range map[string]time.Duration{text: 0, foreign: nftset.MaxTimeout} {
-		f, err := ParseSets(text, filter, []string{"trusted_ipv4"})
+		f, err := ParseSets(text, four)
 		if err != nil || f.Sets[0].Elements[0].Timeout != want {
 			t.Errorf("%v, %+v in:\n%s", err, f, text)
 		}
@@ -304,7 +299,7 @@ func TestParseLongest(t *testing.T) {
 // A snapshot is read as it was written, or not at all.
 func TestParseErrors(t *testing.T) {
 	text := whole(section("trusted_ipv4", element("192.0.2.7 . 993", time.Hour, time.Minute, "alice"), element("192.0.2.8 . 993", 0, 0, "")))
-	if _, err := Parse(text, ours); err != nil {
+	if _, err := Parse(text); err != nil {
 		t.Fatal(err)
 	}
 	head, rest, _ := strings.Cut(text, "\n")
@@ -316,7 +311,7 @@ func TestParseErrors(t *testing.T) {
 		{strings.Replace(text, "2 elements", "1 elements", 1), "line 13: the snapshot has 2 elements, and its last line says 1; after a change by hand"},
 		{strings.Replace(text, "2 elements", "3 elements", 1), "line 13: the snapshot has 2 elements, and its last line says 3; after a change by hand"},
 	} {
-		_, err := Parse(test.text, ours)
+		_, err := Parse(test.text)
 		if err == nil || !strings.HasPrefix(err.Error(), test.err) {
 			t.Errorf("got  %v\nwant %s\nin:\n%s", err, test.err, test.text)
 		}
@@ -338,7 +333,7 @@ func TestParseErrors(t *testing.T) {
 	} {
 		for _, changed := range changed {
 			text := strings.Replace(text, old, changed, 1)
-			_, err := Parse(text, func(nftset.Table, string) bool { return true })
+			_, err := Parse(text)
 			if err == nil || !strings.Contains(err.Error(), " is not as nftwl writes it; after a change by hand, remove the first line") || strings.Contains(err.Error(), "\n") {
 				t.Errorf("%q for %q: %v", changed, old, err)
 			}
@@ -346,16 +341,19 @@ func TestParseErrors(t *testing.T) {
 	}
 }
 
-// A snapshot of sets that have another name in the configuration by now is
-// whole, with fewer elements than it says.
+// Sets that the configuration does not name are left out of a snapshot, and
+// reported.
 func TestParseRenamed(t *testing.T) {
 	e := element("192.0.2.7 . 993", 0, 0, "")
-	f, err := Parse(whole(section("trusted_ipv4", e), section("another", e), section("banned_ipv4")), ours)
-	if err != nil || len(f.Sets) != 2 || !slices.Equal(f.Passed, []string{"line 13: set another"}) {
+	text := whole(section("trusted_ipv4", e), section("another", e), section("banned_ipv4"))
+	f, err := ParseSets(text, four)
+	if err != nil || len(f.Sets) != 2 || fmt.Sprint(f.Refused) != "[the configuration does not name set another of table inet filter]" {
 		t.Errorf("%+v, %v", f, err)
 	}
-	if _, err := Parse(strings.Replace(whole(section("trusted_ipv4", e), section("another", e)), "2 elements", "0 elements", 1), ours); err == nil {
-		t.Error("more elements than the last line says")
+	for _, count := range []string{"0", "1", "3"} {
+		if _, err := ParseSets(strings.Replace(text, "2 elements", count+" elements", 1), four); err == nil {
+			t.Errorf("2 elements, and the last line says %s", count)
+		}
 	}
 }
 
@@ -363,7 +361,7 @@ func TestParseRenamed(t *testing.T) {
 func TestParseCutShort(t *testing.T) {
 	text := random(rand.New(rand.NewPCG(3, 0))).text()
 	for n := len(headerStart); n < len(text)-1; n++ {
-		if _, err := Parse(text[:n], ours); err == nil {
+		if _, err := Parse(text[:n]); err == nil {
 			t.Fatalf("cut after %d of %d bytes: %q", n, len(text), text[max(0, n-60):n])
 		}
 	}
@@ -390,7 +388,7 @@ func FuzzParse(f *testing.F) {
 	}
 	lined := regexp.MustCompile(`^line [1-9][0-9]*: [^\n]+$`)
 	f.Fuzz(func(t *testing.T, data []byte) {
-		got, err := Parse(string(data), func(nftset.Table, string) bool { return true })
+		got, err := Parse(string(data))
 		if err != nil {
 			var line int
 			fmt.Sscanf(err.Error(), "line %d:", &line)

@@ -32,7 +32,7 @@ func TestReadTooLarge(t *testing.T) {
 func TestParseTooMany(t *testing.T) {
 	start := "table inet filter {\n\tset trusted_ipv4 {\n\t\ttype ipv4_addr\n\t\telements = {\n"
 	text := header(time.Now(), nftset.Instance{}) + start + strings.Repeat("1\n", maxElements+1) + "\t\t}\n\t}\n}\n" + trailer(maxElements+1)
-	_, err := Parse(text, ours)
+	_, err := Parse(text)
 	if err == nil || err.Error() != "line 5: more than 16777216 elements" {
 		t.Errorf("%v", err)
 	}

@@ -26,19 +26,19 @@ func (r Result) String() string {
 // Restored is what became of a snapshot.
 type Restored struct {
 	Result
-	Passed  []string // what is in the file besides the sets, as File has it
-	Refused []error  // the addresses that were left out, and why
-	// NotNoted is why the file does not name the present table now, so that the
-	// next Save restores it once more; nil where it does.
+	Refused []error // the sets and addresses that were left out, and why
+	// NotNoted is why the file does not name the present table, so that the next
+	// Save restores it again; nil if it does.
 	NotNoted error
 }
 
 // RestoreSnapshot restores the snapshot at path, and notes in it that it is of
-// the present table now: what is removed from the sets later is not brought back
-// by the next Save. Unless anyone may have written it, the file must be one that
-// only root, this user or the owner of its directory can have written.
+// the present table: otherwise the next Save would bring back what was removed
+// from the sets meanwhile. Unless anyone may have written it, it returns an
+// *OwnerError for a file that others than root, this user and the owner of the
+// directory can have written.
 func RestoreSnapshot(path string, conn *nftset.Conn, sets Sets, anyone bool) (r Restored, err error) {
-	// Where nothing can be written, it is restored all the same.
+	// If nothing can be written, it is restored all the same.
 	unlock, notLocked := lock(path)
 	if notLocked == nil {
 		defer unlock()
@@ -48,12 +48,17 @@ func RestoreSnapshot(path string, conn *nftset.Conn, sets Sets, anyone bool) (r 
 			return r, err
 		}
 	}
-	f, text, err := r.load(path, sets)
+	text, err := Read(path)
+	if err != nil {
+		return r, err
+	}
+	f, err := ParseSets(text, sets)
 	if err != nil {
 		return r, fmt.Errorf("%s: %w", path, err)
 	}
+	r.Refused = f.Refused
 	// The table can be missing before, or be replaced meanwhile. The elements are
-	// in the one that was there before and is after.
+	// in it if it is the same before and after.
 	table, _ := conn.Instance(sets.Table)
 	const attempts = 10
 	for attempt := range attempts {
@@ -80,23 +85,10 @@ func RestoreSnapshot(path string, conn *nftset.Conn, sets Sets, anyone bool) (r 
 	return r, nil
 }
 
-// load reads a file, of which it takes the sets without the addresses that are
-// refused.
-func (r *Restored) load(path string, sets Sets) (f *File, text string, err error) {
-	if text, err = Read(path); err != nil {
-		return nil, "", err
-	}
-	f, err = ParseSets(text, sets.Table, sets.Names)
-	if f != nil {
-		r.Passed, r.Refused = f.Passed, f.Drop(sets.Refuse)
-	}
-	return f, text, err
-}
-
-// note writes a snapshot's text anew, with another table in its header.
+// note writes a snapshot again, with another table in its header.
 func note(path, text string, f *File, table nftset.Instance) error {
 	if f.Saved.IsZero() || f.Table == table {
-		return nil // there is no place for it; or nothing to be changed
+		return nil // there is no header; or nothing to change
 	}
 	_, rest, _ := strings.Cut(text, "\n")
 	d, err := create(path)
@@ -117,30 +109,26 @@ func note(path, text string, f *File, table nftset.Instance) error {
 // target is a set that files are restored into.
 type target struct {
 	set     *nftset.Set // as the kernel has it, or as the first file defines it
-	missing bool
-	there   []nftset.Element // by key
-	files   []nftset.Element // of all files, with the time left that they have now
+	missing error       // ErrNoTable or ErrNoSet
+	there   []nftset.Element
+	files   []nftset.Element // of all files, with the time that they have left
+	create  []nftset.Element // what of files is not there
+	extend  []nftset.Element // what of files is there with less time left
 }
 
-type name struct {
-	table nftset.Table
-	set   string
-}
-
-// Restore merges files into the kernel in one transaction: it creates the
-// tables and sets that are missing, as the files define them, and adds the
-// elements with the time that is left to them. Those of a snapshot lost what
-// has passed since; a clock that went backwards counts as no time. It never
-// shortens the time left of an element that the kernel has.
+// Restore merges files into the kernel in one transaction: it creates the tables
+// and sets that are missing as the files define them, and adds the elements with
+// the time that they have left. From that of a snapshot it subtracts the time
+// since; if the clock went backwards, nothing. It never shortens the time left of
+// an element that the kernel has.
 //
-// now tells the time, and is asked again when Restore has to try again.
+// now tells the time. Restore asks it again when it has to retry.
 func Restore(conn *nftset.Conn, files []*File, now func() time.Time) (Result, error) {
-	// Between the look at the sets and the transaction, a login can renew an
-	// element. So the transaction names the generation that it is made for.
-	// Where others keep changing the ruleset, it does without: the elements that
-	// are there with less time left are given theirs beforehand, in small
-	// transactions, and what is left is to create the others, which only a
-	// login of the same moment from one of their addresses can prevent.
+	// Between the dump of the sets and the transaction, a login can renew an
+	// element. So the transaction names the generation that it is for. If others
+	// keep changing the ruleset, small transactions extend what has less time
+	// left, and the last one only creates elements, which fails only if a login
+	// adds one of them in the same moment.
 	const guarded, attempts = 3, 20
 	for attempt := 1; ; attempt++ {
 		r, err := restore(conn, files, now, attempt <= guarded)
@@ -159,76 +147,68 @@ func restore(conn *nftset.Conn, files []*File, now func() time.Time, guarded boo
 	if err != nil {
 		return r, err
 	}
-	targets := make(map[name]*target)
-	var order []*target // of the files, so that the kernel lists them so
-	missing := make(map[nftset.Table]bool)
+	var targets []*target // in the order of the files, in which the kernel lists them
 	for _, f := range files {
-		for i := range f.Sets {
-			s := &f.Sets[i].Set
-			t, seen := targets[name{s.Table, s.Name}]
-			if !seen {
-				if t, err = find(conn, s, missing); err != nil {
-					return r, err
-				}
-				targets[name{s.Table, s.Name}] = t
-				order = append(order, t)
-			}
-			if t.set.Key != s.Key {
-				return r, otherType(s, t.set.Key.String())
-			}
-		}
-	}
-	for _, f := range files {
-		elapsed := time.Duration(0)
-		if !f.Saved.IsZero() {
-			// By wall clock, because the machine may have been down.
-			elapsed = max(0, now().Round(0).Sub(f.Saved))
-		}
 		for i := range f.Sets {
 			s := &f.Sets[i]
-			t := targets[name{s.Table, s.Name}]
+			at := slices.IndexFunc(targets, func(t *target) bool { return t.set.Table == s.Table && t.set.Name == s.Name })
+			if at < 0 {
+				t, err := find(conn, &s.Set)
+				if err != nil {
+					return r, err
+				}
+				at = len(targets)
+				targets = append(targets, t)
+			}
+			t := targets[at]
+			if t.set.Key != s.Key {
+				return r, otherType(&s.Set, t.set.Key.String())
+			}
+			elapsed := time.Duration(0)
+			if !f.Saved.IsZero() {
+				// By wall clock, because the machine may have been down.
+				elapsed = max(0, now().Round(0).Sub(f.Saved))
+			}
 			if err := t.take(s.Elements, elapsed, &r); err != nil {
 				return r, err
 			}
 		}
 	}
-
-	create, extend := make([][]nftset.Element, len(order)), make([][]nftset.Element, len(order))
-	for i, t := range order {
-		create[i], extend[i] = t.compare(&r)
+	for _, t := range targets {
+		t.compare(&r)
 		if guarded {
 			continue
 		}
 		const most = 64
-		for some := range slices.Chunk(extend[i], most) {
+		for some := range slices.Chunk(t.extend, most) {
 			if _, err := conn.Extend(t.set, some, time.Second, nil); err != nil {
 				return Result{}, err
 			}
 		}
-		extend[i] = nil
+		t.extend = nil
 	}
 	if !guarded {
 		generation = 0
 	}
 	batch := conn.BatchAt(generation)
-	for table := range missing {
-		batch.CreateTable(table)
-	}
-	for _, t := range order {
-		if t.missing {
+	for _, t := range targets {
+		if t.missing == nftset.ErrNoTable {
+			batch.CreateTable(t.set.Table)
+		}
+		if t.missing != nil {
 			batch.CreateSet(t.set)
 		}
 	}
-	for i, t := range order {
+	for _, t := range targets {
 		comments := 0
-		for j := range create[i] {
-			comments += len(create[i][j].Comment)
+		for i := range t.create {
+			comments += len(t.create[i].Comment)
 		}
-		batch.Grow(t.set, len(create[i]), comments)
-		for _, e := range create[i] {
+		batch.Grow(t.set, len(t.create), comments)
+		for _, e := range t.create {
 			batch.Create(t.set, e)
 		}
-		batch.Replace(t.set, extend[i])
+		batch.Replace(t.set, t.extend)
 	}
 	if err := batch.Commit(); err != nil {
 		return Result{}, err
@@ -236,17 +216,15 @@ func restore(conn *nftset.Conn, files []*File, now func() time.Time, guarded boo
 	return r, nil
 }
 
-// find returns what the kernel has of a set, and notes a table that is
-// missing.
-func find(conn *nftset.Conn, s *nftset.Set, missing map[nftset.Table]bool) (*target, error) {
+// find returns what the kernel has of a set.
+func find(conn *nftset.Conn, s *nftset.Set) (*target, error) {
 	set, err := conn.Set(s.Table, s.Name)
 	var e *nftset.Error
 	switch {
 	case errors.Is(err, nftset.ErrNoTable):
-		missing[s.Table] = true
-		return &target{set: s, missing: true}, nil
+		return &target{set: s, missing: nftset.ErrNoTable}, nil
 	case errors.Is(err, nftset.ErrNoSet):
-		return &target{set: s, missing: true}, nil
+		return &target{set: s, missing: nftset.ErrNoSet}, nil
 	case errors.Is(err, nftset.ErrKeyType) && errors.As(err, &e):
 		return nil, otherType(s, e.Type)
 	case err != nil:
@@ -260,7 +238,7 @@ func otherType(s *nftset.Set, kernel string) error {
 	return fmt.Errorf("set %s has keys of type %s, and of type %s in the file", s.Name, kernel, s.Key)
 }
 
-// take adds the elements of a file with the time that is left to them.
+// take adds the elements of a file with the time that they have left.
 func (t *target) take(elems []nftset.Element, elapsed time.Duration, r *Result) error {
 	t.files = slices.Grow(t.files, len(elems))
 	for _, e := range elems {
@@ -281,9 +259,9 @@ func (t *target) take(elems []nftset.Element, elapsed time.Duration, r *Result) 
 	return nil
 }
 
-// compare tells which elements of the files the set lacks, and which it has
-// with less time left. Of one that stands twice the one that expires last counts.
-func (t *target) compare(r *Result) (create, extend []nftset.Element) {
+// compare finds which elements of the files the set lacks, and which it has with
+// less time left. Of those with the same key, the one that expires last counts.
+func (t *target) compare(r *Result) {
 	byKey := func(a, b nftset.Element) int { return a.Key.Compare(b.Key) }
 	if !slices.IsSortedFunc(t.files, byKey) {
 		slices.SortFunc(t.files, byKey)
@@ -306,14 +284,13 @@ func (t *target) compare(r *Result) (create, extend []nftset.Element) {
 		}
 		switch {
 		case len(there) == 0 || there[0].Key != e.Key:
-			create = append(create, e)
+			t.create = append(t.create, e)
 		case there[0].Outlives(e, time.Second): // a snapshot's time is no more exact
 			r.There++
 			continue
 		default:
-			extend = append(extend, e)
+			t.extend = append(t.extend, e)
 		}
 		r.Restored++
 	}
-	return create, extend
 }

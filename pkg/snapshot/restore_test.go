@@ -151,7 +151,7 @@ func nfts(t *testing.T, test func(t *testing.T, nft []string)) {
 
 func parse(t testing.TB, text string) *File {
 	t.Helper()
-	f, err := Parse(text, ours)
+	f, err := Parse(text)
 	if err != nil {
 		t.Fatalf("%v in:\n%.2000s", err, text)
 	}

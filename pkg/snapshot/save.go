@@ -29,24 +29,23 @@ func Write(w io.Writer, conn *nftset.Conn, sets Sets) error {
 
 // Saved is what Save did besides.
 type Saved struct {
-	// First is what was restored before, because the file was not of the table
-	// that there is now; nil where it was.
+	// First is what Save restored first, because the file was of another table
+	// than there is now; nil if it was not.
 	First *Restored
-	// NotKept is why the file that was there is not kept as path.old; nil where
-	// it is, or need not be.
+	// NotKept is why the previous file is not kept as path.old; nil if it is, or
+	// need not be.
 	NotKept error
 }
 
 // Save writes a snapshot of the sets to a file of mode 0600, atomically: at
-// any moment path is the old file or the new one, whole and on disk. The old
-// one is kept beside it as path.old, unless it has no elements.
+// any moment path is the old file or the new one, whole and on disk. It keeps the
+// old one as path.old, unless that has no elements.
 //
-// A file that is not of the table that there is now, because the ruleset was
-// flushed and loaded anew, has elements that the kernel lost. It is restored
-// first, and Save fails with a NotRestoredError where that fails.
+// A file of another table than there is now has elements that the kernel lost when
+// the ruleset was flushed and loaded again. Save restores it first, and if that
+// fails, returns a NotRestoredError.
 func Save(path string, conn *nftset.Conn, sets Sets) (Saved, error) {
-	// What writes on to a terminal or to nowhere must not become a file, for
-	// everyone: /dev/stdout is a symlink, too.
+	// A device such as /dev/null must not become a file. /dev/stdout is a symlink.
 	if info, err := os.Stat(path); err == nil && !info.Mode().IsRegular() {
 		return Saved{}, fmt.Errorf("%s is not a regular file", path)
 	}
@@ -55,9 +54,7 @@ func Save(path string, conn *nftset.Conn, sets Sets) (Saved, error) {
 		return Saved{}, err
 	}
 	defer unlock()
-	// The table can be replaced while it is read. More than twice in a row
-	// takes someone who means it.
-	const attempts = 10
+	const attempts = 10 // the table can be replaced while it is read
 	for range attempts {
 		r, err := save(path, conn, sets)
 		if !errors.Is(err, errReplaced) {
@@ -67,7 +64,7 @@ func Save(path string, conn *nftset.Conn, sets Sets) (Saved, error) {
 	return Saved{}, fmt.Errorf("table %s: %w", sets.Table, errReplaced)
 }
 
-var errReplaced = errors.New("it was flushed and loaded anew while it was saved")
+var errReplaced = errors.New("it was flushed and loaded again while it was saved")
 
 // save is an attempt of Save's.
 func save(path string, conn *nftset.Conn, sets Sets) (r Saved, err error) {
@@ -83,8 +80,8 @@ func save(path string, conn *nftset.Conn, sets Sets) (r Saved, err error) {
 	if err != nil {
 		return r, err
 	}
-	if old.elements > 0 && old.table != table || old.damage != nil && old.table != table {
-		if err := r.restore(path, conn, sets); err != nil {
+	if old.table != table && (old.elements > 0 || old.damage != nil) {
+		if r.First, err = restoreFirst(path, conn, sets); err != nil {
 			return r, &NotRestoredError{path, sets.Table, err}
 		}
 	}
@@ -113,25 +110,28 @@ func save(path string, conn *nftset.Conn, sets Sets) (r Saved, err error) {
 	return r, err
 }
 
-// restore brings back what the file has of a table that was there before.
-func (r *Saved) restore(path string, conn *nftset.Conn, sets Sets) error {
+// restoreFirst restores a file of another table.
+func restoreFirst(path string, conn *nftset.Conn, sets Sets) (*Restored, error) {
 	if err := CheckOwner(path); err != nil {
-		return err
+		return nil, err
 	}
-	first := new(Restored)
-	f, _, err := first.load(path, sets)
+	text, err := Read(path)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	first.Result, err = Restore(conn, []*File{f}, time.Now)
-	if err == nil {
-		r.First = first
+	f, err := ParseSets(text, sets)
+	if err != nil {
+		return nil, err
 	}
-	return err
+	result, err := Restore(conn, []*File{f}, time.Now)
+	if err != nil {
+		return nil, err
+	}
+	return &Restored{Result: result, Refused: f.Refused}, nil
 }
 
-// NotRestoredError is why a file was not replaced: it may have elements that
-// the kernel has not, and cannot be restored.
+// NotRestoredError is why Save left a file as it is: it may have elements that the
+// kernel lacks, and cannot be restored.
 type NotRestoredError struct {
 	Path  string
 	Table nftset.Table
@@ -144,17 +144,16 @@ func (e *NotRestoredError) Error() string {
 	return fmt.Sprintf("%s is from before table %s was loaded, and cannot be restored: %v; it is left as it is", e.Path, e.Table, e.Err)
 }
 
-// A state is what the ends of a file tell of it.
+// state is what the ends of a file tell of it.
 type state struct {
-	table    nftset.Instance // zero where it names none
-	elements int             // at least 1 where it is not one of ours
-	damage   error           // of one of ours
+	table    nftset.Instance // zero if it names none
+	elements int             // at least 1 if it is no snapshot
+	damage   error           // of a snapshot
 }
 
-// inspect tells what is in a file from its ends. One that does not exist is
-// as one that is empty.
+// inspect reads the ends of a file. The state of one that does not exist, or is
+// empty, is zero.
 func inspect(path string) (s state, err error) {
-	const most = 300 // longer than a header or a trailer
 	f, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return s, nil
@@ -164,39 +163,32 @@ func inspect(path string) (s state, err error) {
 	}
 	defer f.Close()
 	info, err := f.Stat()
+	if err != nil || info.Size() == 0 {
+		return s, err
+	}
+	const most = 300 // longer than a header or a trailer
+	start, err := io.ReadAll(io.NewSectionReader(f, 0, most))
 	if err != nil {
 		return s, err
 	}
-	start, end := make([]byte, most), make([]byte, most)
-	n, err := f.ReadAt(start, 0)
-	if err != nil && err != io.EOF {
+	end, err := io.ReadAll(io.NewSectionReader(f, max(0, info.Size()-most), most))
+	if err != nil {
 		return s, err
 	}
-	if n == 0 {
-		return s, nil
-	}
-	line, _, _ := strings.Cut(string(start[:n]), "\n")
-	saved, table, err := parseHeader(line)
+	first, _, _ := strings.Cut(string(start), "\n")
+	saved, table, err := parseHeader(first)
 	if err != nil {
-		s.damage = err
-		return s, nil
+		return state{damage: err}, nil
 	}
 	if saved.IsZero() {
-		s.elements = 1
-		return s, nil
+		return state{elements: 1}, nil
 	}
-	s.table = table
-	n, err = f.ReadAt(end, max(0, info.Size()-most))
-	if err != nil && err != io.EOF {
-		return s, err
-	}
-	text := strings.TrimSuffix(string(end[:n]), "\n")
-	elements, ok := parseTrailer(text[strings.LastIndexByte(text, '\n')+1:])
+	last := strings.TrimSuffix(string(end), "\n")
+	elements, ok := parseTrailer(last[strings.LastIndexByte(last, '\n')+1:])
 	if !ok {
-		s.damage = errCutShort
+		return state{table: table, damage: errCutShort}, nil
 	}
-	s.elements = elements
-	return s, nil
+	return state{table: table, elements: elements}, nil
 }
 
 var errCutShort = errors.New("it was cut short: its last line is missing")
@@ -212,7 +204,7 @@ func write(w io.Writer, conn *nftset.Conn, sets []*nftset.Set, table nftset.Inst
 	}
 	saved := time.Now()
 	out := bufio.NewWriterSize(w, 64<<10)
-	out.WriteString(header(saved, table)) // an error is Flush's, too
+	out.WriteString(header(saved, table)) // Flush returns its error
 	var b []byte
 	for i, s := range sets {
 		out.Write(appendSet(b[:0], s))

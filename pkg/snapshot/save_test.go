@@ -421,7 +421,7 @@ func TestSaveKilled(t *testing.T) {
 			data, err := os.ReadFile(path)
 			if err == nil {
 				var f *File
-				if f, err = Parse(string(data), ours); err == nil && stable(f) != n {
+				if f, err = Parse(string(data)); err == nil && stable(f) != n {
 					err = fmt.Errorf("%d of %d stable elements", stable(f), n)
 				}
 			}
@@ -492,7 +492,7 @@ func TestCommandErrors(t *testing.T) {
 		{[]string{"save", dir + "/missing/sets.nft"}, 1, []string{"stat " + dir + "/missing: no such file or directory"}},
 		{[]string{"save", bad + "/sets.nft"}, 1, []string{bad, "not a directory"}},
 		{[]string{"save", "/proc/sets.nft"}, 1, []string{"/proc/sets.nft.lock: "}},
-		{[]string{"save", "a", "b"}, 2, []string{"accepts at most 1 arg(s), received 2"}},
+		{[]string{"save", "a", "b"}, 2, []string{`"b" is one argument too many`}},
 		{[]string{"restore", dir}, 1, []string{dir + " is a directory, not a file"}},
 		{[]string{"restore", dir + "/missing"}, 1, []string{dir + "/missing: no such file or directory"}},
 		{[]string{"restore", bad}, 1, []string{bad + `: line 6: nft: Could not resolve hostname`}},

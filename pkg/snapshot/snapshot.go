@@ -1,10 +1,10 @@
 // Package snapshot keeps nftables sets in a file over restarts.
 //
 // The file is text that nft -f loads as it is: a line with the version of the
-// format, the time and the table that it is of, the definition of each set with
-// its elements, ordered by address, and a line that ends it, by which a file
-// that was cut short is known. Restore reads besides what nft list set and nft
-// list ruleset print.
+// format, the time, and the table that it was saved from; the definition of each
+// set with its elements, ordered by address; and a last line that a file lacks
+// that was cut short. Restore also reads what nft list set and nft list ruleset
+// print.
 package snapshot
 
 import (
@@ -17,15 +17,16 @@ import (
 	"nftwl/pkg/nftset"
 )
 
-// Sets are what snapshots are of.
+// Sets are the sets of a snapshot.
 type Sets struct {
 	Table nftset.Table
-	Names []string // of the sets
-	// Refuse says why an address must not be restored, or returns nil.
+	Names []string
+	// Refuse says why an address must not be restored, or returns nil. A nil
+	// Refuse refuses none.
 	Refuse func(netip.Addr) error
 }
 
-// describe returns the sets as the kernel has them. All must exist.
+// describe returns the definitions of the sets, all of which must exist.
 func (s Sets) describe(conn *nftset.Conn) ([]*nftset.Set, error) {
 	var sets []*nftset.Set
 	for _, name := range s.Names {
@@ -43,12 +44,11 @@ const (
 	version      = "1"
 	trailerStart = "# nftwl end, "
 
-	// permanent stands for an element that never expires, in a set whose
-	// elements otherwise do: nft before 1.1.1 has no word for it, and would
-	// give an element without a timeout the set's default one.
+	// permanent is the timeout of a permanent element in a set with a default
+	// timeout: nft before 1.1.1 has no word for it, and gives an element without
+	// a timeout the default.
 	permanent = nftset.MaxTimeout
-	// longest is what a timeout that is longer is written as, so that it does
-	// not become one that stands for a permanent element.
+	// longest is written for a longer timeout, which would stand for permanent.
 	longest = permanent - time.Millisecond
 )
 
@@ -64,9 +64,8 @@ func trailer(elements int) string {
 	return trailerStart + strconv.Itoa(elements) + " elements\n"
 }
 
-// parseHeader returns when a snapshot was saved, and of which table. The time
-// is zero where the line is not a header of ours, and the table where the header
-// does not name one.
+// parseHeader returns when a snapshot was saved, and from which table. The time is
+// zero if the line is no header of ours, the table if the header names none.
 func parseHeader(line string) (saved time.Time, table nftset.Instance, err error) {
 	rest, ok := strings.CutPrefix(line, headerStart)
 	if !ok {
@@ -140,7 +139,7 @@ func appendSet(b []byte, s *nftset.Set) []byte {
 	return b
 }
 
-// appendElement writes an element, first of its set or not.
+// appendElement writes an element, which is the first of its set or not.
 func appendElement(b []byte, s *nftset.Set, e nftset.Element, first bool) []byte {
 	if first {
 		b = append(b, "\t\telements = {\n\t\t\t"...)
@@ -177,7 +176,7 @@ func appendElement(b []byte, s *nftset.Set, e nftset.Element, first bool) []byte
 	return b
 }
 
-// appendSetEnd ends a set that has elements or has none.
+// appendSetEnd ends a set with that many elements.
 func appendSetEnd(b []byte, elements int) []byte {
 	if elements > 0 {
 		b = append(b, "\n\t\t}\n"...)
