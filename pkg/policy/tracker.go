@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"nftwl/pkg/config"
+	"nftwl/pkg/trust"
 )
 
 // The bounds of a Tracker's memory, some 60 MB when all are reached. What is
@@ -149,7 +150,7 @@ func (t *Tracker) Judge(now time.Time, addr netip.Addr) Verdict {
 		for range n.bans {
 			v.Ban = min(2*v.Ban, t.limits.Longest)
 		}
-	case v.Failures > 0 && n.until > at && bits(addr) < addr.BitLen() && len(n.banned) < maxFollowers &&
+	case v.Failures > 0 && n.until > at && !networkOf(addr).IsSingleIP() && len(n.banned) < maxFollowers &&
 		!slices.Contains(n.banned, t.addressHash(addr)):
 		// Another address of a banned /64.
 		v.Ban = time.Duration(n.until-at) * time.Second
@@ -169,7 +170,7 @@ func (t *Tracker) Ban(now time.Time, addr netip.Addr, v Verdict) {
 			n.bans++
 		}
 	}
-	if bits(addr) < addr.BitLen() {
+	if !networkOf(addr).IsSingleIP() {
 		n.banned = append(n.banned, t.addressHash(addr))
 	}
 }
@@ -286,22 +287,10 @@ func (t *Tracker) hash(parts ...string) uint64 {
 	return binary.LittleEndian.Uint64(sum[:])
 }
 
-// translated are the prefixes of NAT64 (RFC 6052, RFC 8215): a /64 of theirs
-// can be all of IPv4.
-var translated = []netip.Prefix{netip.MustParsePrefix("64:ff9b::/96"), netip.MustParsePrefix("64:ff9b:1::/48")}
+// networkOf is the network by which an address is counted.
+func networkOf(addr netip.Addr) netip.Prefix { return trust.NetworkOf(addr, 64) }
 
-// bits is how long the prefix of an address is by which it is counted.
-func bits(addr netip.Addr) int {
-	if addr.Is4() || slices.ContainsFunc(translated, func(p netip.Prefix) bool { return p.Contains(addr) }) {
-		return addr.BitLen()
-	}
-	return 64
-}
-
-func key(addr netip.Addr) [16]byte {
-	prefix, _ := addr.Prefix(bits(addr)) // fails only for bits out of range
-	return prefix.Addr().As16()
-}
+func key(addr netip.Addr) [16]byte { return networkOf(addr).Addr().As16() }
 
 func seconds(t time.Time) uint32 { return uint32(max(t.Unix(), 0)) }
 

@@ -9,12 +9,12 @@ import (
 	"nftwl/pkg/nftset"
 )
 
-// rates are the sets in which the shipped rules count against their limit.
+// rates are the sets in which the shipped rules count connections.
 var rates = config.Names{IPv4: "submission_rate_ipv4", IPv6: "submission_rate_ipv6"}
 
-// Unlimit removes addresses of one family, and the networks that they are in, from
-// what the limit of the shipped rules bans: on some ports, or with none on all. It
-// returns the elements that it removed; none if the rules are others.
+// Unlimit removes addresses of one family, and their networks, from what the limit
+// of the shipped rules bans, on some ports; no ports means all. It returns the
+// elements that it removed: none if the rules are others.
 func Unlimit(conn *nftset.Conn, c *config.Config, addrs []netip.Addr, ports []uint16) ([]nftset.Element, error) {
 	set, err := conn.Set(c.Table, config.Limited.For(addrs[0]))
 	if errors.Is(err, nftset.ErrNoSet) {
@@ -31,7 +31,7 @@ func Unlimit(conn *nftset.Conn, c *config.Config, addrs []netip.Addr, ports []ui
 		sources[addr] = true
 		sources[NetworkOf(addr, BanPrefix(c)).Addr()] = true
 	}
-	// The ports of the limit are those in the rules, so look which there are.
+	// Only the rules know the ports of the limit.
 	elems, err := conn.Elements(set)
 	if err != nil {
 		return nil, err
@@ -46,8 +46,7 @@ func Unlimit(conn *nftset.Conn, c *config.Config, addrs []netip.Addr, ports []ui
 	if err != nil || len(removed) == 0 {
 		return nil, err
 	}
-	// Forget what the rules have counted, or the next connection exceeds the limit
-	// again.
+	// Otherwise the next connection exceeds the limit again.
 	rate, err := conn.Set(c.Table, rates.For(addrs[0]))
 	if errors.Is(err, nftset.ErrNoSet) {
 		return removed, nil

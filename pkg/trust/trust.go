@@ -1,6 +1,6 @@
 // Package trust decides, from what Dovecot says of a login, whom the firewall
-// is to trust, for how long and under which comment, and has the kernel do
-// it. Every way by which a login comes in shares it.
+// trusts, for how long and with which comment, and writes that to the sets. It
+// also knows which elements stand for an address.
 package trust
 
 import (
@@ -17,8 +17,8 @@ import (
 // Login is what Dovecot says of a login. All of it comes from outside: the
 // address from the client or a proxy, the rest from the user database.
 type Login struct {
-	IP      string // empty where the client came over a Unix socket
-	LocalIP string // the server's own address; empty where unknown
+	IP      string // empty if the client came over a Unix socket
+	LocalIP string // the server's own address; empty if unknown
 	User    string
 	Trust   string // nftwl_trust of the user: "no" to trust nobody; empty for yes
 	Timeout string // nftwl_timeout of the user; empty for the configured one
@@ -31,9 +31,8 @@ type Grant struct {
 	Comment string        // empty for none
 }
 
-// Decide returns the grant that a login earns, or nil where it earns none and
-// all is well. With a grant it can return an error too, for what it had to
-// pass over.
+// Decide returns the grant that a login earns. Without a grant and an error, it
+// earns none. With both, the error is about a value that was ignored.
 func Decide(c *config.Config, l Login) (*Grant, error) {
 	if l.IP == "" {
 		return nil, nil
@@ -45,9 +44,9 @@ func Decide(c *config.Config, l Login) (*Grant, error) {
 	if Refuse(c, addr) != nil {
 		return nil, nil
 	}
-	// A client at the server's own address is webmail, or a proxy that does
-	// not forward: whoever uses it would be trusted with everybody else. The
-	// same holds where the client's network has the server's address in it.
+	// A client at the server's own address is webmail, or a proxy that does not
+	// forward the client's: to trust it is to trust everyone behind it. So is a
+	// network that has the server's address in it.
 	if local, err := ParseAddr(l.LocalIP); err == nil && NetworkOf(addr, c.IPv6Prefix).Contains(local) {
 		return nil, nil
 	}
@@ -72,11 +71,10 @@ func Decide(c *config.Config, l Login) (*Grant, error) {
 	return g, nil
 }
 
-// Apply has the kernel trust the addresses of grants, which are of one family,
-// for every configured port: in one transaction, or none where all are trusted
-// for long enough already. It returns what became of each grant: Added where
-// its address was not trusted on each port, else Renewed where it was to be
-// trusted for longer.
+// Apply trusts the addresses of grants, which are of one family, for every
+// configured port: in one transaction, or none if all are trusted for long enough
+// already. It returns an outcome for each grant: Added if its address was missing
+// on a port, else Renewed if it was renewed on one.
 func Apply(conn *nftset.Conn, c *config.Config, grants ...*Grant) ([]nftset.Outcome, error) {
 	set, err := conn.Set(c.Table, c.Trusted.For(grants[0].Addr))
 	if err != nil {
@@ -108,12 +106,11 @@ func Apply(conn *nftset.Conn, c *config.Config, grants ...*Grant) ([]nftset.Outc
 	return outcomes, nil
 }
 
-// names separates the users in the comment of a trusted address that several
-// log in from.
+// names separates users in the comment of an address that several log in from.
 const names = ", "
 
-// AddName adds a user to the comment of an address that others log in from, too.
-// The first of them are left out where the comment would become too long.
+// AddName adds a user to the front of an address's comment. If it becomes too
+// long, it loses the names that do not fit.
 func AddName(comment, user string) string {
 	if user == "" || HasName(comment, user) {
 		return comment
@@ -127,82 +124,14 @@ func AddName(comment, user string) string {
 	return all
 }
 
-// HasName tells whether a comment is the text, or names it as one of several
+// HasName reports whether a comment is the text, or names it as one of several
 // users.
 func HasName(comment, text string) bool {
 	return strings.Contains(names+comment+names, names+text+names)
 }
 
-// Elements returns e for an address and every port, or once where the set's
-// keys have no port.
-func Elements(set *nftset.Set, addr netip.Addr, ports []uint16, e nftset.Element) []nftset.Element {
-	var elems []nftset.Element
-	for _, key := range Keys(set, addr, ports) {
-		e.Key = key
-		elems = append(elems, e)
-	}
-	return elems
-}
-
-// Keys returns the keys of an address in a set: one a port, or one where the
-// set's keys have no port.
-func Keys(set *nftset.Set, addr netip.Addr, ports []uint16) []nftset.Key {
-	if !set.Key.Port {
-		return []nftset.Key{{Addr: addr}}
-	}
-	keys := make([]nftset.Key, len(ports))
-	for i, port := range ports {
-		keys[i] = nftset.Key{Addr: addr, Port: port}
-	}
-	return keys
-}
-
-// CheckPorts returns an error if some ports are asked for, and the set's keys have
-// none: a change would be one on every port.
-func CheckPorts(set *nftset.Set, ports []uint16) error {
-	if len(ports) > 0 && !set.Key.Port {
-		return fmt.Errorf("set %s has addresses without ports, and cannot take some ports alone", set.Name)
-	}
-	return nil
-}
-
-// LookupKeys returns the keys by which the rules look an address up in a set: its
-// own and, where they look up networks of so many bits, then those of its
-// network.
-func LookupKeys(set *nftset.Set, addr netip.Addr, bits int, ports []uint16) []nftset.Key {
-	keys := Keys(set, addr, ports)
-	if network := NetworkOf(addr, bits).Addr(); network != addr {
-		keys = append(keys, Keys(set, network, ports)...)
-	}
-	return keys
-}
-
-// Find looks an address up as the rules do that look up networks of so many bits:
-// as itself and as its network. For each port it returns the element that expires
-// last, or the port among those that are missing.
-func Find(conn *nftset.Conn, set *nftset.Set, addr netip.Addr, bits int, ports []uint16) (there []nftset.Element, missing []uint16, err error) {
-	keys := LookupKeys(set, addr, bits, ports)
-	found, err := conn.Lookup(set, keys...)
-	if err != nil {
-		return nil, nil, err
-	}
-	n := len(Keys(set, addr, ports))
-	for i, k := range keys[:n] {
-		e, ok := found[k]
-		if of, too := found[keys[len(keys)-n+i]]; too && (!ok || of.Outlives(e, 0)) {
-			e, ok = of, true
-		}
-		if ok {
-			there = append(there, e)
-		} else {
-			missing = append(missing, k.Port)
-		}
-	}
-	return there, missing, nil
-}
-
-// ParseAddr reads a client's address. An IPv4-mapped one is IPv4; a zone,
-// which no set can hold, is dropped.
+// ParseAddr reads a client's address. An IPv4-mapped one becomes IPv4, and a zone
+// is dropped, because no set can hold it.
 func ParseAddr(s string) (netip.Addr, error) {
 	addr, err := netip.ParseAddr(s)
 	if err != nil {
@@ -211,51 +140,13 @@ func ParseAddr(s string) (netip.Addr, error) {
 	return addr.Unmap().WithZone(""), nil
 }
 
-// ParseElement reads an address, or a network of so many bits, which it returns as
-// the address of the element that stands for it.
-func ParseElement(s string, bits int) (netip.Addr, error) {
-	p, err := netip.ParsePrefix(s)
-	if err != nil {
-		return ParseAddr(s)
-	}
-	switch {
-	case p.Addr().Is4() || bits == 128:
-		err = fmt.Errorf("%s is a prefix; the sets hold single addresses", s)
-	case p.Bits() != bits:
-		err = fmt.Errorf("%s is a prefix; the sets hold single addresses and networks of /%d", s, bits)
-	case p != p.Masked():
-		err = fmt.Errorf("%s has bits set past its length; did you mean %s?", s, p.Masked())
-	}
-	return p.Addr(), err
-}
-
-// Name is the address of an element, or the network of so many bits that the rules
-// take it for.
-func Name(addr netip.Addr, bits int) string {
-	if n := NetworkOf(addr, bits); n.IsValid() && n.Addr() == addr && !n.IsSingleIP() {
-		return n.String()
-	}
-	return nftset.Key{Addr: addr}.String()
-}
-
 // Refuse says why an address must not be trusted, or returns nil.
 func Refuse(c *config.Config, addr netip.Addr) error { return refuse(c, addr, c.IPv6Prefix) }
 
 // RefuseBan says why an address must not be banned, or returns nil.
 func RefuseBan(c *config.Config, addr netip.Addr) error { return refuse(c, addr, BanPrefix(c)) }
 
-// BanPrefix is how many bits the networks have that the firewall's rules look up
-// in the banned and the limited sets, besides addresses. Those that it looks up
-// in the trusted sets have c.IPv6Prefix. See nftwl_ipv6_network in
-// contrib/nftables.
-func BanPrefix(c *config.Config) int {
-	if c.IPv6Prefix == 128 {
-		return 64
-	}
-	return c.IPv6Prefix
-}
-
-// refuse is Refuse for sets in which the rules look up networks of so many bits.
+// refuse is Refuse for sets in which the rules look up networks of that many bits.
 func refuse(c *config.Config, addr netip.Addr, bits int) error {
 	switch {
 	case addr.IsUnspecified():
@@ -286,36 +177,7 @@ func refuse(c *config.Config, addr netip.Addr, bits int) error {
 // broadcast is the limited broadcast address (RFC 919).
 var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 
-// nat64 are the prefixes behind which an IPv6 address has an IPv4 address in
-// it: the well-known one (RFC 6052) and the one for local use (RFC 8215).
-var nat64 = []netip.Prefix{
-	netip.MustParsePrefix("64:ff9b::/96"),
-	netip.MustParsePrefix("64:ff9b:1::/48"),
-}
-
-// NetworkOf returns the network of so many bits that an IPv6 address is in, or the
-// address alone: where it is IPv4, and where the network has NAT64 addresses in
-// it, because that is not one client's: it can be all of IPv4.
-func NetworkOf(addr netip.Addr, bits int) netip.Prefix {
-	single := netip.PrefixFrom(addr, addr.BitLen())
-	if addr.Is4() {
-		return single
-	}
-	prefix, _ := addr.Prefix(bits) // fails only for bits out of range
-	if slices.ContainsFunc(nat64, prefix.Overlaps) {
-		return single
-	}
-	return prefix
-}
-
-// Network returns the address that stands for the client in the sets: itself,
-// or the first address of its network where the configuration has a shorter
-// ipv6_prefix. A NAT64 address stands for itself.
-func Network(c *config.Config, addr netip.Addr) netip.Addr {
-	return NetworkOf(addr, c.IPv6Prefix).Addr()
-}
-
-// Quote makes a value from outside fit for a line of a log.
+// Quote makes a value from outside fit for a log line.
 func Quote(s string) string {
 	const most = 60
 	if len(s) > most {
