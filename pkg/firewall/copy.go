@@ -380,14 +380,7 @@ func each(b []byte, f func(typ uint16, data []byte)) {
 	_ = nftset.Attributes(b, func(typ uint16, data []byte) error { f(typ, data); return nil })
 }
 
-func attribute(b []byte, which uint16) (found []byte) {
-	each(b, func(typ uint16, data []byte) {
-		if typ == which {
-			found = data
-		}
-	})
-	return found
-}
+func attribute(b []byte, which uint16) []byte { return nftset.Attribute(b, which) }
 
 // only returns the attributes of some types, and without the others.
 func only(b []byte, types ...uint16) []byte {

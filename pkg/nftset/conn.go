@@ -264,7 +264,7 @@ func (c *Conn) Generation() (uint32, error) {
 	if err != nil {
 		return 0, Table{}.error(err)
 	}
-	return decodeGeneration(m.body), nil
+	return beUint32(Attribute(m.body, unix.NFTA_GEN_ID)), nil
 }
 
 // Instance tells a table from an earlier one of the same name, from before the
@@ -302,17 +302,13 @@ func (c *Conn) Instance(table Table) (Instance, error) {
 // handle returns the handle of a table.
 func (c *Conn) handle(table Table) (uint64, error) {
 	m, err := c.get(msgGetTable, table.Family, appendString(nil, unix.NFTA_TABLE_NAME, table.Name))
-	if err == unix.ENOENT {
-		err = ErrNoTable
-	}
-	var handle uint64
-	if err == nil {
-		handle, err = decodeHandle(m.body)
-	}
-	if err != nil {
+	switch {
+	case err == unix.ENOENT:
+		return 0, table.error(ErrNoTable)
+	case err != nil:
 		return 0, table.error(err)
 	}
-	return handle, nil
+	return beUint64(Attribute(m.body, tableHandle)), nil
 }
 
 // lookupChunk is how many lookups are sent at once: their replies must fit
@@ -355,7 +351,7 @@ func (c *Conn) lookup(s *Set, keys []Key) (found map[Key]Element, generation uin
 			switch {
 			case i == 0 && !m.ack:
 				if generation == 0 {
-					generation = decodeGeneration(m.body)
+					generation = beUint32(Attribute(m.body, unix.NFTA_GEN_ID))
 				}
 				return nil
 			case m.err == unix.ENOENT:

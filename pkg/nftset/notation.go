@@ -10,8 +10,8 @@ import (
 
 // What nft writes and reads: names, types, times and comments.
 
-// ParseTable reads a table as nft writes it. Without a family it is ip, as it
-// is for nft.
+// ParseTable reads a table as nft writes it. The family is ip if there is none, as
+// in nft.
 func ParseTable(s string) (Table, error) {
 	words := strings.Fields(s)
 	if len(words) == 1 {
@@ -34,11 +34,11 @@ func ParseTable(s string) (Table, error) {
 // maxName is NFT_NAME_MAXLEN less the final NUL.
 const maxName = 255
 
-// CheckName reports why a string cannot be the name of a table or set. What
-// it accepts is what nft's scanner takes for one.
+// CheckName reports why a string cannot be the name of a table or set. It accepts
+// what nft's scanner does (src/scanner.l).
 func CheckName(s string) error {
 	if s == "" {
-		return fmt.Errorf("a name of a table or set is empty")
+		return fmt.Errorf("the name of a table or set is empty")
 	}
 	if len(s) > maxName {
 		return fmt.Errorf("the name %.20q… is longer than %d bytes", s, maxName)
@@ -62,8 +62,7 @@ const (
 	typeBits = 6 // TYPE_BITS: the width of a part in the number of a concatenation
 )
 
-// typeNames are nft's names of the types that people make sets of, for an
-// error about a set of another type.
+// typeNames are nft's names of the types that people make sets of.
 var typeNames = [...]string{
 	4: "integer", 5: "string", 6: "ll_addr",
 	7: "ipv4_addr", 8: "ipv6_addr", 9: "ether_addr", 10: "ether_type", 11: "arp_op", 12: "inet_proto",
@@ -106,15 +105,11 @@ func ParseTimeout(s string) (time.Duration, error) {
 		}
 		return 0, fmt.Errorf("%q is not a timeout: %s", s, why)
 	}
-	if s == "" {
-		return bad("write it like 1d12h, 90m or 30s")
-	}
 	var sum time.Duration
-	rest, from := s, 0
-	for rest != "" {
+	for rest, from := s, 0; rest != "" || from == 0; {
 		digits, n := 0, int64(0)
 		for digits < len(rest) && rest[digits] >= '0' && rest[digits] <= '9' {
-			// Past the longest timeout in any unit, further digits do not matter.
+			// Beyond the longest timeout in any unit, further digits do not matter.
 			if n <= int64(MaxTimeout/time.Millisecond) {
 				n = n*10 + int64(rest[digits]-'0')
 			}
@@ -180,18 +175,11 @@ func CheckComment(s string) error {
 	return nil
 }
 
-// CleanComment returns s as a comment that CheckComment accepts: a quote
-// becomes an apostrophe, what does not print becomes a question mark, and what
-// is too long is cut.
+// CleanComment makes s a comment that CheckComment accepts: a quote becomes an
+// apostrophe, and what does not print a question mark; what is too long is cut.
 func CleanComment(s string) string {
-	clean := true
-	for i := 0; i < len(s); i++ {
-		if c := s[i]; c < ' ' || c > '~' || c == '"' {
-			clean = false
-			break
-		}
-	}
-	if clean && len(s) <= MaxComment {
+	odd := func(r rune) bool { return r < ' ' || r > '~' || r == '"' }
+	if len(s) <= MaxComment && !strings.ContainsFunc(s, odd) {
 		return s
 	}
 	var b strings.Builder
@@ -199,8 +187,8 @@ func CleanComment(s string) string {
 		switch {
 		case r == '"':
 			r = '\''
-		// Also what turns the text around, or does not show: a terminal or a log
-		// would have something else than what is stored.
+		// Also what changes the direction of text, or does not show: a terminal
+		// would print something else than what is stored.
 		case r == utf8.RuneError || !strconv.IsGraphic(r):
 			r = '?'
 		}

@@ -242,6 +242,18 @@ func Attributes(b []byte, f func(typ uint16, data []byte) error) error {
 	return nil
 }
 
+// Attribute returns the data of an attribute in b; nil if there is none, or if b is
+// truncated.
+func Attribute(b []byte, which uint16) (found []byte) {
+	_ = Attributes(b, func(typ uint16, data []byte) error {
+		if typ == which {
+			found = data
+		}
+		return nil
+	})
+	return found
+}
+
 // userData returns a field of libnftnl's user data, or "".
 func userData(b []byte, typ byte) string {
 	for len(b) >= 2 && len(b) >= 2+int(b[1]) {
@@ -261,12 +273,14 @@ func beUint32(b []byte) uint32 {
 	return binary.BigEndian.Uint32(b)
 }
 
-func beMilliseconds(b []byte) time.Duration {
+func beUint64(b []byte) uint64 {
 	if len(b) != 8 {
 		return 0
 	}
-	return fromMilliseconds(binary.BigEndian.Uint64(b))
+	return binary.BigEndian.Uint64(b)
 }
+
+func beMilliseconds(b []byte) time.Duration { return fromMilliseconds(beUint64(b)) }
 
 // decodeSet reads the body of a NEWSET message into s, which has its table and
 // name.
@@ -287,21 +301,13 @@ func decodeSet(s *Set, b []byte) error {
 		case unix.NFTA_SET_POLICY:
 			s.Memory = beUint32(data) == unix.NFT_SET_POL_MEMORY
 		case unix.NFTA_SET_DESC:
-			return Attributes(data, func(typ uint16, data []byte) error {
-				if typ == unix.NFTA_SET_DESC_SIZE {
-					s.Size = beUint32(data)
-				}
-				return nil
-			})
+			s.Size = beUint32(Attribute(data, unix.NFTA_SET_DESC_SIZE))
 		case unix.NFTA_SET_USERDATA:
 			s.Comment = userData(data, udataSetComment)
 		case setCount:
 			s.Count = beUint32(data)
 		case setExpression:
-			return Attributes(data, func(typ uint16, data []byte) error {
-				s.Counter = s.Counter || typ == unix.NFTA_EXPR_NAME && string(data) == "counter\x00"
-				return nil
-			})
+			s.Counter = string(Attribute(data, unix.NFTA_EXPR_NAME)) == "counter\x00"
 		}
 		return nil
 	})
@@ -323,29 +329,6 @@ func decodeSet(s *Set, b []byte) error {
 		}
 	}
 	return &Error{Table: s.Table, Set: s.Name, Type: typeName(keyType), Err: ErrKeyType}
-}
-
-// decodeHandle reads the handle in the body of a NEWTABLE message.
-func decodeHandle(b []byte) (handle uint64, err error) {
-	err = Attributes(b, func(typ uint16, data []byte) error {
-		if typ == tableHandle && len(data) == 8 {
-			handle = binary.BigEndian.Uint64(data)
-		}
-		return nil
-	})
-	return handle, err
-}
-
-// decodeGeneration reads the body of a NEWGEN message.
-func decodeGeneration(b []byte) (generation uint32) {
-	// A truncated one leaves it 0, which stands for any.
-	_ = Attributes(b, func(typ uint16, data []byte) error {
-		if typ == unix.NFTA_GEN_ID {
-			generation = beUint32(data)
-		}
-		return nil
-	})
-	return generation
 }
 
 // decodeElements calls f for every element in the body of a NEWSETELEM
@@ -373,20 +356,18 @@ func decodeElement(s *Set, b []byte) (Element, error) {
 	err := Attributes(b, func(typ uint16, data []byte) error {
 		switch typ {
 		case unix.NFTA_SET_ELEM_KEY:
-			return Attributes(data, func(typ uint16, data []byte) error {
-				if typ != unix.NFTA_DATA_VALUE || len(data) != s.Key.len() {
-					return errTruncated
-				}
-				if s.Key.IPv6 {
-					e.Addr = netip.AddrFrom16([16]byte(data))
-				} else {
-					e.Addr = netip.AddrFrom4([4]byte(data))
-				}
-				if s.Key.Port {
-					e.Port = binary.BigEndian.Uint16(data[len(data)-4:])
-				}
-				return nil
-			})
+			key := Attribute(data, unix.NFTA_DATA_VALUE)
+			if len(key) != s.Key.len() {
+				return errTruncated
+			}
+			if s.Key.IPv6 {
+				e.Addr = netip.AddrFrom16([16]byte(key[:16]))
+			} else {
+				e.Addr = netip.AddrFrom4([4]byte(key[:4]))
+			}
+			if s.Key.Port {
+				e.Port = binary.BigEndian.Uint16(key[len(key)-4:])
+			}
 		case unix.NFTA_SET_ELEM_FLAGS:
 			catchAll = beUint32(data)&elemCatchAll != 0
 		case unix.NFTA_SET_ELEM_TIMEOUT:
