@@ -51,11 +51,15 @@ func (c *Conn) BatchAt(generation uint32) *Batch {
 	return b
 }
 
-// Grow makes room for n more elements of the set with comments of that many bytes
-// in all, so that a large batch is not copied again and again while it grows.
-func (b *Batch) Grow(s *Set, n, comments int) {
+// Grow makes room for further elements of the set, so that a large batch is not
+// copied again and again while it grows.
+func (b *Batch) Grow(s *Set, elems []Element) {
 	const most = 4*attrHeader + 2*(attrHeader+8) + 3 + 2*3 // with a timeout, an expiration, and padding
-	b.buf = slices.Grow(b.buf, n*(most+s.Key.len())+comments)
+	n := len(elems) * (most + s.Key.len())
+	for i := range elems {
+		n += len(elems[i].Comment)
+	}
+	b.buf = slices.Grow(b.buf, n)
 }
 
 // message begins a message about a set.

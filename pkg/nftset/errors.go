@@ -39,7 +39,7 @@ var (
 // Error says what failed on which table or set, and why.
 type Error struct {
 	Table Table  // zero for an error of the connection
-	Set   string // empty where it concerns the table
+	Set   string // empty if it concerns the table
 	Size  uint32 // of the set, for ErrFull
 	Type  string // of the set's keys as nft names it, for ErrKeyType
 	Key   Key    // that does not fit the type, for ErrKeyType; else zero

@@ -67,8 +67,8 @@ func (k KeyType) String() string { return typeName(k.magic()) }
 // KeyTypes are all types that a set of ours can have.
 var KeyTypes = []KeyType{{}, {Port: true}, {IPv6: true}, {IPv6: true, Port: true}}
 
-// magic is the number by which nft remembers the type in the kernel
-// (NFTA_SET_KEY_TYPE): six bits a part, numbers of enum datatypes in nft's
+// magic is the number that nft keeps in the kernel for the type
+// (NFTA_SET_KEY_TYPE): six bits for each part, of enum datatypes in nft's
 // include/datatype.h. The kernel itself only compares lengths.
 func (k KeyType) magic() uint32 {
 	m := uint32(typeIPv4Addr)
@@ -81,8 +81,8 @@ func (k KeyType) magic() uint32 {
 	return m
 }
 
-// len is the length of an encoded key in bytes; a part is padded to a
-// register of 32 bits.
+// len is the length of an encoded key in bytes. Each part fills registers of 32
+// bits.
 func (k KeyType) len() int {
 	n := 4
 	if k.IPv6 {
@@ -94,11 +94,11 @@ func (k KeyType) len() int {
 	return n
 }
 
-// Key is what an element is found by. The zero Key is that of a set's
-// catch-all element, which nft writes as "*".
+// Key identifies an element of a set. The zero Key is that of the catch-all
+// element, which nft writes as "*".
 type Key struct {
 	Addr netip.Addr // of the set's family, without a zone
-	Port uint16     // 0 where the set's key has no port
+	Port uint16     // 0 if the set's keys have none
 }
 
 // CatchAll reports whether the element matches whatever no other element does.

@@ -200,11 +200,7 @@ func restore(conn *nftset.Conn, files []*File, now func() time.Time, guarded boo
 		}
 	}
 	for _, t := range targets {
-		comments := 0
-		for i := range t.create {
-			comments += len(t.create[i].Comment)
-		}
-		batch.Grow(t.set, len(t.create), comments)
+		batch.Grow(t.set, t.create)
 		for _, e := range t.create {
 			batch.Create(t.set, e)
 		}
