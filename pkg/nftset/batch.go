@@ -204,9 +204,6 @@ func (b *Batch) error(seq uint32, err error) error {
 		if s.Name == "" {
 			return s.Table.error(ErrNoTable)
 		}
-		if _, e := b.conn.handle(s.Table); e != nil {
-			return s.Table.error(ErrNoTable)
-		}
 		if _, e := b.conn.Set(s.Table, s.Name); e != nil {
 			return e
 		}
@@ -223,8 +220,8 @@ func (c *Conn) grow(n int) error {
 	if err != nil || n+overhead <= have {
 		return err
 	}
-	// The kernel doubles what it is asked for. Without CAP_NET_ADMIN,
-	// net.core.wmem_max limits it, and the transaction will fail anyway.
+	// The kernel doubles what it is asked for. Without CAP_NET_ADMIN in the first
+	// user namespace, net.core.wmem_max limits it.
 	if unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, n/2+overhead) == nil {
 		return nil
 	}

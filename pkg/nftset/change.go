@@ -40,14 +40,14 @@ func (c *Conn) Extend(s *Set, elems []Element, slack time.Duration, comment func
 	}
 	unique, of := merge(elems, comment)
 	outcomes, err := c.extendUnique(s, unique, slack, comment)
-	if len(unique) == len(elems) || outcomes == nil {
-		return outcomes, err
+	if err != nil {
+		return nil, err
 	}
 	all := make([]Outcome, len(elems))
 	for i := range elems {
 		all[i] = outcomes[of[i]]
 	}
-	return all, err
+	return all, nil
 }
 
 // merge makes one element of those with the same key, which expires when the
