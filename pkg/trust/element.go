@@ -129,10 +129,11 @@ func Find(conn *nftset.Conn, set *nftset.Set, addr netip.Addr, bits int, ports [
 	if err != nil {
 		return nil, nil, err
 	}
-	n := len(Keys(set, addr, ports))
-	for i, k := range keys[:n] {
+	own := Keys(set, addr, ports)
+	network := keys[len(keys)-len(own):]
+	for i, k := range own {
 		e, ok := found[k]
-		if of, too := found[keys[len(keys)-n+i]]; too && (!ok || of.Outlives(e, 0)) {
+		if of, too := found[network[i]]; too && (!ok || of.Outlives(e, 0)) {
 			e, ok = of, true
 		}
 		if ok {
