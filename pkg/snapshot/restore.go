@@ -148,28 +148,33 @@ func restore(conn *nftset.Conn, files []*File, now func() time.Time, guarded boo
 		return r, err
 	}
 	var targets []*target // in the order of the files, in which the kernel lists them
+	index := func(s Section) int {
+		return slices.IndexFunc(targets, func(t *target) bool { return t.set.Table == s.Table && t.set.Name == s.Name })
+	}
 	for _, f := range files {
-		for i := range f.Sets {
-			s := &f.Sets[i]
-			at := slices.IndexFunc(targets, func(t *target) bool { return t.set.Table == s.Table && t.set.Name == s.Name })
-			if at < 0 {
+		for _, s := range f.Sets {
+			i := index(s)
+			if i < 0 {
 				t, err := find(conn, &s.Set)
 				if err != nil {
 					return r, err
 				}
-				at = len(targets)
+				i = len(targets)
 				targets = append(targets, t)
 			}
-			t := targets[at]
-			if t.set.Key != s.Key {
-				return r, otherType(&s.Set, t.set.Key.String())
+			if key := targets[i].set.Key; key != s.Key {
+				return r, otherType(&s.Set, key.String())
 			}
-			elapsed := time.Duration(0)
-			if !f.Saved.IsZero() {
-				// By wall clock, because the machine may have been down.
-				elapsed = max(0, now().Round(0).Sub(f.Saved))
-			}
-			if err := t.take(s.Elements, elapsed, &r); err != nil {
+		}
+	}
+	for _, f := range files {
+		elapsed := time.Duration(0)
+		if !f.Saved.IsZero() {
+			// By wall clock, because the machine may have been down.
+			elapsed = max(0, now().Round(0).Sub(f.Saved))
+		}
+		for _, s := range f.Sets {
+			if err := targets[index(s)].take(s.Elements, elapsed, &r); err != nil {
 				return r, err
 			}
 		}
