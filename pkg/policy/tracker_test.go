@@ -180,8 +180,11 @@ func TestNetwork(t *testing.T) {
 	}
 	// A network of NAT64 is many who have nothing to do with each other.
 	for i := range 9 {
-		if v := fail(tr, start, addr(fmt.Sprintf("64:ff9b::192.0.2.%d", i)), 2); v.Ban != 0 {
-			t.Errorf("NAT64: %+v", v)
+		// The second is none, but shares a /64 with them.
+		for _, form := range []string{"64:ff9b::192.0.2.%d", "64:ff9b::1:192.0.2.%d"} {
+			if v := fail(tr, start, addr(fmt.Sprintf(form, i)), 2); v.Ban != 0 {
+				t.Errorf("NAT64: %+v", v)
+			}
 		}
 	}
 }
