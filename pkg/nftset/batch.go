@@ -70,7 +70,7 @@ func (b *Batch) message(typ, flags uint16, s *Set) {
 	if len(b.about) == 0 || b.about[len(b.about)-1].set != s {
 		b.about = append(b.about, about{seq, s})
 	}
-	b.buf = appendMessage(b.buf, typ, unix.NLM_F_REQUEST|flags, seq, s.Table.Family, 0)
+	b.buf = appendMessage(b.buf, subsystem|typ, unix.NLM_F_REQUEST|flags, seq, s.Table.Family, 0)
 }
 
 // put adds a message about a set, which has no elements.
@@ -101,38 +101,38 @@ func (b *Batch) element(typ, flags uint16, s *Set, e *Element) {
 		b.buf = appendListOf(b.buf, s)
 		b.buf, b.list = beginAttr(b.buf, unix.NLA_F_NESTED|unix.NFTA_SET_ELEM_LIST_ELEMENTS)
 	}
-	b.buf = appendElement(b.buf, s, e, typ == msgDelSetElem)
+	b.buf = appendElement(b.buf, s, e, typ == unix.NFT_MSG_DELSETELEM)
 }
 
 // Create adds an element. If it exists already, the whole batch fails with
 // ErrExists.
 func (b *Batch) Create(s *Set, e Element) {
-	b.element(msgNewSetElem, unix.NLM_F_CREATE|unix.NLM_F_EXCL, s, &e)
+	b.element(unix.NFT_MSG_NEWSETELEM, unix.NLM_F_CREATE|unix.NLM_F_EXCL, s, &e)
 }
 
 // Add adds an element. One that exists already stays as it is, except that
 // kernels from 6.12 on give it the Timeout, if that differs, and the Expires, if
 // that is not 0; never another comment.
-func (b *Batch) Add(s *Set, e Element) { b.element(msgNewSetElem, unix.NLM_F_CREATE, s, &e) }
+func (b *Batch) Add(s *Set, e Element) { b.element(unix.NFT_MSG_NEWSETELEM, unix.NLM_F_CREATE, s, &e) }
 
 // Delete deletes an element. If it does not exist, the whole batch fails with
 // ErrNotFound.
-func (b *Batch) Delete(s *Set, k Key) { b.element(msgDelSetElem, 0, s, &Element{Key: k}) }
+func (b *Batch) Delete(s *Set, k Key) { b.element(unix.NFT_MSG_DELSETELEM, 0, s, &Element{Key: k}) }
 
 // Flush deletes all elements of a set.
-func (b *Batch) Flush(s *Set) { b.put(msgDelSetElem, 0, s, appendListOf(nil, s)) }
+func (b *Batch) Flush(s *Set) { b.put(unix.NFT_MSG_DELSETELEM, 0, s, appendListOf(nil, s)) }
 
 // CreateTable creates a table, unless it exists.
 func (b *Batch) CreateTable(t Table) {
 	attrs := appendString(nil, unix.NFTA_TABLE_NAME, t.Name)
-	b.put(msgNewTable, unix.NLM_F_CREATE, &Set{Table: t}, appendUint32(attrs, unix.NFTA_TABLE_FLAGS, 0))
+	b.put(unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE, &Set{Table: t}, appendUint32(attrs, unix.NFTA_TABLE_FLAGS, 0))
 }
 
 // CreateSet creates a set. If one of that name exists with another definition,
 // the whole batch fails.
 func (b *Batch) CreateSet(s *Set) {
 	b.setIDs++
-	b.put(msgNewSet, unix.NLM_F_CREATE, s, appendSet(nil, s, b.setIDs))
+	b.put(unix.NFT_MSG_NEWSET, unix.NLM_F_CREATE, s, appendSet(nil, s, b.setIDs))
 }
 
 // Commit carries the batch out, and returns when the kernel has. An empty batch

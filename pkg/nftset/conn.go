@@ -195,19 +195,19 @@ func (c *Conn) ask(requests []byte, first uint32, n int, f func(i int, m message
 	})
 }
 
-// request encodes a request with the attributes, and returns its number too.
-func (c *Conn) request(typ, flags uint16, family Family, attrs []byte) (req []byte, seq uint32) {
-	seq = c.next()
-	req = appendMessage(nil, typ, unix.NLM_F_REQUEST|flags, seq, family, 0)
-	req = append(req, attrs...)
-	endMessage(req, 0)
-	return req, seq
+// request appends a request with the attributes to b; its number is c.seq then.
+func (c *Conn) request(b []byte, typ, flags uint16, family Family, attrs []byte) []byte {
+	start := len(b)
+	b = appendMessage(b, subsystem|typ, unix.NLM_F_REQUEST|flags, c.next(), family, 0)
+	b = append(b, attrs...)
+	endMessage(b, start)
+	return b
 }
 
 // get sends a request that gets one reply, and returns that.
 func (c *Conn) get(typ uint16, family Family, attrs []byte) (reply message, err error) {
-	req, seq := c.request(typ, 0, family, attrs)
-	err = c.ask(req, seq, 1, func(_ int, m message) error {
+	req := c.request(nil, typ, 0, family, attrs)
+	err = c.ask(req, c.seq, 1, func(_ int, m message) error {
 		reply = m
 		return m.err
 	})
@@ -218,11 +218,10 @@ func (c *Conn) get(typ uint16, family Family, attrs []byte) (reply message, err 
 // f's, the rest of the dump is left unread.
 func (c *Conn) list(typ uint16, family Family, attrs []byte, f func(m message) error) error {
 	c.enlarge()
-	req, seq := c.request(typ, unix.NLM_F_DUMP, family, attrs)
-	if err := c.send(req); err != nil {
+	if err := c.send(c.request(nil, typ, unix.NLM_F_DUMP, family, attrs)); err != nil {
 		return err
 	}
-	return c.replies(seq, seq, func(m message) (done bool, err error) {
+	return c.replies(c.seq, c.seq, func(m message) (done bool, err error) {
 		if m.ack {
 			return true, m.err
 		}
@@ -241,7 +240,7 @@ func (c *Conn) enlarge() {
 func (c *Conn) Set(table Table, name string) (*Set, error) {
 	s := &Set{Table: table, Name: name}
 	attrs := appendString(nil, unix.NFTA_SET_TABLE, table.Name)
-	m, err := c.get(msgGetSet, table.Family, appendString(attrs, unix.NFTA_SET_NAME, name))
+	m, err := c.get(unix.NFT_MSG_GETSET, table.Family, appendString(attrs, unix.NFTA_SET_NAME, name))
 	if err == unix.ENOENT {
 		if _, err := c.handle(table); err != nil {
 			return nil, err
@@ -260,7 +259,7 @@ func (c *Conn) Set(table Table, name string) (*Set, error) {
 // Generation returns the number of the ruleset's generation, which every
 // transaction increases. It is never 0.
 func (c *Conn) Generation() (uint32, error) {
-	m, err := c.get(msgGetGen, 0, nil)
+	m, err := c.get(unix.NFT_MSG_GETGEN, 0, nil)
 	if err != nil {
 		return 0, Table{}.error(err)
 	}
@@ -301,7 +300,7 @@ func (c *Conn) Instance(table Table) (Instance, error) {
 
 // handle returns the handle of a table.
 func (c *Conn) handle(table Table) (uint64, error) {
-	m, err := c.get(msgGetTable, table.Family, appendString(nil, unix.NFTA_TABLE_NAME, table.Name))
+	m, err := c.get(unix.NFT_MSG_GETTABLE, table.Family, appendString(nil, unix.NFTA_TABLE_NAME, table.Name))
 	switch {
 	case err == unix.ENOENT:
 		return 0, table.error(ErrNoTable)
@@ -330,22 +329,17 @@ func (c *Conn) lookup(s *Set, keys []Key) (found map[Key]Element, generation uin
 		}
 	}
 	found = make(map[Key]Element, len(keys))
-	var req []byte
+	var req, attrs []byte
 	for len(keys) > 0 {
 		chunk := keys[:min(len(keys), lookupChunk)]
 		keys = keys[len(chunk):]
-		first := c.next()
-		req = appendMessage(req[:0], msgGetGen, unix.NLM_F_REQUEST, first, 0, 0)
-		endMessage(req, 0)
+		req = c.request(req[:0], unix.NFT_MSG_GETGEN, 0, 0, nil)
+		first := c.seq
 		for _, k := range chunk {
-			start := len(req)
-			req = appendMessage(req, msgGetSetElem, unix.NLM_F_REQUEST, c.next(), s.Table.Family, 0)
-			req = appendListOf(req, s)
 			var list int
-			req, list = beginAttr(req, unix.NLA_F_NESTED|unix.NFTA_SET_ELEM_LIST_ELEMENTS)
-			req = appendElement(req, s, &Element{Key: k}, true)
-			req = endAttr(req, list)
-			endMessage(req, start)
+			attrs, list = beginAttr(appendListOf(attrs[:0], s), unix.NLA_F_NESTED|unix.NFTA_SET_ELEM_LIST_ELEMENTS)
+			attrs = endAttr(appendElement(attrs, s, &Element{Key: k}, true), list)
+			req = c.request(req, unix.NFT_MSG_GETSETELEM, 0, s.Table.Family, attrs)
 		}
 		err := c.ask(req, first, 1+len(chunk), func(i int, m message) error {
 			switch {
@@ -390,7 +384,7 @@ func (c *Conn) Dump(s *Set, f func(Element) error) error {
 		generation uint16
 		stop       error // the rest is read all the same, so that the next call finds no leftovers
 	)
-	err = c.list(msgGetSetElem, s.Table.Family, appendListOf(nil, s), func(m message) error {
+	err = c.list(unix.NFT_MSG_GETSETELEM, s.Table.Family, appendListOf(nil, s), func(m message) error {
 		if c.timeout > 0 {
 			c.SetTimeout(c.timeout)
 		}

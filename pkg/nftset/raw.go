@@ -20,7 +20,6 @@ func (m message) object() Object {
 // each if dump. It returns the kernel's errno as it is. After an error of f's, the
 // connection must be closed.
 func (c *Conn) Objects(get uint16, dump bool, family Family, attrs []byte, f func(Object) error) error {
-	get |= unix.NFNL_SUBSYS_NFTABLES << 8
 	if dump {
 		return c.list(get, family, attrs, func(m message) error { return f(m.object()) })
 	}
@@ -34,7 +33,7 @@ func (c *Conn) Objects(get uint16, dump bool, family Family, attrs []byte, f fun
 // Put adds the making of an object in a table to the batch. It ignores the
 // object's own Family.
 func (b *Batch) Put(t Table, o Object) {
-	b.put(unix.NFNL_SUBSYS_NFTABLES<<8|o.Type, unix.NLM_F_CREATE|unix.NLM_F_APPEND, &Set{Table: t}, o.Attrs)
+	b.put(o.Type, unix.NLM_F_CREATE|unix.NLM_F_APPEND, &Set{Table: t}, o.Attrs)
 }
 
 // Subscribe has the connection receive what the kernel sends to a group of
