@@ -104,7 +104,7 @@ func (t Table) error(err error) error {
 func reason(err error) error {
 	errno, ok := err.(unix.Errno)
 	if !ok {
-		return err // whoever wrapped it said more
+		return err // it says more already
 	}
 	switch errno {
 	case unix.EEXIST:

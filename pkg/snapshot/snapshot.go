@@ -91,16 +91,8 @@ func parseHeader(line string) (saved time.Time, table nftset.Instance, err error
 
 // parseTrailer returns how many elements a whole snapshot has.
 func parseTrailer(line string) (elements int, ok bool) {
-	rest, ok := strings.CutPrefix(line, trailerStart)
-	if !ok {
-		return 0, false
-	}
-	rest, ok = strings.CutSuffix(rest, " elements")
-	if !ok {
-		return 0, false
-	}
-	elements, err := strconv.Atoi(rest)
-	return elements, err == nil && elements >= 0
+	elements, err := strconv.Atoi(strings.TrimSuffix(strings.TrimPrefix(line, trailerStart), " elements"))
+	return elements, err == nil && elements >= 0 && trailer(elements) == line+"\n"
 }
 
 // appendSet writes the definition of a set, up to its elements.
