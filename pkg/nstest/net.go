@@ -10,7 +10,6 @@ import (
 	"os/exec"
 	"runtime"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -92,7 +91,7 @@ func NewPeer(t testing.TB, prefixes ...string) *Peer {
 // state is unknown, too; and the kernel puts off the routes of IPv6 addresses.
 func waitForInterface(program, name, host string) error {
 	var out []byte
-	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(Patience); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
 		cmd := exec.Command(program, "-6", "-batch", "-")
 		cmd.Stdin = strings.NewReader("link show " + name + "\nroute show table local dev " + name + "\n")
 		var err error
@@ -120,6 +119,13 @@ func interfaceUp(name, host string) []string {
 	}
 }
 
+// IP runs commands of ip(8) in the network namespace of the calling goroutine,
+// such as "address add 192.0.2.1/32 dev lo".
+func IP(t testing.TB, commands ...string) {
+	t.Helper()
+	Must(t, ip(Need(t, "ip", "iproute2"), commands...))
+}
+
 func ip(program string, commands ...string) error {
 	cmd := exec.Command(program, "-batch", "-")
 	cmd.Stdin = strings.NewReader(strings.Join(commands, "\n") + "\n")
@@ -143,26 +149,13 @@ func (p *Peer) Do(f func()) {
 // Dial opens a TCP connection from an address of the peer. Closing it sends a
 // reset, so that no state of it is left to wait for.
 func (p *Peer) Dial(from netip.Addr, to netip.AddrPort, timeout time.Duration) (*net.TCPConn, error) {
-	dialer := net.Dialer{
-		Timeout:   timeout,
-		LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0)),
-		Control: func(_, _ string, c syscall.RawConn) error {
-			var err error
-			if e := c.Control(func(fd uintptr) { err = FreeBind(int(fd), from) }); e != nil {
-				return e
-			}
-			return err
-		},
-	}
-	var conn net.Conn
+	var conn *net.TCPConn
 	var err error
-	// An address and not a name, so that the socket is made on this thread.
-	p.Do(func() { conn, err = dialer.Dial("tcp", to.String()) })
+	p.Do(func() { conn, err = dial(from.String(), to.String(), timeout) })
 	if err != nil {
 		return nil, err
 	}
-	tcp := conn.(*net.TCPConn)
-	return tcp, tcp.SetLinger(0)
+	return conn, conn.SetLinger(0)
 }
 
 // Connect opens a connection from an address of the peer to a port of the

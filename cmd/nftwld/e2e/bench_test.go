@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"nftwl/pkg/nstest"
 )
 
 // BenchmarkLogin has whole logins over IMAP without a hook and with nftwld, in
@@ -34,7 +36,7 @@ func BenchmarkLogin(b *testing.B) {
 		c.turns, c.ended = make(chan int), make(chan struct{})
 		// Each server is in the namespaces of a goroutine's thread.
 		go func() {
-			s := find(b, "/").start(b, c.with)
+			s := find(b, nstest.Host).start(b, c.with)
 			for turn := range c.turns {
 				if turn == warmUp {
 					c.took, c.used = nil, -s.cpu()
@@ -91,9 +93,9 @@ func (s *server) rest(logins int) {
 	s.t.Helper()
 	if !s.with.bare {
 		// Not from its metrics, which take it longer than a report.
-		s.poll("the trust", func() bool { return strings.Count(s.read("nftwld.log"), "msg=trusted") == logins })
+		nstest.Poll(s.t, "the trust", func() bool { return strings.Count(s.read("nftwld.log"), "msg=trusted") == logins })
 	}
-	s.poll("Dovecot to be at rest", func() bool {
+	nstest.Poll(s.t, "Dovecot to be at rest", func() bool {
 		return !slices.ContainsFunc(s.children(), func(pid string) bool {
 			name, _ := os.ReadFile("/proc/" + pid + "/comm") // it may have just gone
 			return strings.HasPrefix(string(name), "imap")
@@ -105,7 +107,7 @@ func (s *server) rest(logins int) {
 func (s *server) children() []string {
 	master := strconv.Itoa(s.dovecot.Pid)
 	children, err := os.ReadFile("/proc/" + master + "/task/" + master + "/children")
-	must(s.t, err)
+	nstest.Must(s.t, err)
 	return strings.Fields(string(children))
 }
 
@@ -118,11 +120,11 @@ func (s *server) cpu() (sum time.Duration) {
 	}
 	for _, pid := range pids {
 		stat, err := os.ReadFile("/proc/" + pid + "/stat")
-		must(s.t, err)
+		nstest.Must(s.t, err)
 		_, fields, _ := strings.Cut(string(stat), ") ")
 		for _, field := range strings.Fields(fields)[11:15] { // utime, stime, cutime, cstime
 			ticks, err := strconv.Atoi(field)
-			must(s.t, err)
+			nstest.Must(s.t, err)
 			sum += time.Duration(ticks) * time.Second / 100 // USER_HZ
 		}
 	}

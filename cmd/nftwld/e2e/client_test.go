@@ -9,7 +9,6 @@ import (
 	"crypto/sha1"
 	"crypto/sha256"
 	"encoding/base64"
-	"errors"
 	"fmt"
 	"hash"
 	"io"
@@ -18,15 +17,10 @@ import (
 	"net/textproto"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"nftwl/pkg/nstest"
 )
-
-// errDenied is the server's no to a user name and password, as opposed to
-// anything that goes wrong later.
-var errDenied = errors.New("login denied")
 
 // dial connects from an address of a client, which no interface need have.
 func dial(from, port string) (*textproto.Conn, error) {
@@ -34,23 +28,11 @@ func dial(from, port string) (*textproto.Conn, error) {
 	if strings.Contains(from, ":") {
 		to = server6
 	}
-	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}, Timeout: patience, Control: freeBind}
-	c, err := d.Dial("tcp", net.JoinHostPort(to, port))
+	c, err := nstest.Dial(from, to, port)
 	if err != nil {
 		return nil, err
 	}
-	return textproto.NewConn(c), c.SetDeadline(time.Now().Add(patience))
-}
-
-func freeBind(network, _ string, c syscall.RawConn) (err error) {
-	if e := c.Control(func(fd uintptr) {
-		if strings.HasSuffix(network, "6") {
-			err = unix.SetsockoptInt(int(fd), unix.SOL_IPV6, unix.IPV6_FREEBIND, 1)
-		}
-	}); e != nil {
-		return e
-	}
-	return err
+	return textproto.NewConn(c), nil
 }
 
 // login logs in over IMAP, and out.
@@ -69,16 +51,25 @@ func authenticate(from, mech, user, password string) error {
 // imap logs in over a new connection, and out.
 func imap(c *textproto.Conn, mech, user, password string) error {
 	defer c.Close()
+	var err error
+	if mech == "" {
+		err = nstest.IMAPLogin(c, user, password)
+	} else {
+		err = imapSASL(c, mech, user, password)
+	}
+	if err != nil {
+		return err
+	}
+	return nstest.IMAPCommand(c, "BYE", "LOGOUT")
+}
+
+// imapSASL waits for the greeting and logs in with a mechanism.
+func imapSASL(c *textproto.Conn, mech, user, password string) error {
 	_, err := c.ReadLine()
 	if err != nil {
 		return err
 	}
-	if mech == "" {
-		err = c.PrintfLine("a LOGIN %s %s", user, password)
-	} else {
-		err = c.PrintfLine("a AUTHENTICATE %s", mech)
-	}
-	if err != nil {
+	if err := c.PrintfLine("a AUTHENTICATE %s", mech); err != nil {
 		return err
 	}
 	answer := sasl(mech, user, password)
@@ -96,13 +87,9 @@ func imap(c *textproto.Conn, mech, user, password string) error {
 				return err
 			}
 		case strings.HasPrefix(line, "a OK"):
-			if err := c.PrintfLine("b LOGOUT"); err != nil {
-				return err
-			}
-			_, err = io.Copy(io.Discard, c.R)
-			return err
+			return nil
 		case strings.HasPrefix(line, "a "):
-			return fmt.Errorf("%w: %s", errDenied, line)
+			return fmt.Errorf("%w: %s", nstest.ErrDenied, line)
 		}
 	}
 }
@@ -179,73 +166,31 @@ func scram(mech, first, challenge, password string) string {
 	return final + ",p=" + base64.StdEncoding.EncodeToString(proof)
 }
 
-// pop3 logs in over a new connection, and out.
-func pop3(from, user, password string) error {
-	c, err := dial(from, "110")
-	if err != nil {
-		return err
-	}
-	defer c.Close()
-	for _, line := range []string{"", "USER " + user, "PASS " + password, "QUIT"} {
-		if line != "" {
-			if err := c.PrintfLine("%s", line); err != nil {
-				return err
-			}
-		}
-		answer, err := c.ReadLine()
-		if err != nil {
-			return err
-		}
-		if !strings.HasPrefix(answer, "+OK") {
-			return fmt.Errorf("%w: %s", errDenied, answer)
-		}
-	}
-	return nil
-}
-
-// smtp authenticates to a submission service, with PLAIN.
-func smtp(from, port, user, password string) error {
-	return smtpAuth(from, port, "AUTH PLAIN "+base64.StdEncoding.EncodeToString([]byte("\x00"+user+"\x00"+password)))
-}
-
-// smtpLogin is smtp with LOGIN, which most guessers take.
-func smtpLogin(from, port, user, password string) error {
-	return smtpAuth(from, port, "AUTH LOGIN "+base64.StdEncoding.EncodeToString([]byte(user)), base64.StdEncoding.EncodeToString([]byte(password)))
-}
-
-// smtpAuth sends the lines of an AUTH, the last of which is to succeed.
-func smtpAuth(from, port string, lines ...string) error {
+// visit logs in by another protocol than IMAP.
+func visit(from, port string, v nstest.Visit, user, password string) error {
 	c, err := dial(from, port)
 	if err != nil {
 		return err
 	}
 	defer c.Close()
-	type step struct {
-		code int
-		line string
-	}
-	steps := []step{{220, ""}, {250, "EHLO client.example.org"}}
-	for i, line := range lines {
-		code := 334
-		if i == len(lines)-1 {
-			code = 235
-		}
-		steps = append(steps, step{code, line})
-	}
-	for _, step := range append(steps, step{221, "QUIT"}) {
-		if step.line != "" {
-			if err := c.PrintfLine("%s", step.line); err != nil {
-				return err
-			}
-		}
-		if _, _, err := c.ReadResponse(step.code); err != nil {
-			if step.code == 235 {
-				err = fmt.Errorf("%w: %w", errDenied, err)
-			}
-			return fmt.Errorf("%s: %w", step.line, err)
-		}
-	}
-	return nil
+	return v(c, user, password)
+}
+
+// pop3 logs in over a new connection, and out.
+func pop3(from, user, password string) error { return visit(from, "110", nstest.POP3, user, password) }
+
+// smtp authenticates to the submission service, with PLAIN.
+func smtp(from, user, password string) error {
+	return visit(from, "587", func(c *textproto.Conn, user, password string) error {
+		return nstest.SMTPLogin(c, "AUTH PLAIN "+nstest.PLAIN(user, password))
+	}, user, password)
+}
+
+// smtpLogin is smtp with LOGIN, which most guessers take.
+func smtpLogin(from, user, password string) error {
+	return visit(from, "587", func(c *textproto.Conn, user, password string) error {
+		return nstest.SMTPLogin(c, "AUTH LOGIN "+base64.StdEncoding.EncodeToString([]byte(user)), base64.StdEncoding.EncodeToString([]byte(password)))
+	}, user, password)
 }
 
 // get asks nftwld. The connection is made here, in the test's namespace.
@@ -253,16 +198,16 @@ func (s *server) get(path string) string {
 	s.t.Helper()
 	address := s.policy + ":8085"
 	conn, err := net.Dial("tcp", address)
-	must(s.t, err)
+	nstest.Must(s.t, err)
 	defer conn.Close()
-	must(s.t, conn.SetDeadline(time.Now().Add(patience)))
+	nstest.Must(s.t, conn.SetDeadline(time.Now().Add(nstest.Patience)))
 	request, err := http.NewRequestWithContext(context.Background(), "GET", "http://"+address+path, nil)
-	must(s.t, err)
-	must(s.t, request.Write(conn))
+	nstest.Must(s.t, err)
+	nstest.Must(s.t, request.Write(conn))
 	response, err := http.ReadResponse(bufio.NewReader(conn), request)
-	must(s.t, err)
+	nstest.Must(s.t, err)
 	defer response.Body.Close()
 	b, err := io.ReadAll(response.Body)
-	must(s.t, err)
+	nstest.Must(s.t, err)
 	return string(b)
 }

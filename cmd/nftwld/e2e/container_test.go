@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"net/textproto"
 	"os"
-	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -47,41 +46,33 @@ func (s *server) publish() {
 	t := s.t
 	t.Helper()
 	s.address, s.policy, s.table = container4, bridge4, "nftwl"
-	program := nstest.Need(t, "ip", "iproute2")
 	namespace := func() *os.File {
 		f, err := os.Open("/proc/thread-self/ns/net")
-		must(t, err)
+		nstest.Must(t, err)
 		t.Cleanup(func() { f.Close() })
 		return f
 	}
-	ip := func(commands string) {
-		t.Helper()
-		cmd := exec.Command(program, "-batch", "-")
-		cmd.Stdin = strings.NewReader(commands)
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("ip: %v\n%s", err, out)
-		}
-	}
 	s.outside = namespace()
-	must(t, unix.Unshare(unix.CLONE_NEWNET))
+	nstest.Must(t, unix.Unshare(unix.CLONE_NEWNET))
 	s.inside = namespace()
 	// No default route: a lookup of a name, for which there is no server, fails at once.
-	ip(fmt.Sprintf("link set lo up\nlink add eth0 type veth peer name veth0 netns /proc/%d/fd/%d\n", os.Getpid(), s.outside.Fd()) +
-		"link set eth0 up\naddress add " + container4 + "/16 dev eth0\naddress add " + container6 + "/64 dev eth0 nodad\n" +
-		"route add " + internet4 + " via " + bridge4 + "\nroute add " + internet6 + " via " + bridge6 + "\n")
-	must(t, unix.Setns(int(s.outside.Fd()), unix.CLONE_NEWNET))
-	ip("link add bridge0 type bridge\nlink set veth0 master bridge0\nlink set veth0 up\nlink set bridge0 up\n" +
-		"address add " + bridge4 + "/16 dev bridge0\naddress add " + bridge6 + "/64 dev bridge0 nodad\n")
+	nstest.IP(t, "link set lo up",
+		fmt.Sprintf("link add eth0 type veth peer name veth0 netns /proc/%d/fd/%d", os.Getpid(), s.outside.Fd()),
+		"link set eth0 up", "address add "+container4+"/16 dev eth0", "address add "+container6+"/64 dev eth0 nodad",
+		"route add "+internet4+" via "+bridge4, "route add "+internet6+" via "+bridge6)
+	nstest.Must(t, unix.Setns(int(s.outside.Fd()), unix.CLONE_NEWNET))
+	nstest.IP(t, "link add bridge0 type bridge", "link set veth0 master bridge0", "link set veth0 up", "link set bridge0 up",
+		"address add "+bridge4+"/16 dev bridge0", "address add "+bridge6+"/64 dev bridge0 nodad")
 	s.internet = nstest.NewPeer(t, internet4, internet6)
 	for _, name := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding"} {
-		must(t, os.WriteFile("/proc/sys/net/"+name, []byte("1"), 0))
+		nstest.Must(t, os.WriteFile("/proc/sys/net/"+name, []byte("1"), 0))
 	}
 	nstest.Nft(t, published)
 	nstest.Nft(t, strings.NewReplacer(
 		"\t\ttype filter hook input priority filter - 10; policy accept;\n", "",
 		"#type filter hook prerouting", "type filter hook prerouting",
 		"#fib daddr type", "fib daddr type",
-	).Replace(contrib(t, "nftables/standalone.nft")))
+	).Replace(nstest.Contrib(t, "nftables/standalone.nft")))
 }
 
 // dialPublished connects from the internet to the host's address.
@@ -95,7 +86,7 @@ func (s *server) dialPublished(from string, timeout time.Duration) (*textproto.C
 	if err != nil {
 		return nil, err
 	}
-	return textproto.NewConn(c), c.SetDeadline(time.Now().Add(patience))
+	return textproto.NewConn(c), c.SetDeadline(time.Now().Add(nstest.Patience))
 }
 
 // A Dovecot in a container reports to nftwld on the host, whose sets and rules
@@ -104,23 +95,23 @@ func TestContainer(t *testing.T) {
 	t.Parallel()
 	eachSystem(t, func(t *testing.T, d system) {
 		s := d.start(t, with{publish: true, config: "failures: {limit: 5}\n"})
-		s.poll("IPv6 to reach the container", func() bool { return listens("[" + container6 + "]:143") })
+		nstest.Poll(s.t, "IPv6 to reach the container", func() bool { return listens("[" + container6 + "]:143") })
 		for _, c := range []struct{ user, guesser, family string }{
 			{"203.0.113.7", "203.0.113.8", "ipv4"},
 			{"2001:db8:a:7::7", "2001:db8:a:8::8", "ipv6"},
 		} {
 			login := func() {
 				t.Helper()
-				conn, err := s.dialPublished(c.user, patience)
-				must(t, err)
+				conn, err := s.dialPublished(c.user, nstest.Patience)
+				nstest.Must(t, err)
 				if err := imap(conn, "", "alice", password); err != nil {
 					t.Errorf("%s: %v", c.user, err)
 				}
 			}
 			login()
-			s.poll("the trust", func() bool { return s.in("trusted_"+c.family, c.user+` \. 143 .*comment "alice"`) })
-			tryOver(t, func() (*textproto.Conn, error) { return s.dialPublished(c.guesser, patience) }, different(5))
-			s.poll("the ban", func() bool { return s.in("banned_"+c.family, c.guesser+` \. 143 .*comment "nftwld"`) })
+			nstest.Poll(s.t, "the trust", func() bool { return s.in("trusted_"+c.family, c.user+` \. 143 .*comment "alice"`) })
+			tryOver(t, func() (*textproto.Conn, error) { return s.dialPublished(c.guesser, nstest.Patience) }, different(5))
+			nstest.Poll(s.t, "the ban", func() bool { return s.in("banned_"+c.family, c.guesser+` \. 143 .*comment "nftwld"`) })
 			var timeout net.Error
 			if _, err := s.dialPublished(c.guesser, 300*time.Millisecond); !errors.As(err, &timeout) || !timeout.Timeout() {
 				t.Errorf("%s is banned, and connects: %v", c.guesser, err)

@@ -1,10 +1,9 @@
 package e2e
 
 import (
-	"encoding/json"
+	"fmt"
 	"maps"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -20,31 +19,11 @@ import (
 // policy and in dovecot.protocols: "status: text" by name.
 func (s *server) doctor() map[string]string {
 	s.t.Helper()
-	cmd := exec.Command(dir+"/nftwl", "--config", dir+"/nftwl.yaml", "doctor", "--json")
-	cmd.Dir = "/"
-	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: s.d.root}
-	out, err := cmd.Output() // which fails where a check does
-	var results []struct{ Check, Status, Text, Remedy, Command string }
-	if e := json.Unmarshal(out, &results); e != nil {
-		s.t.Fatalf("nftwl doctor: %v, %v\n%s", err, e, out)
-	}
-	if strings.Contains(string(out), key) || strings.Contains(string(out), strings.ToUpper(key)) {
+	findings := nstest.Findings(s.t, s.d.Command(dir+"/nftwl", "--config", dir+"/nftwl.yaml", "doctor", "--json"), "policy", "dovecot")
+	if out := fmt.Sprint(findings); strings.Contains(out, key) || strings.Contains(out, strings.ToUpper(key)) {
 		s.t.Errorf("the key is in %s", out)
 	}
-	found := make(map[string]string)
-	for _, r := range results {
-		if !strings.HasPrefix(r.Check, "policy.") && !strings.HasPrefix(r.Check, "dovecot.") {
-			continue
-		}
-		if found[r.Check] != "" {
-			s.t.Errorf("%s is there twice", r.Check)
-		}
-		if (r.Status == "warn" || r.Status == "fail") != (r.Remedy != "") || strings.Contains(r.Text+r.Remedy, "\n") {
-			s.t.Errorf("%+v", r)
-		}
-		found[r.Check] = r.Status + ": " + r.Text
-	}
-	return found
+	return nstest.Diagnosis(s.t, findings)
 }
 
 func (s *server) diagnoses(what string, want map[string]string) {
@@ -74,10 +53,10 @@ func TestDoctor(t *testing.T) {
 	}
 	eachSystem(t, func(t *testing.T, d system) {
 		s := d.start(t, with{})
-		must(t, unix.Mount(dir+"/dovecot.conf", filepath.Join(d.root, "etc/dovecot/dovecot.conf"), "", unix.MS_BIND, ""))
+		nstest.Must(t, unix.Mount(dir+"/dovecot.conf", filepath.Join(d.Root, "etc/dovecot/dovecot.conf"), "", unix.MS_BIND, ""))
 		// Not a copy, which a fork elsewhere can keep open: "text file busy".
 		s.write("nftwl", "", 0o755)
-		must(t, unix.Mount(nstest.Build(t, "cmd/nftwl"), filepath.Join(d.root, dir, "nftwl"), "", unix.MS_BIND, ""))
+		nstest.Must(t, unix.Mount(nstest.Build(t, "cmd/nftwl"), filepath.Join(d.Root, dir, "nftwl"), "", unix.MS_BIND, ""))
 		dropIn, conf := s.read("91-nftwl-policy.conf"), s.read("nftwl.yaml")
 		diagnoses := func(what string, change map[string]string) {
 			t.Helper()
@@ -86,7 +65,7 @@ func TestDoctor(t *testing.T) {
 			s.diagnoses(what, want)
 		}
 		diagnoses("healthy", map[string]string{"policy.reports": "skip: nftwld started .* no report yet"})
-		must(t, login("192.0.2.7", "alice", password))
+		nstest.Must(t, login("192.0.2.7", "alice", password))
 		s.reported(`protocol="imap",result="success"`, "1")
 		before := s.get("/metrics")
 		diagnoses("healthy", nil)
@@ -128,13 +107,13 @@ func TestDoctor(t *testing.T) {
 		}
 		s.write("91-nftwl-policy.conf", dropIn, 0o600)
 
-		must(t, os.Chmod(dir+"/policy.key", 0o644))
+		nstest.Must(t, os.Chmod(dir+"/policy.key", 0o644))
 		diagnoses("readable key", map[string]string{"policy.key": "fail: .*policy.key belongs to user 0, with mode 0644"})
-		must(t, os.Chmod(dir+"/policy.key", 0o600))
+		nstest.Must(t, os.Chmod(dir+"/policy.key", 0o600))
 
-		must(t, os.Rename(dir+"/policy.key", dir+"/moved"))
+		nstest.Must(t, os.Rename(dir+"/policy.key", dir+"/moved"))
 		diagnoses("missing key", map[string]string{"policy.key": "fail: .*no such file", "policy.dovecot": ""})
-		must(t, os.Rename(dir+"/moved", dir+"/policy.key"))
+		nstest.Must(t, os.Rename(dir+"/moved", dir+"/policy.key"))
 
 		s.write("nftwl.yaml", "", 0o644)
 		diagnoses("no policy in the configuration", map[string]string{"dovecot.protocols": "fail: no mail protocol runs nftwl", "policy.service": "",
@@ -164,11 +143,11 @@ func TestDoctor(t *testing.T) {
 		diagnoses("nftwld is gone", gone)
 
 		s.startNftwld()
-		must(t, login("192.0.2.7", "alice", password))
+		nstest.Must(t, login("192.0.2.7", "alice", password))
 		s.reported(`protocol="imap",result="success"`, "1")
 		diagnoses("Postfix", nil)
 		s.startPostfix()
-		must(t, smtp("192.0.2.7", "587", "alice", password))
+		nstest.Must(t, smtp("192.0.2.7", "alice", password))
 		s.reported(`protocol="smtp",result="success"`, "1")
 		diagnoses("Postfix", map[string]string{"policy.reports": "ok: 2 reports"})
 	})

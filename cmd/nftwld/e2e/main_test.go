@@ -4,9 +4,6 @@
 package e2e
 
 import (
-	"flag"
-	"fmt"
-	"os"
 	"testing"
 
 	"nftwl/pkg/nstest"
@@ -14,10 +11,7 @@ import (
 
 func TestMain(m *testing.M) {
 	// A Dovecot 2.3 sleeps for a second when it is stopped: more of them than
-	// there are processors can take turns. The command line can say otherwise.
-	if err := flag.Set("test.parallel", "4"); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
+	// there are processors can take turns.
+	nstest.Parallel(4)
 	nstest.Main(m)
 }

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net/textproto"
 	"testing"
+
+	"nftwl/pkg/nstest"
 )
 
 func TestSuccessTrusts(t *testing.T) {
@@ -19,7 +21,7 @@ func TestSuccessTrusts(t *testing.T) {
 			if err := login(c.from, c.user, password); err != nil {
 				t.Errorf("%s: %v", c.user, err)
 			}
-			s.poll(c.element+" in "+c.set, func() bool { return s.in(c.set, c.element) })
+			nstest.Poll(s.t, c.element+" in "+c.set, func() bool { return s.in(c.set, c.element) })
 		}
 		for _, c := range []struct{ from, user string }{
 			{"192.0.2.9", "carol"},   // nftwl_trust=no
@@ -33,7 +35,7 @@ func TestSuccessTrusts(t *testing.T) {
 			}
 		}
 		s.reported(`protocol="imap",result="success"`, "8")
-		s.poll("them to be ignored", func() bool { return s.metric(`nftwl_ignored_total{reason="exempt"}`) == "5" })
+		nstest.Poll(s.t, "them to be ignored", func() bool { return s.metric(`nftwl_ignored_total{reason="exempt"}`) == "5" })
 		for _, other := range []string{`192.0.2.9 `, `192.0.2.10 `, `198.51.100.1 `, `127.0.0.1 `} {
 			if s.in("trusted_ipv4", other) {
 				t.Errorf("%sis trusted", other)
@@ -48,15 +50,15 @@ func TestSubmission(t *testing.T) {
 	t.Parallel()
 	eachSystem(t, func(t *testing.T, d system) {
 		s := d.start(t, with{dovecot: "protocols = imap submission\nsubmission_relay_host = 127.0.0.1\nsubmission_relay_port = 1\n"})
-		if err := smtp("192.0.2.8", "587", "alice", "wrong"); !errors.Is(err, errDenied) {
-			t.Errorf("%v, want %v", err, errDenied)
+		if err := smtp("192.0.2.8", "alice", "wrong"); !errors.Is(err, nstest.ErrDenied) {
+			t.Errorf("%v, want %v", err, nstest.ErrDenied)
 		}
-		if err := smtp("192.0.2.7", "587", "alice", password); errors.Is(err, errDenied) {
+		if err := smtp("192.0.2.7", "alice", password); errors.Is(err, nstest.ErrDenied) {
 			t.Error(err)
 		}
 		s.reported(`protocol="submission",result="success"`, "1")
 		s.reported(`protocol="submission",result="failure"`, "1")
-		s.poll("the trust", func() bool { return s.in("trusted_ipv4", `192.0.2.7 \. 587 .*comment "alice"`) })
+		nstest.Poll(s.t, "the trust", func() bool { return s.in("trusted_ipv4", `192.0.2.7 \. 587 .*comment "alice"`) })
 		if s.in("trusted_ipv4", "192.0.2.8 ") {
 			t.Error("a wrong password is trusted")
 		}
@@ -83,12 +85,12 @@ func tryOver(t *testing.T, dial func() (*textproto.Conn, error), passwords []str
 	results := make(chan error)
 	for _, p := range passwords {
 		c, err := dial() // here: another thread is in another namespace
-		must(t, err)
+		nstest.Must(t, err)
 		go func() { results <- imap(c, "", "alice", p) }()
 	}
 	for range passwords {
-		if err := <-results; !errors.Is(err, errDenied) {
-			t.Errorf("a wrong password: %v, want %v", err, errDenied)
+		if err := <-results; !errors.Is(err, nstest.ErrDenied) {
+			t.Errorf("a wrong password: %v, want %v", err, nstest.ErrDenied)
 		}
 	}
 }
@@ -109,7 +111,7 @@ func TestFailuresBan(t *testing.T) {
 			t.Error("banned before the limit")
 		}
 		tryAll(t, guesser, []string{"wrong4"})
-		s.poll("the ban", func() bool { return s.in("banned_ipv4", `192.0.2.8 \. 143 timeout 1h expires 59m.*comment "nftwld"`) })
+		nstest.Poll(s.t, "the ban", func() bool { return s.in("banned_ipv4", `192.0.2.8 \. 143 timeout 1h expires 59m.*comment "nftwld"`) })
 		if s.in("banned_ipv4", "192.0.2.7") {
 			t.Error("the same wrong password a hundred times is banned")
 		}
@@ -118,7 +120,7 @@ func TestFailuresBan(t *testing.T) {
 			t.Fatal(err)
 		}
 		tryAll(t, home, different(20))
-		s.poll("it to be spared", func() bool { return s.metric("nftwl_spared_total") != "0" })
+		nstest.Poll(s.t, "it to be spared", func() bool { return s.metric("nftwl_spared_total") != "0" })
 		if s.in("banned_ipv4", "192.0.2.9") {
 			t.Error("a trusted address is banned")
 		}
@@ -126,6 +128,6 @@ func TestFailuresBan(t *testing.T) {
 		for i := range 5 {
 			tryAll(t, fmt.Sprintf("2001:db8::%d", i+1), []string{fmt.Sprint("wrong", i)})
 		}
-		s.poll("the ban", func() bool { return s.in("banned_ipv6", `2001:db8::5 \. 143 `) })
+		nstest.Poll(s.t, "the ban", func() bool { return s.in("banned_ipv6", `2001:db8::5 \. 143 `) })
 	})
 }

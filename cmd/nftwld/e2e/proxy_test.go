@@ -56,8 +56,8 @@ func TestProxy(t *testing.T) {
 				s.reported(`protocol="imap",result="success"`, c.reports[0])
 				s.reported(`protocol="imap",result="failure"`, c.reports[1])
 				if c.works {
-					s.poll("the trust", func() bool { return s.in("trusted_ipv4", `192.0.2.7 \. 143 .*comment "alice"`) })
-					s.poll("the ban", func() bool { return s.in("banned_ipv4", `192.0.2.8 \. 143 `) })
+					nstest.Poll(s.t, "the trust", func() bool { return s.in("trusted_ipv4", `192.0.2.7 \. 143 .*comment "alice"`) })
+					nstest.Poll(s.t, "the ban", func() bool { return s.in("banned_ipv4", `192.0.2.8 \. 143 `) })
 				} else if n := s.metric(`nftwl_ignored_total{reason="unverified"}`); n != "4" {
 					t.Errorf("%s successes are ignored", n)
 				}
@@ -124,18 +124,18 @@ service imap-login {
 			try := func(from, password string) error {
 				t.Helper()
 				c, err := dialProxied(version, from, "10143")
-				must(t, err)
+				nstest.Must(t, err)
 				return imap(c, "PLAIN", "alice", password)
 			}
 			tryOver(t, func() (*textproto.Conn, error) { return dialProxied(version, c.guesser, "10143") }, different(3))
-			s.poll("the ban of "+c.guesser, func() bool { return s.in("banned_"+c.set, c.guesser+` \. 143 `) })
-			if err := try(c.guesser, password); !errors.Is(err, errDenied) {
+			nstest.Poll(s.t, "the ban of "+c.guesser, func() bool { return s.in("banned_"+c.set, c.guesser+` \. 143 `) })
+			if err := try(c.guesser, password); !errors.Is(err, nstest.ErrDenied) {
 				t.Errorf("v%d: a banned address with the right password: %v", version, err)
 			}
 			if err := try(c.user, password); err != nil {
 				t.Errorf("v%d: %v", version, err)
 			}
-			s.poll("the trust of "+c.user, func() bool { return s.in("trusted_"+c.set, c.user+` \. 143 `) })
+			nstest.Poll(s.t, "the trust of "+c.user, func() bool { return s.in("trusted_"+c.set, c.user+` \. 143 `) })
 			nstest.Nft(t, fmt.Sprintf("add element inet filter banned_%s { %s . 143 }", c.set, c.user))
 			if err := try(c.user, password); err != nil {
 				t.Errorf("v%d: trusted and banned: %v", version, err)

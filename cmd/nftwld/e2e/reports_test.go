@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
+
+	"nftwl/pkg/nstest"
 )
 
 // recorder takes reports in nftwld's place.
@@ -20,7 +22,7 @@ type recorder struct {
 func record(t *testing.T) *recorder {
 	t.Helper()
 	l, err := net.Listen("tcp", policyAddress)
-	must(t, err)
+	nstest.Must(t, err)
 	r := new(recorder)
 	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, request *http.Request) {
 		report := make(map[string]any)
@@ -41,7 +43,7 @@ func record(t *testing.T) *recorder {
 // take returns the reports since the last call, once there are so many.
 func (r *recorder) take(s *server, n int) (some []map[string]any) {
 	s.t.Helper()
-	s.poll(fmt.Sprint(n, " reports"), func() bool {
+	nstest.Poll(s.t, fmt.Sprint(n, " reports"), func() bool {
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		if len(r.reports) < n {
@@ -201,7 +203,7 @@ func TestOutageBansNobody(t *testing.T) {
 			results := make(chan error)
 			for i := range 40 {
 				c, err := dial(office, "143")
-				must(t, err)
+				nstest.Must(t, err)
 				go func() { results <- imap(c, []string{"PLAIN", "CRAM-MD5"}[i/20], fmt.Sprintf("user%d", i%20), password) }()
 			}
 			for range 40 {
@@ -213,7 +215,7 @@ func TestOutageBansNobody(t *testing.T) {
 		everybody(true)
 		s.reported(`protocol="imap",result="success"`, "40")
 		s.dovecot.Stop()
-		must(t, os.Remove(filepath.Join(dir, "users")))
+		nstest.Must(t, os.Remove(filepath.Join(dir, "users")))
 		s.startDovecot()
 		everybody(false)
 		s.reported(`protocol="imap",result="failure"`, "40")

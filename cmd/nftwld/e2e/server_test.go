@@ -1,8 +1,6 @@
 package e2e
 
 import (
-	"bytes"
-	"errors"
 	"net"
 	"os"
 	"os/exec"
@@ -18,10 +16,6 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// patience bounds each wait for something that must happen. It is no guess of
-// how long that takes: every wait ends as soon as it has happened.
-const patience = 30 * time.Second
-
 // The server's addresses, on the private namespace's loopback. Clients are in
 // 192.0.2.0/24 and 2001:db8::/32.
 const server4, server6 = "198.51.100.1", "2001:db8:ffff::1"
@@ -29,9 +23,7 @@ const server4, server6 = "198.51.100.1", "2001:db8:ffff::1"
 // backend4 is the address of the Dovecot behind a proxy.
 const backend4 = "198.51.100.2"
 
-// dir is where all of a server's files are, as Dovecot sees it: on a tmpfs over
-// /run of the test's own mount namespace. Nothing of it reaches the host.
-const dir = "/run/e2e"
+const dir = nstest.Dir
 
 const (
 	key      = "0123456789abcdef0123456789abcdef"
@@ -45,54 +37,9 @@ carol:{PLAIN}secret:1000:1000::` + dir + `/mail/carol::nftwl_trust=no
 dave:{PLAIN}secret:1000:1000::` + dir + `/mail/dave::userdb_nftwl_trust=no
 `
 
-// passwd23 and passwd24 are the databases that read it.
-const (
-	passwd23 = `
-passdb {
-  driver = passwd-file
-  args = ` + dir + `/users
-}
-userdb {
-  driver = passwd-file
-  args = ` + dir + `/users
-}
-`
-	passwd24 = `
-passdb passwd-file {
-  passwd_file_path = ` + dir + `/users
-}
-userdb passwd-file {
-  passwd_file_path = ` + dir + `/users
-}
-`
-)
-
-const config23 = `
-ssl = no
-disable_plaintext_auth = no
-mail_location = maildir:~/Maildir
-# Or each wrong password makes the next answer to its address slower.
-service anvil {
-  unix_listener anvil-auth-penalty {
-    mode = 0
-  }
-}
-`
-
-const config24 = `
-dovecot_config_version = 2.4.0
-dovecot_storage_version = 2.4.0
-ssl = no
-auth_allow_cleartext = yes
-mail_driver = maildir
-mail_path = ~/Maildir
-`
-
-const configBoth = `
+const config = `
 state_dir = ` + dir + `/state
 log_path = ` + dir + `/log
-first_valid_uid = 1000
-auth_failure_delay = 0
 auth_mechanisms = plain login cram-md5 scram-sha-1 scram-sha-256
 mail_max_userip_connections = 1000
 protocols = imap pop3
@@ -107,41 +54,28 @@ service auth {
 !include ` + dir + `/91-nftwl-policy.conf
 `
 
-// A system is a Debian: the host's, or the Debian 13 tree.
+// A system is a Debian with a Dovecot.
 type system struct {
-	root string // "/" or the tree
-	is23 bool   // its Dovecot wants 2.3's settings, not 2.4's
+	nstest.Debian
+	version string // of Dovecot
+	is23    bool   // it wants 2.3's settings, not 2.4's
 }
 
 // eachSystem runs a test on every system there is.
 func eachSystem(t *testing.T, test func(*testing.T, system)) {
-	t.Run("host", func(t *testing.T) {
-		t.Parallel()
-		nstest.Need(t, "dovecot", "dovecot-core")
-		test(t, find(t, "/"))
-	})
-	t.Run("trixie", func(t *testing.T) {
-		t.Parallel()
-		test(t, find(t, nstest.Trixie(t)))
-	})
+	nstest.EachDebian(t, func(t *testing.T, d nstest.Debian) { test(t, find(t, d)) })
 }
 
-func find(t testing.TB, root string) system {
+func find(t testing.TB, d nstest.Debian) system {
 	t.Helper()
-	nstest.NeedUsers(t)
-	cmd := exec.Command("/usr/sbin/dovecot", "--version")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root}
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		t.Fatalf("dovecot --version: %v\n%s", err, out)
-	}
-	return system{root, bytes.HasPrefix(out, []byte("2.3."))}
+	version := d.DovecotVersion(t)
+	return system{d, version, nstest.Is23(version)}
 }
 
 // with is what a test changes of a server that is otherwise as shipped.
 type with struct {
 	config  string // more of nftwl.yaml
-	passdb  string // in place of the passwd-file
+	passdb  string // and userdb, in place of the passwd-file
 	dovecot string // Dovecot settings after the drop-in
 	bare    bool   // no nftwld, and no rules
 	socket  bool   // nftwld inherits its socket, as from systemd
@@ -179,30 +113,30 @@ func (d system) start(t testing.TB, w with) *server {
 		s.publish()
 	} else {
 		for _, a := range []string{server4 + "/32", backend4 + "/32", "192.0.2.1/24", server6 + "/128"} {
-			run(t, nstest.Need(t, "ip", "iproute2"), "address", "add", a, "dev", "lo", "nodad")
+			nstest.IP(t, "address add "+a+" dev lo nodad")
 		}
-		run(t, "ip", "route", "add", "local", "2001:db8::/32", "dev", "lo")
+		nstest.IP(t, "route add local 2001:db8::/32 dev lo")
 	}
 
-	nstest.Tree(t, d.root)
+	d.Tree(t)
 	for _, name := range []string{"state", "mail", "nftwld"} {
-		must(t, os.MkdirAll(filepath.Join(dir, name), 0o755))
+		nstest.Must(t, os.MkdirAll(filepath.Join(dir, name), 0o755))
 	}
 
 	s.write("users", users, 0o644)
 	for _, user := range []string{"alice", "bob", "carol", "dave"} {
-		s.write("mail/"+user+"/Maildir/new/1.e2e", "Subject: test\n\nYou have mail.\n", 0o644)
+		s.write("mail/"+user+"/Maildir/new/1.e2e", nstest.Message, 0o644)
 	}
-	run(t, "chown", "-R", "1000:1000", dir+"/mail")
+	nstest.Run(t, "chown", "-R", "1000:1000", dir+"/mail")
 	dropIn := "2.4"
 	if d.is23 {
 		dropIn = "2.3"
 	}
 	s.write("91-nftwl-policy.conf", strings.NewReplacer(": KEY", ": "+key, "= SALT", "= salt", "127.0.0.1", s.policy).
-		Replace(contrib(t, "dovecot/91-nftwl-policy-"+dropIn+".conf")), 0o600)
+		Replace(nstest.Contrib(t, "dovecot/91-nftwl-policy-"+dropIn+".conf")), 0o600)
 	if !w.bare {
 		if !w.publish {
-			nstest.Nft(t, contrib(t, "nftables/sets.nft"))
+			nstest.Nft(t, nstest.Contrib(t, "nftables/sets.nft"))
 		}
 		s.write("policy.key", key+"\n", 0o600)
 		s.write("nftwl.yaml", "table: inet "+s.table+"\npolicy: {listen: "+s.policy+":8085, key_file: "+dir+"/policy.key}\n"+w.config, 0o644)
@@ -223,7 +157,7 @@ func (d system) start(t testing.TB, w with) *server {
 func (s *server) startBackend(settings string) {
 	s.t.Helper()
 	own := dir + "/backend"
-	must(s.t, os.Mkdir(own, 0o755))
+	nstest.Must(s.t, os.Mkdir(own, 0o755))
 	backend := &server{t: s.t, d: s.d, conf: "backend.conf", address: backend4, with: with{dovecot: `
 listen = ` + backend4 + `
 base_dir = ` + own + `/run
@@ -240,31 +174,20 @@ service auth {
 
 // configureDovecot writes its configuration.
 func (s *server) configureDovecot() {
-	header, passdb := config24, passwd24
-	if s.d.is23 {
-		header, passdb = config23, passwd23
-	}
-	if s.with.passdb != "" {
-		passdb = s.with.passdb
-	}
-	s.write(s.conf, header+passdb+configBoth+s.with.dovecot, 0o644)
+	conf := nstest.DovecotConf{Dir: dir, Databases: s.with.passdb}.For(s.d.version)
+	s.write(s.conf, conf+config+s.with.dovecot, 0o644)
 }
 
 // startDovecot waits until it listens.
 func (s *server) startDovecot() {
 	t := s.t
 	t.Helper()
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("Dovecot:\n%s%s", s.read(s.conf+".out"), s.read("log"))
-		}
-	})
 	if s.inside != nil {
-		must(t, unix.Setns(int(s.inside.Fd()), unix.CLONE_NEWNET))
+		nstest.Must(t, unix.Setns(int(s.inside.Fd()), unix.CLONE_NEWNET))
 	}
-	s.dovecot = nstest.StartDovecot(t, s.d.root, dir+"/"+s.conf, s.address+":143", filepath.Join(dir, s.conf+".out"), nil, nil)
+	s.dovecot = s.d.StartDovecot(t, dir+"/"+s.conf, s.address+":143")
 	if s.inside != nil {
-		must(t, unix.Setns(int(s.outside.Fd()), unix.CLONE_NEWNET))
+		nstest.Must(t, unix.Setns(int(s.outside.Fd()), unix.CLONE_NEWNET))
 	}
 }
 
@@ -284,7 +207,7 @@ func (s *server) startNftwld() {
 	t := s.t
 	t.Helper()
 	log, err := os.OpenFile(filepath.Join(dir, "nftwld.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
-	must(t, err)
+	nstest.Must(t, err)
 	defer log.Close()
 	argv := append(s.with.wrap, nstest.Build(t, "cmd/nftwld"), "--config", dir+"/nftwl.yaml", "--state", dir+"/nftwld", "--verbose")
 	if s.with.socket && s.socket == nil {
@@ -301,7 +224,7 @@ func (s *server) startNftwld() {
 	}
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	must(t, cmd.Start())
+	nstest.Must(t, cmd.Start())
 	s.nftwld = cmd
 	t.Cleanup(func() {
 		if cmd.ProcessState == nil {
@@ -309,15 +232,15 @@ func (s *server) startNftwld() {
 		}
 	})
 	s.starts++
-	s.poll("nftwld to listen", func() bool { return strings.Count(s.read("nftwld.log"), "msg=listening") == s.starts })
+	nstest.Poll(s.t, "nftwld to listen", func() bool { return strings.Count(s.read("nftwld.log"), "msg=listening") == s.starts })
 }
 
 // stopNftwld sends it a signal and waits for its end.
 func (s *server) stopNftwld(signal syscall.Signal) {
 	s.t.Helper()
 	cmd := s.nftwld
-	must(s.t, cmd.Process.Signal(signal))
-	late := time.AfterFunc(patience, func() {
+	nstest.Must(s.t, cmd.Process.Signal(signal))
+	late := time.AfterFunc(nstest.Patience, func() {
 		s.t.Errorf("nftwld did not end on %v", signal)
 		_ = cmd.Process.Kill() // fails where it has just exited
 	})
@@ -329,20 +252,13 @@ func (s *server) stopNftwld(signal syscall.Signal) {
 
 func (s *server) write(name, text string, mode os.FileMode) {
 	s.t.Helper()
-	path := filepath.Join(dir, name)
-	must(s.t, os.MkdirAll(filepath.Dir(path), 0o755))
-	must(s.t, os.WriteFile(path, []byte(text), mode))
-	must(s.t, os.Chmod(path, mode)) // whatever the umask
+	nstest.Write(s.t, filepath.Join(dir, name), text, mode)
 }
 
 // read returns a file in dir; one that is missing is empty.
 func (s *server) read(name string) string {
 	s.t.Helper()
-	b, err := os.ReadFile(filepath.Join(dir, name))
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		s.t.Fatal(err)
-	}
-	return string(b)
+	return nstest.Read(s.t, filepath.Join(dir, name))
 }
 
 // metric returns a line of nftwld's metrics, such as
@@ -360,44 +276,11 @@ func (s *server) metric(name string) string {
 // protocol="imap",result="success".
 func (s *server) reported(labels, count string) {
 	s.t.Helper()
-	s.poll(count+" reports with "+labels, func() bool { return s.metric("nftwl_reports_total{"+labels+"}") == count })
+	nstest.Poll(s.t, count+" reports with "+labels, func() bool { return s.metric("nftwl_reports_total{"+labels+"}") == count })
 }
 
 // in tells whether a set has an element whose text matches.
 func (s *server) in(set, element string) bool {
 	s.t.Helper()
-	return regexp.MustCompile(element).MatchString(run(s.t, nstest.Need(s.t, "nft", "nftables"), "list", "set", "inet", s.table, set))
-}
-
-func (s *server) poll(what string, done func() bool) {
-	s.t.Helper()
-	for end := time.Now().Add(patience); !done(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			s.t.Fatalf("waited %v for %s", patience, what)
-		}
-	}
-}
-
-// contrib returns a file that is shipped.
-func contrib(t testing.TB, name string) string {
-	t.Helper()
-	b, err := os.ReadFile(filepath.Join(nstest.Root(t), "contrib", name))
-	must(t, err)
-	return string(b)
-}
-
-func run(t testing.TB, name string, args ...string) string {
-	t.Helper()
-	out, err := exec.Command(name, args...).CombinedOutput()
-	if err != nil {
-		t.Fatalf("%s %q: %v\n%s", name, args, err, out)
-	}
-	return string(out)
-}
-
-func must(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
+	return regexp.MustCompile(element).MatchString(nstest.Run(s.t, nstest.Need(s.t, "nft", "nftables"), "list", "set", "inet", s.table, set))
 }

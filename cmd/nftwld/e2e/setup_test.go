@@ -20,26 +20,24 @@ func TestSetup(t *testing.T) {
 	eachSystem(t, func(t *testing.T, d system) {
 		s := d.start(t, with{})
 		s.dovecot.Stop()
-		etc := filepath.Join(d.root, "etc")
+		etc := d.Path("etc")
 		names := map[string]string{}
 		for _, name := range []string{"passwd", "group"} {
-			b, err := os.ReadFile(filepath.Join(etc, name))
-			must(t, err)
-			names[name] = string(b)
+			names[name] = nstest.Read(t, filepath.Join(etc, name))
 		}
-		must(t, unix.Mount("none", etc, "tmpfs", 0, "mode=755"))
+		nstest.Must(t, unix.Mount("none", etc, "tmpfs", 0, "mode=755"))
 		for name, text := range names {
-			must(t, os.WriteFile(filepath.Join(etc, name), []byte(text), 0o644))
+			nstest.Must(t, os.WriteFile(filepath.Join(etc, name), []byte(text), 0o644))
 		}
-		must(t, os.MkdirAll(filepath.Join(etc, "dovecot/conf.d"), 0o755))
+		nstest.Must(t, os.MkdirAll(filepath.Join(etc, "dovecot/conf.d"), 0o755))
 		conf := strings.Replace(s.read("dovecot.conf"), "!include "+dir+"/91-nftwl-policy.conf", "!include /etc/dovecot/conf.d/*.conf", 1) +
 			"log_path = /dev/stderr\n"
-		must(t, os.WriteFile(filepath.Join(etc, "dovecot/dovecot.conf"), []byte(conf), 0o644))
-		must(t, os.WriteFile(filepath.Join(etc, "dovecot/conf.d/10.conf"), nil, 0o644))
+		nstest.Must(t, os.WriteFile(filepath.Join(etc, "dovecot/dovecot.conf"), []byte(conf), 0o644))
+		nstest.Must(t, os.WriteFile(filepath.Join(etc, "dovecot/conf.d/10.conf"), nil, 0o644))
 		s.write("dovecot.conf", conf, 0o644)
 		for _, name := range []string{"nftwl", "nftwld"} {
 			b, err := os.ReadFile(nstest.Build(t, "cmd/"+name))
-			must(t, err)
+			nstest.Must(t, err)
 			s.write("bin/"+name, string(b), 0o755)
 		}
 
@@ -49,7 +47,7 @@ func TestSetup(t *testing.T) {
 			cmd.Dir = "/"
 			cmd.Env = []string{"PATH=/usr/sbin:/usr/bin", "HOME=" + dir + "/mail/alice", "USER=alice"}
 			cmd.Stdin = strings.NewReader(stdin)
-			cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: d.root, Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+			cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: d.Root, Credential: &syscall.Credential{Uid: uid, Gid: uid}}
 			out, err := cmd.CombinedOutput()
 			if err != nil {
 				t.Errorf("%s %q: %v\n%s", name, args, err, out)
@@ -65,7 +63,7 @@ func TestSetup(t *testing.T) {
 		inside(1000, "Subject: test\n\nDelivered.\n", "/usr/lib/dovecot/dovecot-lda")
 
 		s.startDovecot()
-		must(t, login("192.0.2.7", "alice", password))
-		s.poll("the trust", func() bool { return s.in("trusted_ipv4", "192.0.2.7 ") })
+		nstest.Must(t, login("192.0.2.7", "alice", password))
+		nstest.Poll(s.t, "the trust", func() bool { return s.in("trusted_ipv4", "192.0.2.7 ") })
 	})
 }

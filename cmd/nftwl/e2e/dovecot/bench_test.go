@@ -47,7 +47,7 @@ func BenchmarkLogin(b *testing.B) {
 	host := hostDovecot(b)
 	nstest.Need(b, "ipcalc-ng", "ipcalc-ng")
 	script, err := os.ReadFile(filepath.Join(nstest.Root(b), "testdata/bench/login/trust.sh"))
-	must(b, err)
+	nstest.Must(b, err)
 	candidates := []*candidate{
 		{name: "no hook", with: with{dropIn: func(string) string { return "" }}},
 		{name: "`nftwl login`", trusts: true},
@@ -154,7 +154,7 @@ func (c *candidate) start(b *testing.B, host dovecot) {
 	c.do(func() {
 		c.server = host.start(c, c.with)
 		loadSets(c)
-		run(c, nstest.Need(c, "ip", "iproute2"), "route", "add", "local", clients.String(), "dev", "lo")
+		nstest.IP(c, "route add local "+clients.String()+" dev lo")
 	})
 }
 
@@ -200,10 +200,8 @@ func (c *candidate) dial() net.Conn {
 	from := clients.Addr().As4()
 	from[1] += byte(c.count >> 16)
 	from[2], from[3] = byte(c.count>>8), byte(c.count)
-	d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.AddrFrom4(from), 0)), Timeout: patience}
-	conn, err := d.Dial("tcp", net.JoinHostPort(server4, "143"))
-	must(c, err)
-	must(c, conn.SetDeadline(time.Now().Add(patience)))
+	conn, err := nstest.Dial(netip.AddrFrom4(from).String(), server4, "143")
+	nstest.Must(c, err)
 	return conn
 }
 
@@ -216,7 +214,7 @@ func (c *candidate) login() (took time.Duration) {
 		defer conn.Close()
 		err := inAndOut(conn)
 		took = time.Since(start)
-		must(c, err)
+		nstest.Must(c, err)
 		c.rest()
 	})
 	return took
@@ -254,10 +252,10 @@ func inAndOut(conn net.Conn) error {
 	if _, err := c.ReadLine(); err != nil {
 		return err
 	}
-	if err := imapCommand(c, "", "LOGIN alice %s", password); err != nil {
+	if err := nstest.IMAPCommand(c, "", "LOGIN alice %s", password); err != nil {
 		return err
 	}
-	if err := imapCommand(c, "BYE", "LOGOUT"); err != nil {
+	if err := nstest.IMAPCommand(c, "BYE", "LOGOUT"); err != nil {
 		return err
 	}
 	if line, err := c.ReadLine(); !errors.Is(err, io.EOF) {
@@ -270,7 +268,7 @@ func inAndOut(conn net.Conn) error {
 // end does not slow the next one down.
 func (c *candidate) rest() {
 	lasting := []string{"anvil", "auth", "config", "log", "stats"}
-	poll(c, "Dovecot to be at rest", func() bool {
+	nstest.Poll(c, "Dovecot to be at rest", func() bool {
 		for _, pid := range c.children() {
 			p := c.process(pid)
 			if p.name != "" && !slices.Contains(lasting, p.name) {
@@ -294,10 +292,10 @@ func (c *candidate) cpu() (sum time.Duration) {
 // children returns the process ids of those that Dovecot's master has started.
 func (c *candidate) children() (pids []int) {
 	children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", c.server.dovecot.Pid))
-	must(c, err)
+	nstest.Must(c, err)
 	for _, field := range strings.Fields(string(children)) {
 		pid, err := strconv.Atoi(field)
-		must(c, err)
+		nstest.Must(c, err)
 		pids = append(pids, pid)
 	}
 	return pids
@@ -314,12 +312,12 @@ func (c *candidate) process(pid int) (p process) {
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) {
 		return p
 	}
-	must(c, err)
+	nstest.Must(c, err)
 	front, back, _ := strings.Cut(string(stat), ") ")
 	_, p.name, _ = strings.Cut(front, " (")
 	for _, field := range strings.Fields(back)[11:15] { // utime, stime, cutime, cstime
 		ticks, err := strconv.Atoi(field)
-		must(c, err)
+		nstest.Must(c, err)
 		p.cpu += time.Duration(ticks) * time.Second / 100 // USER_HZ
 	}
 	return p
@@ -337,6 +335,6 @@ func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond)
 func kernel(t testing.TB) string {
 	t.Helper()
 	release, err := os.ReadFile("/proc/sys/kernel/osrelease")
-	must(t, err)
+	nstest.Must(t, err)
 	return "Linux " + string(bytes.TrimSpace(release))
 }

@@ -1,7 +1,6 @@
 package dovecot
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -9,7 +8,6 @@ import (
 	"net/textproto"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
@@ -48,51 +46,30 @@ var notAsked = diagnosis{"dovecot.login": ""}
 // Dovecot and of a login.
 func diagnoses(t *testing.T, cmd *exec.Cmd, want diagnosis) {
 	t.Helper()
-	cmd.Args = append(cmd.Args, "doctor", "--json")
-	out, err := cmd.Output() // which fails where another group's check does
-	var results []struct{ Check, Status, Text, Remedy, Command string }
-	if e := json.Unmarshal(out, &results); e != nil {
-		t.Fatalf("nftwl doctor: %v, %v\n%s", err, e, out)
-	}
-	seen := map[string]bool{}
-	for _, r := range results {
-		if r.Check != "dovecot" && !strings.HasPrefix(r.Check, "dovecot.") {
-			continue
-		}
-		text := r.Status + ": " + r.Text
+	found := nstest.Diagnosis(t, nstest.Findings(t, cmd, "dovecot"))
+	for check, text := range found {
 		switch {
-		case seen[r.Check]:
-			t.Errorf("%s is there twice: %s", r.Check, text)
-		case want[r.Check] == "":
-			t.Errorf("%s should not be there: %s", r.Check, text)
-		case !regexp.MustCompile("^(?:" + want[r.Check] + ")").MatchString(text):
-			t.Errorf("%s is %q, want %q", r.Check, text, want[r.Check])
+		case want[check] == "":
+			t.Errorf("%s should not be there: %s", check, text)
+		case !regexp.MustCompile("^(?:" + want[check] + ")").MatchString(text):
+			t.Errorf("%s is %q, want %q", check, text, want[check])
 		}
-		if (r.Status == "warn" || r.Status == "fail") != (r.Remedy != "") || strings.Contains(r.Text+r.Remedy+r.Command, "\n") {
-			t.Errorf("%+v", r)
-		}
-		seen[r.Check] = true
 	}
 	for check, text := range want {
-		if !seen[check] && text != "" {
+		if found[check] == "" && text != "" {
 			t.Errorf("%s is missing, want %q", check, text)
 		}
 	}
 }
 
-// doctor is a command that runs nftwl where Dovecot runs.
-func (s *server) doctor() *exec.Cmd {
-	cmd := exec.Command("/usr/bin/nftwl")
-	cmd.Dir = "/"
-	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: s.d.root}
-	return cmd
-}
+// doctor runs where Dovecot runs.
+func (s *server) doctor() *exec.Cmd { return s.d.Command("/usr/bin/nftwl", "doctor", "--json") }
 
 // install makes the server's configuration that of the system, which the doctor
 // asks for.
 func (s *server) install() {
 	s.t.Helper()
-	must(s.t, unix.Mount(s.path("dovecot.conf"), filepath.Join(s.d.root, "etc/dovecot/dovecot.conf"), "", unix.MS_BIND, ""))
+	nstest.Must(s.t, unix.Mount(s.path("dovecot.conf"), s.d.Path("etc/dovecot/dovecot.conf"), "", unix.MS_BIND, ""))
 }
 
 // capable makes a second nftwl with the capability: struct vfs_cap_data,
@@ -100,10 +77,10 @@ func (s *server) install() {
 func capable(s *server) {
 	s.t.Helper()
 	b, err := os.ReadFile(nstest.Build(s.t, "cmd/nftwl"))
-	must(s.t, err)
+	nstest.Must(s.t, err)
 	s.write("nftwl", string(b), 0o755)
 	xattr := "\x01\x00\x00\x02\x00\x10\x00\x00" + strings.Repeat("\x00", 12)
-	must(s.t, unix.Setxattr(s.path("nftwl"), "security.capability", []byte(xattr), 0))
+	nstest.Must(s.t, unix.Setxattr(s.path("nftwl"), "security.capability", []byte(xattr), 0))
 }
 
 // What becomes of a login.
@@ -216,7 +193,7 @@ func TestDoctor(t *testing.T) {
 		{
 			name: "a script that is not executable", login: deniedAfter,
 			with:   with{dropIn: replace(command, command+" "+dir+"/hop"), files: map[string]string{"hop": hop}},
-			after:  func(s *server) { must(s.t, os.Chmod(s.path("hop"), 0o644)) },
+			after:  func(s *server) { nstest.Must(s.t, os.Chmod(s.path("hop"), 0o644)) },
 			change: diagnosis{"dovecot.login": "fail: " + dir + "/hop cannot be executed: every login is denied"},
 		},
 		{
@@ -242,19 +219,19 @@ func TestDoctor(t *testing.T) {
 		{
 			name:   "a program that everyone can write",
 			with:   with{dovecot: runSecond},
-			after:  func(s *server) { capable(s); must(s.t, os.Chmod(s.path("nftwl"), 0o777)) },
+			after:  func(s *server) { capable(s); nstest.Must(s.t, os.Chmod(s.path("nftwl"), 0o777)) },
 			change: diagnosis{"dovecot.executable": "fail: Dovecot runs " + second + " as root, .*: " + second + " has mode 0777"},
 		},
 		{
 			name:   "a script of another's",
 			with:   with{dropIn: replace(command, command+" "+dir+"/hop"), files: map[string]string{"hop": hop}},
-			after:  func(s *server) { must(s.t, os.Chown(s.path("hop"), 1000, 0)) },
+			after:  func(s *server) { nstest.Must(s.t, os.Chown(s.path("hop"), 1000, 0)) },
 			change: diagnosis{"dovecot.login": "skip: ", "dovecot.script": "fail: Dovecot runs " + dir + "/hop as root, .*: " + dir + "/hop belongs to user 1000"},
 		},
 		{
 			name:   "a program in a folder of another's",
 			with:   with{dovecot: runSecond},
-			after:  func(s *server) { capable(s); must(s.t, os.Chown(s.path(""), 1000, 0)) },
+			after:  func(s *server) { capable(s); nstest.Must(s.t, os.Chown(s.path(""), 1000, 0)) },
 			change: diagnosis{"dovecot.executable": "fail: Dovecot runs " + second + " as root, .*: " + dir + " belongs to user 1000"},
 		},
 		{
@@ -304,7 +281,7 @@ func TestDoctor(t *testing.T) {
 		{
 			name: "nftwl is not executable", login: denied,
 			with:   with{dovecot: runSecond},
-			after:  func(s *server) { capable(s); must(s.t, os.Chmod(s.path("nftwl"), 0o644)) },
+			after:  func(s *server) { capable(s); nstest.Must(s.t, os.Chmod(s.path("nftwl"), 0o644)) },
 			change: diagnosis{"dovecot.executable": "warn: ", "dovecot.login": "fail: .*: every login is denied: " + second + " cannot be executed"},
 		},
 		{
@@ -394,8 +371,8 @@ func TestDoctor(t *testing.T) {
 				}
 				err := login(client4, p.port, p.visit, "alice", password)
 				if c.login == denied || c.login == deniedAfter {
-					if !errors.Is(err, errDenied) {
-						t.Errorf("a login: %v, want %v", err, errDenied)
+					if !errors.Is(err, nstest.ErrDenied) {
+						t.Errorf("a login: %v, want %v", err, nstest.ErrDenied)
 					}
 				} else if err != nil {
 					t.Errorf("a login: %v", err)
@@ -430,15 +407,15 @@ func (d dovecot) deniesSecondLogin(t *testing.T, listener string) {
 	diagnoses(t, s.doctor(), healthy.but(diagnosis{
 		"dovecot.listener": `fail: the processes of service imap ask as the mail user \((service|restart_request)_count = 100`,
 	}))
-	if err := login(client4, "143", imap, "alice", password); err != nil {
+	if err := login(client4, "143", nstest.IMAP, "alice", password); err != nil {
 		t.Errorf("the first login: %v", err)
 	}
 	conn, err := dial(client6, "143")
-	must(t, err)
+	nstest.Must(t, err)
 	defer conn.Close()
-	go func() { _ = imap(textproto.NewConn(conn), "alice", password) }() // gets no answer
+	go func() { _ = nstest.IMAP(textproto.NewConn(conn), "alice", password) }() // gets no answer
 	re := regexp.MustCompile(`imap\(alice\): Error: net_connect_unix\(/run/dovecot/nftwl\) failed: Permission denied`)
-	poll(t, "Dovecot's log to deny the second login", func() bool { return re.MatchString(s.log()) })
+	nstest.Poll(t, "Dovecot's log to deny the second login", func() bool { return re.MatchString(s.log()) })
 }
 
 // manyLogins has one process serve them all.
@@ -462,7 +439,7 @@ func (s *server) mailIsNobodys() {
 	s.t.Helper()
 	id := strconv.Itoa(nobody)
 	s.write("users", strings.ReplaceAll(users, "1000", id), 0o644)
-	run(s.t, "chown", "-R", id+":"+id, s.path("mail"))
+	nstest.Run(s.t, "chown", "-R", id+":"+id, s.path("mail"))
 }
 
 // onListener has settings of the post-login service's listener.
@@ -482,7 +459,7 @@ func TestDoctorOnOwnListener(t *testing.T) {
 				loadSets(t)
 				diagnoses(t, s.doctor(), healthy)
 				for _, client := range []string{client4, client6} {
-					if err := login(client, "143", imap, "alice", password); err != nil {
+					if err := login(client, "143", nstest.IMAP, "alice", password); err != nil {
 						t.Errorf("a login: %v", err)
 					}
 					wantTrusted(t, client, "alice", day)
@@ -531,7 +508,7 @@ func TestDoctorOnForeignSocket(t *testing.T) {
 			"dovecot.protocols": "fail: there is no service with a listener " + socket + ", which denies every login by imap$",
 		}))
 		l, err := net.Listen("unix", s.path("foreign"))
-		must(t, err)
+		nstest.Must(t, err)
 		defer l.Close()
 		diagnoses(t, s.doctor(), healthy.but(diagnosis{
 			"dovecot.protocols": "ok: after a login, imap, pop3, submission(, sieve)? ask service nftwl, " + socket + "$",
@@ -553,7 +530,7 @@ func TestDoctorWithoutLogins(t *testing.T) {
 		s.edit("vsz_limit = 1G", "")
 		diagnoses(t, s.doctor(), stopped.but(diagnosis{"dovecot.login": "fail: service nftwl has vsz_limit = 256 M, and nftwl needs 1G: every login is denied"}))
 
-		settings := s.read("dovecot.conf")
+		settings := nstest.Read(s.t, dir+"/dovecot.conf")
 		s.write("dovecot.conf", settings+"protocols = lmtp\n", 0o644)
 		diagnoses(t, s.doctor(), stopped.but(notAsked).but(diagnosis{"dovecot.protocols": "skip: "}))
 		s.write("dovecot.conf", settings+"nonsense = yes\n", 0o644)
@@ -573,7 +550,7 @@ func unchanged(s string) string { return s }
 
 func (s *server) edit(old, new string) {
 	s.t.Helper()
-	s.write("90-nftwl.conf", strings.Replace(s.read("90-nftwl.conf"), old, new, 1), 0o644)
+	s.write("90-nftwl.conf", strings.Replace(nstest.Read(s.t, dir+"/90-nftwl.conf"), old, new, 1), 0o644)
 }
 
 // The login that the doctor tries leaves nothing behind, not even a line in the
@@ -584,7 +561,7 @@ func TestDoctorLeavesNothing(t *testing.T) {
 		s := d.start(t, with{})
 		s.install()
 		loadSets(t)
-		must(t, login(client4, "143", imap, "alice", password))
+		nstest.Must(t, login(client4, "143", nstest.IMAP, "alice", password))
 		for range 3 {
 			diagnoses(t, s.doctor(), healthy)
 		}
@@ -635,7 +612,7 @@ func TestDoctorReload(t *testing.T) {
 		// The service that the configuration names is not there yet.
 		s.write("90-nftwl.conf", strings.NewReplacer("service nftwl", "service later", "unix_listener nftwl", "unix_listener later",
 			"imap nftwl", "imap later", "pop3 nftwl", "pop3 later", "submission nftwl", "submission later", "managesieve nftwl", "managesieve later").
-			Replace(s.read("90-nftwl.conf")), 0o644)
+			Replace(nstest.Read(s.t, dir+"/90-nftwl.conf")), 0o644)
 		later := diagnosis{"dovecot.protocols": "ok: .* service later"}
 		diagnoses(t, s.doctor(), healthy.but(later).but(diagnosis{
 			"dovecot.running": due, "dovecot.login": "fail: the running Dovecot has no service later: .*no such file",
@@ -662,14 +639,14 @@ func TestDoctorRemedy(t *testing.T) {
 				continue
 			}
 			found = true
-			s.write("90-nftwl.conf", s.read("90-nftwl.conf")+m[1]+" {\n"+strings.ReplaceAll(m[2], ", ", "\n")+"\n}\n", 0o644)
+			s.write("90-nftwl.conf", nstest.Read(s.t, dir+"/90-nftwl.conf")+m[1]+" {\n"+strings.ReplaceAll(m[2], ", ", "\n")+"\n}\n", 0o644)
 			s.shell(r.Command)
 		}
 		if !found {
 			t.Errorf("no remedy in %+v", s.results())
 		}
 		diagnoses(t, s.doctor(), healthy)
-		must(t, login(client4, "143", imap, "alice", password))
+		nstest.Must(t, login(client4, "143", nstest.IMAP, "alice", password))
 		wantTrusted(t, client4, "alice", day)
 	})
 }
@@ -680,7 +657,7 @@ func TestDoctorOverridden(t *testing.T) {
 	t.Parallel()
 	eachDovecot(t, func(t *testing.T, d dovecot) {
 		s := d.start(t, with{dropIn: func(string) string { return "!include_try /etc/dovecot/conf.d/*.conf\n" }})
-		must(t, unix.Mount("none", filepath.Join(d.root, "etc/dovecot/conf.d"), "tmpfs", 0, "mode=755"))
+		nstest.Must(t, unix.Mount("none", d.Path("etc/dovecot/conf.d"), "tmpfs", 0, "mode=755"))
 		s.install()
 		loadSets(t)
 		s.shell("nftwl setup dovecot --write && printf 'service pop3 {\n  executable = pop3\n}\n' >/etc/dovecot/conf.d/99-local.conf && doveadm reload")

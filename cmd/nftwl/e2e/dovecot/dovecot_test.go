@@ -39,8 +39,8 @@ func TestLoginIsTrusted(t *testing.T) {
 				check(name, client, login(client, p.port, p.visit, "alice", password))
 			}
 		}
-		check("imaps", client4, loginTLS(client4, "993", imap, "alice", password))
-		check("pop3s", client6, loginTLS(client6, "995", pop3, "alice", password))
+		check("imaps", client4, loginTLS(client4, "993", nstest.IMAP, "alice", password))
+		check("pop3s", client6, loginTLS(client6, "995", nstest.POP3, "alice", password))
 		s.wantComplaints()
 	})
 }
@@ -52,8 +52,8 @@ func TestNotTrusted(t *testing.T) {
 		loadSets(t)
 		for _, name := range d.protocols {
 			p := protocols[name]
-			if err := login(client4, p.port, p.visit, "alice", "wrong"); !errors.Is(err, errDenied) {
-				t.Errorf("%s with a wrong password: %v, want %v", name, err, errDenied)
+			if err := login(client4, p.port, p.visit, "alice", "wrong"); !errors.Is(err, nstest.ErrDenied) {
+				t.Errorf("%s with a wrong password: %v, want %v", name, err, nstest.ErrDenied)
 			}
 			wantNobody(t)
 		}
@@ -63,7 +63,7 @@ func TestNotTrusted(t *testing.T) {
 			{"the server's own address", server4, "alice"},
 			{"the server's own address", server6, "alice"},
 		} {
-			if err := login(c.from, "143", imap, c.user, password); err != nil {
+			if err := login(c.from, "143", nstest.IMAP, c.user, password); err != nil {
 				t.Errorf("%s: %v", c.what, err)
 			}
 			wantNobody(t)
@@ -77,7 +77,7 @@ func TestTimeoutOfUser(t *testing.T) {
 	eachDovecot(t, func(t *testing.T, d dovecot) {
 		s := d.start(t, with{})
 		loadSets(t)
-		if err := login(client4, "143", imap, "bob", password); err != nil {
+		if err := login(client4, "143", nstest.IMAP, "bob", password); err != nil {
 			t.Error(err)
 		}
 		wantTrusted(t, client4, "bob", 7*day) // nftwl_timeout=7d
@@ -174,7 +174,7 @@ const fullSet = `table inet filter {
 
 func ruleset(t *testing.T) string {
 	t.Helper()
-	return run(t, nstest.Need(t, "nft", "nftables"), "list", "ruleset")
+	return nstest.Run(t, nstest.Need(t, "nft", "nftables"), "list", "ruleset")
 }
 
 // The second promise: a user who keeps logging in stays trusted, and no login
@@ -189,12 +189,12 @@ func TestRenewal(t *testing.T) {
 		timeout     time.Duration
 		least, most time.Duration // of what is left after a login
 	}{
-		{"same timeout, partly passed", "timeout 1d", "timeout 1d expires 1h", day, day - patience, day},
-		{"another timeout, shorter", "timeout 1d", "timeout 2h expires 1h", day, day - patience, day},
-		{"another timeout, of which less is left", "timeout 1d", "timeout 30d expires 1h", day, day - patience, day},
-		{"longer", "timeout 1d", "timeout 30d expires 29d", 30 * day, 29*day - patience, 29 * day},
+		{"same timeout, partly passed", "timeout 1d", "timeout 1d expires 1h", day, day - nstest.Patience, day},
+		{"another timeout, shorter", "timeout 1d", "timeout 2h expires 1h", day, day - nstest.Patience, day},
+		{"another timeout, of which less is left", "timeout 1d", "timeout 30d expires 1h", day, day - nstest.Patience, day},
+		{"longer", "timeout 1d", "timeout 30d expires 29d", 30 * day, 29*day - nstest.Patience, 29 * day},
 		{"permanent", "size 100", "", 0, 0, 0},
-		{"no default timeout", "size 100", "timeout 2h expires 1h", day, day - patience, day},
+		{"no default timeout", "size 100", "timeout 2h expires 1h", day, day - nstest.Patience, day},
 	}
 	eachDovecot(t, func(t *testing.T, d dovecot) {
 		s := d.start(t, with{})
@@ -203,7 +203,7 @@ func TestRenewal(t *testing.T) {
 			for _, port := range []int{143, 465, 587, 993, 995} {
 				nstest.Nft(t, fmt.Sprintf("add element inet filter trusted_ipv4 { %s . %d %s }\n", client4, port, c.element))
 			}
-			if err := login(client4, "143", imap, "alice", password); err != nil {
+			if err := login(client4, "143", nstest.IMAP, "alice", password); err != nil {
 				t.Errorf("%s: %v", c.name, err)
 			}
 			got := elements(t, "trusted_ipv4")
@@ -259,15 +259,15 @@ service submission {
 `})
 		loadSets(t)
 		// Of the other protocols, this one has the same environment as imap.
-		if err := login(client4, "587", submission, "bob", password); err != nil {
+		if err := login(client4, "587", nstest.Submission, "bob", password); err != nil {
 			t.Errorf("submission: %v", err)
 		}
 		wantNobody(t) // or both went through nftwl
-		if err := login(client4, "143", imap, "bob", password); err != nil {
+		if err := login(client4, "143", nstest.IMAP, "bob", password); err != nil {
 			t.Errorf("imap: %v", err)
 		}
 		wantTrusted(t, client4, "bob", 7*day)
-		direct, after := s.read("seen.direct"), s.read("seen.nftwl")
+		direct, after := nstest.Read(s.t, dir+"/seen.direct"), nstest.Read(s.t, dir+"/seen.nftwl")
 		if direct != after {
 			t.Errorf("without nftwl:\n%s\nafter nftwl:\n%s", direct, after)
 		}
@@ -292,16 +292,16 @@ service imap-login {
 			},
 		})
 		loadSets(t)
-		must(t, os.Mkdir(s.path("held"), 0o755))
-		must(t, unix.Mkfifo(s.path("go"), 0o600))
+		nstest.Must(t, os.Mkdir(s.path("held"), 0o755))
+		nstest.Must(t, unix.Mkfifo(s.path("go"), 0o600))
 		results := loginsAtOnce(t, count)
-		poll(t, "all logins to be in nftwl's service at once", func() bool {
+		nstest.Poll(t, "all logins to be in nftwl's service at once", func() bool {
 			held, err := os.ReadDir(s.path("held"))
-			must(t, err)
+			nstest.Must(t, err)
 			return len(held) == count
 		})
 		release, err := os.OpenFile(s.path("go"), os.O_RDWR, 0)
-		must(t, err)
+		nstest.Must(t, err)
 		defer release.Close()
 		for range count {
 			if err := <-results; err != nil {
@@ -320,10 +320,10 @@ func loginsAtOnce(t *testing.T, count int) <-chan error {
 	results := make(chan error)
 	for range count {
 		c, err := dial(client4, "143") // here: another thread is in another namespace
-		must(t, err)
+		nstest.Must(t, err)
 		go func() {
 			defer c.Close()
-			results <- imap(textproto.NewConn(c), "alice", password)
+			results <- nstest.IMAP(textproto.NewConn(c), "alice", password)
 		}()
 	}
 	return results
@@ -354,11 +354,11 @@ func TestDropInChanged(t *testing.T) {
 					return strings.Replace(s, c.old, c.new, 1)
 				}})
 				loadSets(t)
-				if err := login(client4, "143", imap, "alice", password); !errors.Is(err, errDenied) {
-					t.Errorf("%v, want %v", err, errDenied)
+				if err := login(client4, "143", nstest.IMAP, "alice", password); !errors.Is(err, nstest.ErrDenied) {
+					t.Errorf("%v, want %v", err, nstest.ErrDenied)
 				}
 				for _, says := range []string{c.says, "imap(alice): Error: Post-login script denied access to user alice"} {
-					poll(t, "a line in the log: "+says, func() bool { return strings.Contains(s.log(), says) })
+					nstest.Poll(t, "a line in the log: "+says, func() bool { return strings.Contains(s.log(), says) })
 				}
 			})
 		})
@@ -379,7 +379,7 @@ func TestSecondSpace(t *testing.T) {
 					return strings.Replace(s, command, spaced, 1)
 				}})
 				loadSets(t)
-				if err := login(client4, "143", imap, "alice", password); err != nil {
+				if err := login(client4, "143", nstest.IMAP, "alice", password); err != nil {
 					t.Error(err)
 				}
 				wantTrusted(t, client4, "alice", day)
@@ -401,7 +401,7 @@ func TestProtocolsNotInstalled(t *testing.T) {
 		d.protocols = []string{"imap"}
 		s := d.start(t, with{hide: hide})
 		loadSets(t)
-		if err := login(client4, "143", imap, "alice", password); err != nil {
+		if err := login(client4, "143", nstest.IMAP, "alice", password); err != nil {
 			t.Error(err)
 		}
 		wantTrusted(t, client4, "alice", day)

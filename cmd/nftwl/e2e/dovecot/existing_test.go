@@ -1,12 +1,8 @@
 package dovecot
 
 import (
-	"encoding/json"
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -78,14 +74,14 @@ func TestExistingPostLogin(t *testing.T) {
 					dovecot: "!include_try " + dir + "/later.conf\n",
 					files:   map[string]string{"note": note, "later.conf": c.after},
 				})
-				must(t, os.Mkdir(s.path("seen"), 0o755))
-				must(t, os.Chmod(s.path("seen"), 0o777)) // whatever the umask
-				must(t, unix.Mount("none", filepath.Join(d.root, "etc/dovecot/conf.d"), "tmpfs", 0, "mode=755"))
+				nstest.Must(t, os.Mkdir(s.path("seen"), 0o755))
+				nstest.Must(t, os.Chmod(s.path("seen"), 0o777)) // whatever the umask
+				nstest.Must(t, unix.Mount("none", d.Path("etc/dovecot/conf.d"), "tmpfs", 0, "mode=755"))
 				s.install()
 				const rawlog = "mail/alice/dovecot.rawlog"
 				if c.rawlog {
-					must(t, os.Mkdir(s.path(rawlog), 0o755))
-					must(t, os.Chown(s.path(rawlog), 1000, 1000))
+					nstest.Must(t, os.Mkdir(s.path(rawlog), 0o755))
+					nstest.Must(t, os.Chown(s.path(rawlog), 1000, 1000))
 				}
 				loadSets(t)
 
@@ -101,18 +97,14 @@ func TestExistingPostLogin(t *testing.T) {
 					if err := login(client, p.port, p.visit, "alice", password); err != nil {
 						t.Errorf("a login by %s: %v", name, err)
 					}
-					b, err := os.ReadFile(s.path("seen/note"))
-					if err != nil && !errors.Is(err, fs.ErrNotExist) {
-						t.Error(err)
-					}
-					seen := string(b)
+					seen := nstest.Read(t, s.path("seen/note"))
 					logs, err := filepath.Glob(s.path(rawlog + "/*"))
-					must(t, err)
+					nstest.Must(t, err)
 					for _, path := range logs {
 						info, err := os.Stat(path)
-						must(t, err)
+						nstest.Must(t, err)
 						seen += fmt.Sprintln(filepath.Ext(path), info.Sys().(*syscall.Stat_t).Uid)
-						must(t, os.Remove(path))
+						nstest.Must(t, os.Remove(path))
 					}
 					return seen
 				}
@@ -160,18 +152,11 @@ func (s *server) shell(script string) string {
 	s.t.Helper()
 	const reloaded = "SIGHUP received - reloading configuration"
 	before := strings.Count(s.log(), reloaded)
-	cmd := exec.Command("/bin/sh", "-euc", script)
-	cmd.Dir = "/"
-	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: s.d.root}
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		s.t.Fatalf("%s: %v\n%s", script, err, out)
-	}
+	out := s.d.Run(s.t, "sh", "-euc", script)
 	if strings.Contains(script, "doveadm reload") {
-		poll(s.t, "Dovecot to reload", func() bool { return strings.Count(s.log(), reloaded) > before })
+		nstest.Poll(s.t, "Dovecot to reload", func() bool { return strings.Count(s.log(), reloaded) > before })
 	}
-	return string(out)
+	return out
 }
 
 var toDelete = regexp.MustCompile(`# Delete "(.*)" from (\S+), line (\d+)`)
@@ -185,16 +170,16 @@ func (s *server) follow(command string) {
 	for line := range strings.Lines(next) {
 		line = strings.TrimSpace(line)
 		if m := toDelete.FindStringSubmatch(line); m != nil {
-			path := filepath.Join(s.d.root, m[2])
+			path := s.d.Path(m[2])
 			b, err := os.ReadFile(path)
-			must(s.t, err)
+			nstest.Must(s.t, err)
 			lines := strings.Split(string(b), "\n")
 			n, err := strconv.Atoi(m[3])
-			must(s.t, err)
+			nstest.Must(s.t, err)
 			if strings.TrimSpace(lines[n-1]) != m[1] {
 				s.t.Errorf("line %d of %s is %q", n, path, lines[n-1])
 			}
-			must(s.t, os.WriteFile(path, []byte(strings.Join(slices.Delete(lines, n-1, n), "\n")), 0o644))
+			nstest.Must(s.t, os.WriteFile(path, []byte(strings.Join(slices.Delete(lines, n-1, n), "\n")), 0o644))
 		} else if !strings.HasPrefix(line, "#") {
 			s.shell(line)
 		}
@@ -205,14 +190,9 @@ func (s *server) follow(command string) {
 	s.t.Fatalf("nothing to reload in\n%s", out)
 }
 
-// A result is one of the doctor's.
-type result struct{ Check, Status, Text, Remedy, Command string }
-
-func (s *server) results() (results []result) {
+func (s *server) results() []nstest.Finding {
 	s.t.Helper()
-	out := s.shell("nftwl doctor --json || :") // other groups' checks fail
-	must(s.t, json.Unmarshal([]byte(out), &results))
-	return results
+	return nstest.Findings(s.t, s.doctor())
 }
 
 // remedy is the doctor's for a post-login service without nftwl.

@@ -44,7 +44,7 @@ func TestLoginWhileKernelIsBusy(t *testing.T) {
 	loadSets(t)
 	s.write("busy.nft", busy(), 0o644)
 	nft := exec.Command(nstest.Need(t, "nft", "nftables"), "-f", s.path("busy.nft"))
-	must(t, nft.Start())
+	nstest.Must(t, nft.Start())
 	done := make(chan error, 1)
 	go func() { done <- nft.Wait() }()
 	start := time.Now()
@@ -52,13 +52,13 @@ func TestLoginWhileKernelIsBusy(t *testing.T) {
 	var slowest time.Duration
 	for ended := false; !ended; logins++ {
 		start := time.Now()
-		if err := login(client4, "143", imap, "alice", password); err != nil {
+		if err := login(client4, "143", nstest.IMAP, "alice", password); err != nil {
 			t.Error(err)
 		}
 		slowest = max(slowest, time.Since(start))
 		select {
 		case err := <-done:
-			must(t, err)
+			nstest.Must(t, err)
 			ended = true
 		default:
 		}
@@ -81,22 +81,22 @@ func TestProcessLimitReached(t *testing.T) {
 			},
 		})
 		loadSets(t)
-		must(t, os.Mkdir(s.path("held"), 0o755))
-		must(t, unix.Mkfifo(s.path("go"), 0o600))
+		nstest.Must(t, os.Mkdir(s.path("held"), 0o755))
+		nstest.Must(t, unix.Mkfifo(s.path("go"), 0o600))
 		results := loginsAtOnce(t, count)
 		// For a limit of one process Dovecot speaks of the limit of its clients.
 		reached := regexp.MustCompile(`service\(nftwl\): (client|process)_limit \(\d+\) reached`)
-		poll(t, "Dovecot to say that the limit is reached", func() bool { return reached.MatchString(s.log()) })
-		poll(t, "one to be in nftwl's service", func() bool {
+		nstest.Poll(t, "Dovecot to say that the limit is reached", func() bool { return reached.MatchString(s.log()) })
+		nstest.Poll(t, "one to be in nftwl's service", func() bool {
 			held, err := os.ReadDir(s.path("held"))
-			must(t, err)
+			nstest.Must(t, err)
 			if len(held) > 1 {
 				t.Fatalf("%d are in nftwl's service", len(held))
 			}
 			return len(held) == 1
 		})
 		release, err := os.OpenFile(s.path("go"), os.O_RDWR, 0)
-		must(t, err)
+		nstest.Must(t, err)
 		defer release.Close()
 		for range count {
 			if err := <-results; err != nil {

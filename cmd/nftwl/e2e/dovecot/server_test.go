@@ -3,12 +3,10 @@ package dovecot
 import (
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -17,10 +15,6 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// patience bounds each wait for something that must happen. It is no guess of
-// how long that takes: every wait ends as soon as it has happened.
-const patience = 30 * time.Second
-
 // The server's addresses and its clients', all on the private namespace's
 // loopback. None is in 127.0.0.0/8, which nftwl ignores unless told otherwise.
 const (
@@ -28,10 +22,7 @@ const (
 	client4, client6 = "192.0.2.7", "2001:db8::7"
 )
 
-// dir is where all of a server's files lie, as Dovecot sees it: on a tmpfs
-// over /run of the test's own mount namespace, next to Dovecot's own run
-// folder. Nothing of it reaches the host, and socket paths stay short.
-const dir = "/run/e2e"
+const dir = nstest.Dir
 
 const password = "secret"
 
@@ -44,112 +35,51 @@ carol:{PLAIN}secret:1000:1000::` + dir + `/mail/carol::userdb_nftwl_trust=no
 // relayPort is where Dovecot's submission hands mail on to.
 const relayPort = "10025"
 
-// config23 and config24 are all that differs between the two Dovecots; what
-// follows them is the same.
-const config23 = `
-ssl_cert = <` + dir + `/cert.pem
-ssl_key = <` + dir + `/key.pem
-disable_plaintext_auth = no
-mail_location = maildir:~/Maildir
-passdb {
-  driver = passwd-file
-  args = ` + dir + `/users
-}
-userdb {
-  driver = passwd-file
-  args = ` + dir + `/users
-}
-# Or each wrong password makes the next answer to its address slower.
-service anvil {
-  unix_listener anvil-auth-penalty {
-    mode = 0
-  }
-}
-`
-
-const config24 = `
-dovecot_config_version = 2.4.0
-dovecot_storage_version = 2.4.0
-ssl_server_cert_file = ` + dir + `/cert.pem
-ssl_server_key_file = ` + dir + `/key.pem
-auth_allow_cleartext = yes
-mail_driver = maildir
-mail_path = ~/Maildir
-passdb passwd-file {
-  passwd_file_path = ` + dir + `/users
-}
-userdb passwd-file {
-  passwd_file_path = ` + dir + `/users
-}
-sieve_script personal {
-  path = ~/sieve
-}
-`
-
-const configBoth = `
+const config = `
 state_dir = ` + dir + `/state
 log_path = ` + dir + `/log
-first_valid_uid = 1000
-auth_failure_delay = 0
 submission_relay_host = 127.0.0.1
 submission_relay_port = ` + relayPort + `
 !include ` + dir + `/90-nftwl.conf
 `
 
-// A dovecot is an installed Dovecot, on the host or in a tree of another
-// distribution.
+// config24 is for Dovecot 2.4's ManageSieve.
+const config24 = `
+sieve_script personal {
+  path = ~/sieve
+}
+`
+
+// A dovecot is an installed Dovecot.
 type dovecot struct {
-	root      string // "/" or the tree
+	nstest.Debian
 	version   string
 	protocols []string
 }
 
 // eachDovecot runs a test on every Dovecot there is.
 func eachDovecot(t *testing.T, test func(*testing.T, dovecot)) {
-	t.Run("host", func(t *testing.T) {
-		t.Parallel()
-		test(t, hostDovecot(t))
-	})
-	t.Run("trixie", func(t *testing.T) {
-		t.Parallel()
-		test(t, findDovecot(t, nstest.Trixie(t)))
-	})
+	nstest.EachDebian(t, func(t *testing.T, d nstest.Debian) { test(t, find(t, d)) })
 }
 
 // hostDovecot returns the one that is installed here.
 func hostDovecot(t testing.TB) dovecot {
 	t.Helper()
-	nstest.Need(t, "dovecot", "dovecot-core")
-	return findDovecot(t, "/")
+	return find(t, nstest.Host)
 }
 
-// is23 says whether it wants Dovecot 2.3's settings, not 2.4's.
-func (d dovecot) is23() bool { return strings.HasPrefix(d.version, "2.3.") }
+// is23 tells whether it wants Dovecot 2.3's settings, not 2.4's.
+func (d dovecot) is23() bool { return nstest.Is23(d.version) }
 
-func findDovecot(t testing.TB, root string) dovecot {
+func find(t testing.TB, system nstest.Debian) dovecot {
 	t.Helper()
-	nstest.NeedUsers(t)
-	d := dovecot{root: root}
-	cmd := exec.Command("/usr/sbin/dovecot", "--version")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root}
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		t.Fatalf("dovecot --version: %v\n%s", err, out)
+	d := dovecot{system, system.DovecotVersion(t), []string{"imap", "pop3", "submission"}}
+	for _, name := range d.protocols {
+		d.Need(t, "usr/lib/dovecot/"+name, "dovecot-"+name+"d")
 	}
-	d.version = string(out)
-	for _, p := range []struct{ protocol, program, debianPackage string }{
-		{"imap", "imap", "dovecot-imapd"},
-		{"pop3", "pop3", "dovecot-pop3d"},
-		{"submission", "submission", "dovecot-submissiond"},
-		{"sieve", "managesieve", ""}, // tested where there is one
-	} {
-		_, err := os.Stat(filepath.Join(root, "usr/lib/dovecot", p.program))
-		switch {
-		case err == nil:
-			d.protocols = append(d.protocols, p.protocol)
-		case p.debianPackage != "":
-			nstest.Skip(t, "Dovecot's %s is not installed: apt-get install %s", p.protocol, p.debianPackage)
-		}
+	// Tested where there is one.
+	if _, err := os.Stat(d.Path("usr/lib/dovecot/managesieve")); err == nil {
+		d.protocols = append(d.protocols, "sieve")
 	}
 	return d
 }
@@ -162,7 +92,6 @@ type with struct {
 	files   map[string]string     // executable files in dir
 	hide    []string              // files under /usr/lib/dovecot that are not to exist
 	wrap    []string              // a command to run Dovecot under
-	env     []string              // more of Dovecot's environment
 }
 
 type server struct {
@@ -182,108 +111,71 @@ func (d dovecot) start(t testing.TB, w with) *server {
 
 	nstest.New(t)
 	for _, a := range []string{server4 + "/32", client4 + "/32", server6 + "/128", client6 + "/128"} {
-		run(t, nstest.Need(t, "ip", "iproute2"), "address", "add", a, "dev", "lo", "nodad")
+		nstest.IP(t, "address add "+a+" dev lo nodad")
 	}
 	l, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", relayPort))
-	must(t, err)
+	nstest.Must(t, err)
 	t.Cleanup(func() { l.Close() })
 	go relay(l)
 
-	nstest.Tree(t, d.root)
+	d.Tree(t)
 	s := &server{t: t, d: d, with: w}
 	for _, name := range []string{"state", "etc", "lib", "mail"} {
-		must(t, os.MkdirAll(s.path(name), 0o755))
+		nstest.Must(t, os.MkdirAll(s.path(name), 0o755))
 	}
 
-	// Read-only overlays: the host's own folders, and ours before them.
-	s.overlay(filepath.Dir(nftwl), "usr/bin")
+	// Read-only overlays: the host's own directories, and ours before them.
+	d.Overlay(t, "usr/bin", filepath.Dir(nftwl))
 	if w.config != "" {
 		s.write("etc/nftwl.yaml", w.config, 0o644)
 	} else {
-		s.whiteout("etc/nftwl.yaml")
+		nstest.Whiteout(t, s.path("etc/nftwl.yaml"))
 	}
-	s.overlay(s.path("etc"), "etc")
+	d.Overlay(t, "etc", s.path("etc"))
 	for _, name := range w.hide {
-		s.whiteout("lib/" + name)
+		nstest.Whiteout(t, s.path("lib/"+name))
 	}
-	s.overlay(s.path("lib"), "usr/lib/dovecot")
+	d.Overlay(t, "usr/lib/dovecot", s.path("lib"))
 
 	s.write("90-nftwl.conf", "", 0o644)
 	if w.dropIn == nil {
-		must(t, unix.Mount(dropIn, s.path("90-nftwl.conf"), "", unix.MS_BIND, ""))
+		nstest.Must(t, unix.Mount(dropIn, d.Path(s.path("90-nftwl.conf")), "", unix.MS_BIND, ""))
 	} else {
-		b, err := os.ReadFile(dropIn)
-		must(t, err)
-		s.write("90-nftwl.conf", w.dropIn(string(b)), 0o644)
+		s.write("90-nftwl.conf", w.dropIn(nstest.Read(t, dropIn)), 0o644)
 	}
 	for name, text := range w.files {
 		s.write(name, text, 0o755)
 	}
 
-	cert, key := certificate(t)
+	cert, key := nstest.Certificate(t)
 	s.write("cert.pem", cert, 0o644)
 	s.write("key.pem", key, 0o600)
 	s.write("users", users, 0o644)
 	for _, user := range []string{"alice", "bob", "carol"} {
-		s.write("mail/"+user+"/Maildir/new/1.e2e", message, 0o644)
+		s.write("mail/"+user+"/Maildir/new/1.e2e", nstest.Message, 0o644)
 	}
-	run(t, "chown", "-R", "1000:1000", s.path("mail"))
-	header := config24
-	if d.is23() {
-		header = config23
+	nstest.Run(t, "chown", "-R", "1000:1000", s.path("mail"))
+	conf := nstest.DovecotConf{Dir: dir, TLS: true}.For(d.version) + config
+	if !d.is23() {
+		conf += config24
 	}
-	s.write("dovecot.conf", header+configBoth+
-		"protocols = "+strings.Join(d.protocols, " ")+"\n"+w.dovecot, 0o644)
-
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("Dovecot %s%s", d.version, s.log())
-		}
-	})
-	s.dovecot = nstest.StartDovecot(t, d.root, dir+"/dovecot.conf", net.JoinHostPort(server4, "143"), s.path("out"), w.wrap, w.env)
+	s.write("dovecot.conf", conf+"protocols = "+strings.Join(d.protocols, " ")+"\n"+w.dovecot, 0o644)
+	s.dovecot = d.StartDovecot(t, dir+"/dovecot.conf", net.JoinHostPort(server4, "143"), w.wrap...)
 	return s
 }
 
-// path is where the test finds a file in dir.
-func (s *server) path(name string) string { return filepath.Join(s.d.root, dir, name) }
+// path is where a file in dir is, for the test and for Dovecot.
+func (s *server) path(name string) string { return filepath.Join(dir, name) }
 
 func (s *server) write(name, text string, mode os.FileMode) {
 	s.t.Helper()
-	must(s.t, os.MkdirAll(filepath.Dir(s.path(name)), 0o755))
-	must(s.t, os.WriteFile(s.path(name), []byte(text), mode))
-	must(s.t, os.Chmod(s.path(name), mode)) // whatever the umask
-}
-
-func (s *server) read(name string) string {
-	s.t.Helper()
-	b, err := os.ReadFile(s.path(name))
-	must(s.t, err)
-	return string(b)
-}
-
-// whiteout makes what overlayfs takes for "no such file here": a device 0:0
-// (kernel, Documentation/filesystems/overlayfs.rst).
-func (s *server) whiteout(name string) {
-	s.t.Helper()
-	must(s.t, os.MkdirAll(filepath.Dir(s.path(name)), 0o755))
-	must(s.t, unix.Mknod(s.path(name), unix.S_IFCHR, 0))
-}
-
-// overlay puts the folder above over a folder of Dovecot's.
-func (s *server) overlay(above, folder string) {
-	s.t.Helper()
-	folder = filepath.Join(s.d.root, folder)
-	must(s.t, unix.Mount("overlay", folder, "overlay", unix.MS_RDONLY, "lowerdir="+above+":"+folder))
+	nstest.Write(s.t, s.path(name), text, mode)
 }
 
 // log is what Dovecot wrote, to its log and to stderr.
 func (s *server) log() string {
 	s.t.Helper()
-	log := s.read("out")
-	if _, err := os.Stat(s.path("log")); err == nil {
-		log += s.read("log")
-	}
-	return log
+	return nstest.Read(s.t, s.path("dovecot.conf.out")) + nstest.Read(s.t, s.path("log"))
 }
 
 var (
@@ -306,7 +198,7 @@ func (s *server) complaints(count int) []string {
 		}
 		return all
 	}
-	for end := time.Now().Add(patience); len(lines()) < count && time.Now().Before(end); {
+	for end := time.Now().Add(nstest.Patience); len(lines()) < count && time.Now().Before(end); {
 		time.Sleep(5 * time.Millisecond)
 	}
 	s.dovecot.Stop()
@@ -336,29 +228,4 @@ func (s *server) wantComplaints(want ...string) {
 		lines = append(lines, "nftwl: Error: nftwl: error: "+w)
 	}
 	s.wantLog(lines...)
-}
-
-func poll(t testing.TB, what string, done func() bool) {
-	t.Helper()
-	for end := time.Now().Add(patience); !done(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("waited %v for %s", patience, what)
-		}
-	}
-}
-
-func run(t testing.TB, name string, args ...string) string {
-	t.Helper()
-	out, err := exec.Command(name, args...).CombinedOutput()
-	if err != nil {
-		t.Fatalf("%s %q: %v\n%s", name, args, err, out)
-	}
-	return string(out)
-}
-
-func must(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
 }

@@ -3,9 +3,7 @@ package dovecot
 import (
 	"cmp"
 	"encoding/json"
-	"os"
 	"os/exec"
-	"path/filepath"
 	"slices"
 	"testing"
 	"time"
@@ -23,9 +21,7 @@ type element struct {
 // loadSets loads the shipped set definitions.
 func loadSets(t testing.TB) {
 	t.Helper()
-	b, err := os.ReadFile(filepath.Join(nstest.Root(t), "contrib/nftables/sets.nft"))
-	must(t, err)
-	nstest.Nft(t, string(b))
+	nstest.Nft(t, nstest.Contrib(t, "nftables/sets.nft"))
 }
 
 // elements returns what a set of table inet filter holds, by address and port.
@@ -43,7 +39,7 @@ func elements(t testing.TB, set string) []element {
 			}
 		}
 	}
-	must(t, json.Unmarshal(out, &ruleset))
+	nstest.Must(t, json.Unmarshal(out, &ruleset))
 	type key struct{ Concat []json.RawMessage }
 	var all []element
 	for _, object := range ruleset.Nftables {
@@ -56,7 +52,7 @@ func elements(t testing.TB, set string) []element {
 					Comment          string
 				}
 			}
-			must(t, json.Unmarshal(raw, &e))
+			nstest.Must(t, json.Unmarshal(raw, &e))
 			k := e.Concat
 			if k == nil {
 				k = e.Elem.Val.Concat
@@ -66,8 +62,8 @@ func elements(t testing.TB, set string) []element {
 				timeout: time.Duration(e.Elem.Timeout) * time.Second,
 				expires: time.Duration(e.Elem.Expires) * time.Second,
 			}
-			must(t, json.Unmarshal(k[0], &got.address))
-			must(t, json.Unmarshal(k[1], &got.port))
+			nstest.Must(t, json.Unmarshal(k[0], &got.address))
+			nstest.Must(t, json.Unmarshal(k[1], &got.port))
 			// nft prints a timeout where it is not the set's default.
 			if got.timeout == 0 && got.expires != 0 {
 				got.timeout = time.Duration(object.Set.Timeout) * time.Second
@@ -94,7 +90,7 @@ func wantTrusted(t *testing.T, address, user string, timeout time.Duration) {
 	var ports []int
 	for _, e := range got {
 		ports = append(ports, e.port)
-		if e.address != address || e.comment != user || e.timeout != timeout || e.expires < timeout-patience {
+		if e.address != address || e.comment != user || e.timeout != timeout || e.expires < timeout-nstest.Patience {
 			t.Errorf("set %s holds %+v; want %s for %v from now, comment %q", set, e, address, timeout, user)
 		}
 	}

@@ -2,7 +2,6 @@ package dovecot
 
 import (
 	"fmt"
-	"net"
 	"net/textproto"
 	"os"
 	"os/exec"
@@ -10,6 +9,8 @@ import (
 	"strconv"
 	"testing"
 	"time"
+
+	"nftwl/pkg/nstest"
 )
 
 // Many users log in at once, each from another address, while the sets are
@@ -20,7 +21,7 @@ func TestStorm(t *testing.T) {
 	if s := os.Getenv("STORM"); s != "" {
 		var err error
 		count, err = strconv.Atoi(s)
-		must(t, err)
+		nstest.Must(t, err)
 	}
 	const settings = `
 service imap-login {
@@ -41,37 +42,29 @@ service imap-login {
 		t.Run(way.name, func(t *testing.T) {
 			s := hostDovecot(t).start(t, way.with)
 			loadSets(t)
-			run(t, "ip", "route", "add", "local", "198.18.0.0/15", "dev", "lo")
+			nstest.IP(t, "route add local 198.18.0.0/15 dev lo")
 			s.write("other.nft", "table inet other\ndelete table inet other\ntable inet other { chain c { tcp dport 25 accept; }; }\n", 0o644)
 
 			// All connections first, on this thread, which is in the namespace.
 			address := func(i int) string { return fmt.Sprintf("198.18.%d.%d", i/250, 1+i%250) }
 			conns := make([]*textproto.Conn, count)
 			for i := range conns {
-				d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(address(i))}, Timeout: patience}
-				c, err := d.Dial("tcp", net.JoinHostPort(server4, "143"))
-				must(t, err)
+				c, err := nstest.Dial(address(i), server4, "143")
+				nstest.Must(t, err)
 				defer c.Close()
-				must(t, c.SetDeadline(time.Now().Add(time.Minute)))
 				conns[i] = textproto.NewConn(c)
 				_, err = conns[i].ReadLine()
-				must(t, err)
+				nstest.Must(t, err)
 			}
 			begin, done := make(chan struct{}), make(chan time.Duration)
 			for _, c := range conns {
 				go func() {
 					<-begin
 					start := time.Now()
-					err := imapCommand(c, "", "LOGIN alice %s", password)
+					err := nstest.IMAPCommand(c, "", "LOGIN alice %s", password)
 					took := time.Since(start)
 					if err == nil {
-						err = imapCommand(c, "1 EXISTS", "SELECT INBOX")
-					}
-					if err == nil {
-						err = imapCommand(c, body, "FETCH 1 BODY[]")
-					}
-					if err == nil {
-						err = imapCommand(c, "BYE", "LOGOUT")
+						err = nstest.IMAPRead(c)
 					}
 					c.Close()
 					if err != nil {

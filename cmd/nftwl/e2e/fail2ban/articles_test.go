@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"nftwl/pkg/nstest"
 )
 
 var addr = netip.MustParseAddr
@@ -107,8 +109,8 @@ func setOf(who netip.Addr) string {
 // Every line of every set-up bans, after its number, on its ports, for its
 // time, and none does before.
 func TestSetUps(t *testing.T) {
-	each(t, func(t *testing.T, root string) {
-		m := boot(t, root, with{})
+	each(t, func(t *testing.T, system nstest.Debian) {
+		m := boot(t, system, with{})
 		want := make(bans)
 		var lines, last []string
 		for i, s := range setUps {
@@ -124,7 +126,7 @@ func TestSetUps(t *testing.T) {
 		m.log(lines...)
 		for i, s := range setUps {
 			for _, who := range s.attackers(i) {
-				m.poll(fmt.Sprintf("%s: %d failures of %s", s.name, s.maxretry-1, who), func() bool {
+				nstest.Poll(m, fmt.Sprintf("%s: %d failures of %s", s.name, s.maxretry-1, who), func() bool {
 					return m.found(s.jail, who) == s.maxretry-1
 				})
 			}
@@ -200,8 +202,8 @@ func TestOneAttemptCountsOnce(t *testing.T) {
 		pam:       {"dovecot": 1, "dovecot-auth": 1},
 		dovecot24: {"dovecot": 1, "dovecot-auth": 1},
 	}
-	each(t, func(t *testing.T, root string) {
-		m := boot(t, root, with{})
+	each(t, func(t *testing.T, system nstest.Debian) {
+		m := boot(t, system, with{})
 		const tries = 2
 		for who, lines := range attempts {
 			for range tries {
@@ -252,7 +254,7 @@ func (m *machine) endOfLog() bans {
 		}
 		want[s.ban(who)] = s.ports
 	}
-	m.poll("the last line of the log to be acted on", func() bool {
+	nstest.Poll(m, "the last line of the log to be acted on", func() bool {
 		got := m.bans()
 		for b := range want {
 			if got[b] == nil {
@@ -267,8 +269,8 @@ func (m *machine) endOfLog() bans {
 // A jail's mode reaches the filter.
 func TestAggressive(t *testing.T) {
 	const noPassword = "dovecot: imap-login: Login aborted: Connection closed (no auth attempts in 0 secs) (no_auth_attempts): user=<>, rip=%s, lip=192.0.2.1, session=<S>"
-	each(t, func(t *testing.T, root string) {
-		m := boot(t, root, with{jails: "[dovecot]\nmode = aggressive\n"})
+	each(t, func(t *testing.T, system nstest.Debian) {
+		m := boot(t, system, with{jails: "[dovecot]\nmode = aggressive\n"})
 		who, guesser := addr("198.51.100.66"), addr("2001:db8:a:66::1")
 		m.fail(noPassword, who, 3)
 		m.fail(wrongPassword, guesser, 3)
@@ -297,8 +299,8 @@ func TestHostileNames(t *testing.T) {
 	for _, jail := range []string{"postfix-sasl", "dovecot", "dovecot-auth", "cyrus-imap"} {
 		fmt.Fprintf(&jails, "[%s]\nmaxretry = 1\n", jail)
 	}
-	each(t, func(t *testing.T, root string) {
-		m := boot(t, root, with{jails: jails.String()})
+	each(t, func(t *testing.T, system nstest.Debian) {
+		m := boot(t, system, with{jails: jails.String()})
 		for _, name := range names {
 			m.log(
 				"postfix/smtpd[371]: warning: unknown["+attacker+"]: SASL LOGIN authentication failed: authentication failure, sasl_username="+name,
@@ -330,13 +332,13 @@ func TestHostileNames(t *testing.T) {
 
 // What fail2ban takes for an address is never taken for a flag.
 func TestHostileAddress(t *testing.T) {
-	each(t, func(t *testing.T, root string) {
-		m := boot(t, root, with{})
+	each(t, func(t *testing.T, system nstest.Debian) {
+		m := boot(t, system, with{})
 		m.run("fail2ban-client", "set", "cyrus-imap", "banip", "--help")
-		m.poll("the ban to fail", func() bool { return strings.Contains(m.said(), "Failed to execute ban jail") })
+		nstest.Poll(m, "the ban to fail", func() bool { return strings.Contains(m.said(), "Failed to execute ban jail") })
 		if log := m.said(); !strings.Contains(log, `nftwl: error: "--help" is not an IP address`) {
 			t.Error(log)
 		}
-		m.must(os.Truncate(m.path(journal), 0)) // so that stop finds no complaint
+		nstest.Must(m, os.Truncate(m.Path(journal), 0)) // so that stop finds no complaint
 	})
 }

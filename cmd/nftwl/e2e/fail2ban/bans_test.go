@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"nftwl/pkg/nstest"
 )
 
 // The lines of two jails.
@@ -34,8 +36,8 @@ func (m *machine) login(who netip.Addr) {
 // Who has logged in is never banned, however often a password is wrong there;
 // and who logs in after two wrong ones has not yet been banned for the third.
 func TestTrusted(t *testing.T) {
-	each(t, func(t *testing.T, root string) {
-		m := boot(t, root, with{})
+	each(t, func(t *testing.T, system nstest.Debian) {
+		m := boot(t, system, with{})
 		users := []netip.Addr{addr("203.0.113.7"), addr("2001:db8:a:7::7")}
 		late := []netip.Addr{addr("203.0.113.8"), addr("2001:db8:a:8::8")}
 		for _, who := range users {
@@ -45,7 +47,7 @@ func TestTrusted(t *testing.T) {
 		}
 		for _, who := range late {
 			m.fail(wrongPassword, who, 2)
-			m.poll("two failures", func() bool { return m.found("dovecot", who) == 2 })
+			nstest.Poll(m, "two failures", func() bool { return m.found("dovecot", who) == 2 })
 			m.login(who)
 			m.fail(wrongPassword, who, 4)
 		}
@@ -62,7 +64,7 @@ func TestTrusted(t *testing.T) {
 		for _, who := range late {
 			m.run("nftwl", "remove", who.String())
 			m.fail(wrongPassword, who, 1)
-			m.poll("a ban", func() bool { return m.status("nftwl", "check", "-q", "--banned", who.String()) == 0 })
+			nstest.Poll(m, "a ban", func() bool { return m.status("nftwl", "check", "-q", "--banned", who.String()) == 0 })
 			m.drop(who, 993)
 		}
 	})
@@ -73,8 +75,8 @@ func TestIPv6Network(t *testing.T) {
 	user, colleague := addr("2001:db8:a:7::7"), addr("2001:db8:a:7:ffff::8")
 	attacker, beside := addr("2001:db8:a:66::1"), addr("2001:db8:a:66:ffff::2")
 	network := addr("2001:db8:a:66::")
-	each(t, func(t *testing.T, root string) {
-		m := boot(t, root, with{
+	each(t, func(t *testing.T, system nstest.Debian) {
+		m := boot(t, system, with{
 			config: "ipv6_prefix: 64\n",
 			firewall: func(file string) string {
 				return strings.ReplaceAll(file, `#include "nftwl/trusted-prefix64.nft"`, `include "nftwl/trusted-prefix64.nft"`)
@@ -103,8 +105,8 @@ func TestIPv6Network(t *testing.T) {
 
 // An unban takes what its own jail has banned, and nothing else.
 func TestUnban(t *testing.T) {
-	each(t, func(t *testing.T, root string) {
-		m := boot(t, root, with{})
+	each(t, func(t *testing.T, system nstest.Debian) {
+		m := boot(t, system, with{})
 		one, both, byHand := addr("198.51.100.66"), addr("198.51.100.67"), addr("2001:db8:a:66::1")
 		m.run("nftwl", "ban", "--timeout", "7d", "--port", "143,993", "--comment", "by hand", byHand.String())
 		m.fail(wrongPassword, one, 3)
@@ -167,8 +169,8 @@ func TestUnban(t *testing.T) {
 // A ban ends when its time is over, in the kernel and in fail2ban; the next one
 // can be longer, and one without end is a very long one.
 func TestBantimes(t *testing.T) {
-	each(t, func(t *testing.T, root string) {
-		m := boot(t, root, with{jails: `[dovecot]
+	each(t, func(t *testing.T, system nstest.Debian) {
+		m := boot(t, system, with{jails: `[dovecot]
 bantime = 8
 bantime.increment = true
 bantime.multipliers = 1 2
@@ -184,13 +186,13 @@ action = nftwl
 
 		m.fail(wrongPassword, repeated, 3)
 		first := ban{"banned_ipv4", repeated.String(), "dovecot", 8 * time.Second}
-		m.poll("the ban", func() bool { return m.bans()[first] != nil })
+		nstest.Poll(m, "the ban", func() bool { return m.bans()[first] != nil })
 		m.banned(permanent)
-		m.poll("fail2ban to unban, too", func() bool { return m.count("[dovecot] Unban "+repeated.String()) == 1 })
+		nstest.Poll(m, "fail2ban to unban, too", func() bool { return m.count("[dovecot] Unban "+repeated.String()) == 1 })
 
 		m.fail(wrongPassword, repeated, 3)
 		second := ban{"banned_ipv4", repeated.String(), "dovecot", 16 * time.Second}
-		m.poll("the longer ban", func() bool { return m.bans()[second] != nil })
+		nstest.Poll(m, "the longer ban", func() bool { return m.bans()[second] != nil })
 		m.run("fail2ban-client", "set", "dovecot", "unbanip", repeated.String())
 		m.banned(permanent)
 
@@ -209,8 +211,8 @@ action = nftwl
 // ends or prolongs a ban.
 func TestRestarts(t *testing.T) {
 	const slack = 3 * time.Second
-	each(t, func(t *testing.T, root string) {
-		m := boot(t, root, with{})
+	each(t, func(t *testing.T, system nstest.Debian) {
+		m := boot(t, system, with{})
 		v4, v6 := addr("198.51.100.66"), addr("2001:db8:a:66::1")
 		m.fail(wrongPassword, v4, 3)
 		m.fail(wrongSASL, v6, 3)
@@ -239,11 +241,11 @@ func TestRestarts(t *testing.T) {
 		reload := func() { m.run("nft", "-f", "/etc/nftables.conf") }
 		restored := func(n int) {
 			t.Helper()
-			m.poll("fail2ban to restore its bans", func() bool { return strings.Count(m.said(), "] Restore Ban ") == n })
+			nstest.Poll(m, "fail2ban to restore its bans", func() bool { return strings.Count(m.said(), "] Restore Ban ") == n })
 			// A jail that answers has done what was before: fail2ban runs one
 			// command of an action at a time.
 			m.run("fail2ban-client", "set", "cyrus-imap", "banip", "203.0.113.200")
-			m.poll("a ban after that", func() bool {
+			nstest.Poll(m, "a ban after that", func() bool {
 				return m.status("nftwl", "check", "-q", "--banned", "--port", "143", "203.0.113.200") == 0
 			})
 			m.run("fail2ban-client", "set", "cyrus-imap", "unbanip", "203.0.113.200")
@@ -300,8 +302,8 @@ func TestRestarts(t *testing.T) {
 // Who fails again after the firewall has lost the ban is banned again, and so
 // is everybody else who does, though fail2ban has them all as banned.
 func TestFlushedRuleset(t *testing.T) {
-	each(t, func(t *testing.T, root string) {
-		m := boot(t, root, with{})
+	each(t, func(t *testing.T, system nstest.Debian) {
+		m := boot(t, system, with{})
 		v4, v6, later := addr("198.51.100.66"), addr("2001:db8:a:66::1"), addr("198.51.100.67")
 		banned := func(who netip.Addr) ban { return ban{setOf(who), who.String(), "dovecot", time.Hour} }
 		// Failures of the same moment are those that the ban came too late for.
@@ -319,11 +321,11 @@ func TestFlushedRuleset(t *testing.T) {
 		m.banned(bans{banned(later): imap})
 		for _, who := range []netip.Addr{v4, v6} {
 			fail(who, time.Now())
-			m.poll("the ban, again", func() bool {
+			nstest.Poll(m, "the ban, again", func() bool {
 				n := 0
 				for _, e := range m.list() {
 					// fail2ban counts it from the last failure.
-					if e.Address == who.String() && e.Comment == "dovecot" && seconds(e.Timeout) > time.Hour-patience && seconds(e.Timeout) <= time.Hour {
+					if e.Address == who.String() && e.Comment == "dovecot" && seconds(e.Timeout) > time.Hour-nstest.Patience && seconds(e.Timeout) <= time.Hour {
 						n++
 					}
 				}
@@ -336,7 +338,7 @@ func TestFlushedRuleset(t *testing.T) {
 		if n := strings.Count(m.said(), "Invariant check failed. Trying to restore a sane environment\n"); n != 1 {
 			t.Errorf("fail2ban has found %d times that the firewall was loaded anew", n)
 		}
-		m.must(os.Truncate(m.path(journal), 0)) // so that stop finds no complaint
+		nstest.Must(m, os.Truncate(m.Path(journal), 0)) // so that stop finds no complaint
 	})
 }
 
@@ -353,8 +355,8 @@ with sqlite3.connect("/var/lib/fail2ban/fail2ban.sqlite3") as db:
 
 // fail2ban's "unban --all" forgets its bans, and the firewall keeps them.
 func TestUnbanAll(t *testing.T) {
-	each(t, func(t *testing.T, root string) {
-		m := boot(t, root, with{})
+	each(t, func(t *testing.T, system nstest.Debian) {
+		m := boot(t, system, with{})
 		who := addr("198.51.100.66")
 		m.fail(wrongPassword, who, 3)
 		want := bans{{"banned_ipv4", who.String(), "dovecot", time.Hour}: imap}
@@ -371,8 +373,8 @@ func TestUnbanAll(t *testing.T) {
 // With norestored=1, a start of fail2ban runs no command for the bans that it
 // restores, and as the price of it neither does their unban.
 func TestNoRestored(t *testing.T) {
-	each(t, func(t *testing.T, root string) {
-		m := boot(t, root, with{jails: "[dovecot]\naction = nftwl[norestored=1, port=\"%(port)s\"]\n"})
+	each(t, func(t *testing.T, system nstest.Debian) {
+		m := boot(t, system, with{jails: "[dovecot]\naction = nftwl[norestored=1, port=\"%(port)s\"]\n"})
 		who, lost := addr("198.51.100.66"), addr("198.51.100.67")
 		m.fail(wrongPassword, who, 3)
 		m.fail(wrongPassword, lost, 3)
@@ -381,7 +383,7 @@ func TestNoRestored(t *testing.T) {
 		m.stop()
 		m.run("nftwl", "unban", "--port", "110,143,465,587,993,995,4190", lost.String())
 		m.start()
-		m.poll("fail2ban to restore its bans", func() bool { return strings.Count(m.said(), "[dovecot] Restore Ban ") == 2 })
+		nstest.Poll(m, "fail2ban to restore its bans", func() bool { return strings.Count(m.said(), "[dovecot] Restore Ban ") == 2 })
 		m.run("fail2ban-client", "set", "dovecot", "unbanip", who.String())
 		// By the ban of another it has done with those before him.
 		last := addr("2001:db8:a::66")
@@ -393,17 +395,17 @@ func TestNoRestored(t *testing.T) {
 // Who is banned by fail2ban's own action is banned by nftwl after the restart
 // with the files of contrib/fail2ban.
 func TestFromPlainFail2ban(t *testing.T) {
-	each(t, func(t *testing.T, root string) {
-		m := boot(t, root, with{jails: "[dovecot]\naction = nftables[port=\"imap,imaps\"]\n"})
+	each(t, func(t *testing.T, system nstest.Debian) {
+		m := boot(t, system, with{jails: "[dovecot]\naction = nftables[port=\"imap,imaps\"]\n"})
 		who := addr("198.51.100.66")
 		m.fail(wrongPassword, who, 3)
-		m.poll("fail2ban's own ban", func() bool { return strings.Contains(m.run("nft", "list", "ruleset"), "elements = { "+who.String()) })
+		nstest.Poll(m, "fail2ban's own ban", func() bool { return strings.Contains(m.run("nft", "list", "ruleset"), "elements = { "+who.String()) })
 		m.banned(bans{})
 		m.stop()
 		m.write("etc/fail2ban/jail.d/test.local", "")
 		m.start()
 		b := ban{set: "banned_ipv4", address: who.String(), comment: "dovecot"}
-		m.poll("nftwl's own", func() bool {
+		nstest.Poll(m, "nftwl's own", func() bool {
 			for got, ports := range m.bans() {
 				b.bantime = got.bantime
 				if got == b && slices.Equal(ports, imap) {
@@ -412,7 +414,7 @@ func TestFromPlainFail2ban(t *testing.T) {
 			}
 			return false
 		})
-		if b.bantime > time.Hour || b.bantime < time.Hour-patience {
+		if b.bantime > time.Hour || b.bantime < time.Hour-nstest.Patience {
 			t.Errorf("banned for %v", b.bantime)
 		}
 		m.drop(who, 993)

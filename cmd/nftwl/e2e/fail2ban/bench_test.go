@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"nftwl/pkg/nstest"
 )
 
 // BenchmarkRestart measures, in seconds, what a restart of fail2ban costs with a
@@ -12,21 +14,21 @@ import (
 // the kernel has kept the elements; and the same with all of them lost.
 func BenchmarkRestart(b *testing.B) {
 	const count = 1000
-	for _, s := range systems {
+	for _, system := range []nstest.Debian{nstest.Host, {Release: "trixie", Root: nstest.Trixie(b)}} {
 		for _, jail := range []struct{ name, text string }{
 			{"shipped", ""},
 			{"norestored", "action = nftwl[norestored=1, port=\"%(port)s\"]\n"},
 			{"no-ignorecommand", "ignorecommand =\n"},
 		} {
-			b.Run(s.name+"/"+jail.name, func(b *testing.B) {
-				m := boot(b, s.root(b), with{jails: "[dovecot]\n" + jail.text})
+			b.Run(system.Release+"/"+jail.name, func(b *testing.B) {
+				m := boot(b, system, with{jails: "[dovecot]\n" + jail.text})
 				args := []string{"set", "dovecot", "banip"}
 				for i := range count {
 					args = append(args, fmt.Sprintf("198.51.%d.%d", i/250, i%250+1))
 				}
 				m.run("fail2ban-client", args...)
 				all := func() bool { return len(m.bans()) == count }
-				m.poll("the bans", all)
+				nstest.Poll(m, "the bans", all)
 
 				measure := func(name string, f func()) {
 					start := time.Now()
@@ -34,7 +36,7 @@ func BenchmarkRestart(b *testing.B) {
 					b.ReportMetric(time.Since(start).Seconds(), name)
 				}
 				restored := func(n int) {
-					m.poll("fail2ban to restore its bans", func() bool { return strings.Count(m.said(), "] Restore Ban ") == n })
+					nstest.Poll(m, "fail2ban to restore its bans", func() bool { return strings.Count(m.said(), "] Restore Ban ") == n })
 				}
 				b.ReportMetric(0, "ns/op")
 				measure("stop", m.stop)
@@ -50,7 +52,7 @@ func BenchmarkRestart(b *testing.B) {
 				measure("lost", func() {
 					m.start()
 					restored(2 * count)
-					m.poll("the bans", all)
+					nstest.Poll(m, "the bans", all)
 				})
 			})
 		}

@@ -1,33 +1,19 @@
 package fail2ban
 
 import (
-	"encoding/json"
 	"maps"
 	"os"
 	"slices"
 	"strings"
 	"testing"
+
+	"nftwl/pkg/nstest"
 )
 
 // doctor returns the status and the text of what nftwl doctor says of fail2ban.
 func (m *machine) doctor() map[string]string {
 	m.Helper()
-	// It exits with 1 where something else fails.
-	out, err := m.command("nftwl", "doctor", "--json").Output()
-	var results []struct{ Check, Status, Text, Remedy string }
-	if e := json.Unmarshal(out, &results); e != nil {
-		m.Fatalf("nftwl doctor: %v, %v\n%s", err, e, out)
-	}
-	found := make(map[string]string)
-	for _, r := range results {
-		if r.Check == "fail2ban" || strings.HasPrefix(r.Check, "fail2ban.") {
-			if (r.Status == "warn" || r.Status == "fail") != (r.Remedy != "") {
-				m.Errorf("%+v", r)
-			}
-			found[r.Check] = r.Status + ": " + r.Text
-		}
-	}
-	return found
+	return nstest.Diagnosis(m, nstest.Findings(m, m.Command("nftwl", "doctor", "--json"), "fail2ban"))
 }
 
 // diagnoses checks that nftwl doctor says so of fail2ban, and nothing else.
@@ -46,8 +32,8 @@ func (m *machine) diagnoses(want map[string]string) {
 }
 
 func TestDoctor(t *testing.T) {
-	each(t, func(t *testing.T, root string) {
-		m := boot(t, root, with{jails: `
+	each(t, func(t *testing.T, system nstest.Debian) {
+		m := boot(t, system, with{jails: `
 [sshd]
 enabled = true
 backend = auto
@@ -96,8 +82,8 @@ action = nftwl[nftwl=/usr/local/bin/nftwl, port="%(port)s"]
 
 // A file of nftwl's that is gone keeps fail2ban from starting.
 func TestDoctorMissingFile(t *testing.T) {
-	each(t, func(t *testing.T, root string) {
-		m := boot(t, root, with{})
+	each(t, func(t *testing.T, system nstest.Debian) {
+		m := boot(t, system, with{})
 		healthy := m.doctor()
 		for name, why := range map[string]string{
 			"action.d/nftwl.conf":         "Found no accessible config files for 'action.d/nftwl'",
@@ -114,7 +100,7 @@ func TestDoctorMissingFile(t *testing.T) {
 		running := maps.Clone(healthy)
 		running["fail2ban"] = "warn: fail2ban runs, but will not start again: Failed during configuration: Have not found any log file for sshd jail"
 		m.diagnoses(running)
-		m.must(os.Remove(m.path("etc/fail2ban/jail.d/own.local")))
+		nstest.Must(m, os.Remove(m.Path("etc/fail2ban/jail.d/own.local")))
 		m.diagnoses(healthy)
 		m.stop()
 		m.without("etc/fail2ban/action.d/nftwl.conf", func() {

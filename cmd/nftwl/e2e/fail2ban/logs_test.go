@@ -14,7 +14,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"nftwl/pkg/nstest"
 )
@@ -51,8 +50,6 @@ const (
 
 func b64(text string) string { return base64.StdEncoding.EncodeToString([]byte(text)) }
 
-func plain(user, password string) string { return b64("\x00" + user + "\x00" + password) }
-
 // hello is the first half of a TLS client's first record.
 const hello = "\x16\x03\x01\x02\x00\x01\x00"
 
@@ -62,12 +59,7 @@ func dial(from netip.Addr, port string) (*net.TCPConn, error) {
 	if from.Is6() {
 		server = server6
 	}
-	dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0)), Timeout: patience}
-	conn, err := dialer.Dial("tcp", net.JoinHostPort(server, port))
-	if err != nil {
-		return nil, err
-	}
-	return conn.(*net.TCPConn), conn.SetDeadline(time.Now().Add(patience))
+	return nstest.Dial(from.String(), server, port)
 }
 
 // hold has the visit's conversation, and ends it.
@@ -125,7 +117,7 @@ var visits = []visit{
 	{"IMAP: wrong, then right password, reset", "143", false, []string{"* OK", "a LOGIN alice wrong\r\n", "a NO", "b LOGIN alice secret\r\n", "b OK"}, reset, counts{guessed: 1}},
 	{"IMAP: AUTHENTICATE, reset", "143", false, []string{"* OK", "a AUTHENTICATE PLAIN\r\n", "+"}, reset, counts{probed: 1}},
 	{"IMAP: AUTHENTICATE, aborted", "143", false, []string{"* OK", "a AUTHENTICATE PLAIN\r\n", "+", "*\r\n", "a "}, reset, counts{probed: 1}},
-	{"IMAP: AUTHENTICATE PLAIN", "143", false, []string{"* OK", "a AUTHENTICATE PLAIN\r\n", "+", plain("alice", "wrong") + "\r\n", "a NO"}, reset, counts{failed: 1, guessed: 1}},
+	{"IMAP: AUTHENTICATE PLAIN", "143", false, []string{"* OK", "a AUTHENTICATE PLAIN\r\n", "+", nstest.PLAIN("alice", "wrong") + "\r\n", "a NO"}, reset, counts{failed: 1, guessed: 1}},
 	{"IMAP: CRAM-MD5", "143", false, []string{"* OK", "a AUTHENTICATE CRAM-MD5\r\n", "+", b64("alice 0123456789abcdef0123456789abcdef") + "\r\n", "a NO"}, reset, counts{failed: 1, guessed: 1}},
 	{"IMAP: reset in STARTTLS", "143", false, []string{"* OK", "a STARTTLS\r\n", "a OK", hello}, reset, counts{probed: 1}},
 	{"IMAPS: reset in the handshake", "993", false, []string{"", hello}, reset, counts{probed: 1}},
@@ -143,22 +135,22 @@ var visits = []visit{
 	{"POP3S: unknown user, close", "995", true, []string{"+OK", "USER info\r\n", "+OK", "PASS wrong\r\n", "-ERR"}, finish, counts{failed: 1, guessed: 1}},
 	{"POP3: reset after the greeting", "110", false, []string{"+OK"}, reset, counts{probed: 1}},
 
-	{"submission of Dovecot: wrong password, reset", "2587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + plain("alice", "wrong") + "\r\n", "535"}, reset, counts{failed: 1, guessed: 1}},
-	{"submission of Dovecot: wrong password, quit", "2587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + plain("alice", "wrong") + "\r\n", "535", "QUIT\r\n"}, leave, counts{failed: 1, guessed: 1}},
-	{"submission of Dovecot: unknown user, close", "2587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + plain("info", "wrong") + "\r\n", "535"}, finish, counts{failed: 1, guessed: 1}},
+	{"submission of Dovecot: wrong password, reset", "2587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + nstest.PLAIN("alice", "wrong") + "\r\n", "535"}, reset, counts{failed: 1, guessed: 1}},
+	{"submission of Dovecot: wrong password, quit", "2587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + nstest.PLAIN("alice", "wrong") + "\r\n", "535", "QUIT\r\n"}, leave, counts{failed: 1, guessed: 1}},
+	{"submission of Dovecot: unknown user, close", "2587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + nstest.PLAIN("info", "wrong") + "\r\n", "535"}, finish, counts{failed: 1, guessed: 1}},
 	{"submission of Dovecot: reset after EHLO", "2587", false, []string{"220", "EHLO x\r\n", "250 "}, reset, counts{probed: 1}},
 
-	{"ManageSieve: login", "4190", false, []string{"OK", `AUTHENTICATE "PLAIN" "` + plain("alice", "secret") + "\"\r\n", "OK", "LOGOUT\r\n"}, leave, nil},
-	{"ManageSieve: wrong password, reset", "4190", false, []string{"OK", `AUTHENTICATE "PLAIN" "` + plain("alice", "wrong") + "\"\r\n", "NO"}, reset, counts{failed: 1, guessed: 1}},
-	{"ManageSieve: wrong password, logout", "4190", false, []string{"OK", `AUTHENTICATE "PLAIN" "` + plain("alice", "wrong") + "\"\r\n", "NO", "LOGOUT\r\n"}, leave, counts{failed: 1, guessed: 1}},
+	{"ManageSieve: login", "4190", false, []string{"OK", `AUTHENTICATE "PLAIN" "` + nstest.PLAIN("alice", "secret") + "\"\r\n", "OK", "LOGOUT\r\n"}, leave, nil},
+	{"ManageSieve: wrong password, reset", "4190", false, []string{"OK", `AUTHENTICATE "PLAIN" "` + nstest.PLAIN("alice", "wrong") + "\"\r\n", "NO"}, reset, counts{failed: 1, guessed: 1}},
+	{"ManageSieve: wrong password, logout", "4190", false, []string{"OK", `AUTHENTICATE "PLAIN" "` + nstest.PLAIN("alice", "wrong") + "\"\r\n", "NO", "LOGOUT\r\n"}, leave, counts{failed: 1, guessed: 1}},
 	{"ManageSieve: reset after the greeting", "4190", false, []string{"OK"}, reset, counts{probed: 1}},
 
-	{"Postfix: login", "587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + plain("alice", "secret") + "\r\n", "235", "QUIT\r\n"}, leave, nil},
-	{"Postfix: wrong password, quit", "587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + plain("alice", "wrong") + "\r\n", "535", "QUIT\r\n"}, leave, counts{sasled: 1, guessed: 1}},
-	{"Postfix: wrong password, reset", "587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + plain("alice", "wrong") + "\r\n", "535"}, reset, counts{sasled: 1, lost: 1, guessed: 1}},
+	{"Postfix: login", "587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + nstest.PLAIN("alice", "secret") + "\r\n", "235", "QUIT\r\n"}, leave, nil},
+	{"Postfix: wrong password, quit", "587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + nstest.PLAIN("alice", "wrong") + "\r\n", "535", "QUIT\r\n"}, leave, counts{sasled: 1, guessed: 1}},
+	{"Postfix: wrong password, reset", "587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + nstest.PLAIN("alice", "wrong") + "\r\n", "535"}, reset, counts{sasled: 1, lost: 1, guessed: 1}},
 	{"Postfix: LOGIN, close", "25", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH LOGIN\r\n", "334", b64("alice") + "\r\n", "334", b64("wrong") + "\r\n", "535"}, finish, counts{sasled: 1, lost: 1, guessed: 1}},
 	{"Postfix: CRAM-MD5, quit", "25", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH CRAM-MD5\r\n", "334", b64("alice 0123456789abcdef0123456789abcdef") + "\r\n", "535", "QUIT\r\n"}, leave, counts{sasled: 1, guessed: 1}},
-	{"Postfix: unknown user, quit", "587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + plain("info", "wrong") + "\r\n", "535", "QUIT\r\n"}, leave, counts{sasled: 1, guessed: 1}},
+	{"Postfix: unknown user, quit", "587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + nstest.PLAIN("info", "wrong") + "\r\n", "535", "QUIT\r\n"}, leave, counts{sasled: 1, guessed: 1}},
 	{"Postfix: unknown mechanism, quit", "587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH NTLM\r\n", "535", "QUIT\r\n"}, leave, nil},
 	{"Postfix: AUTH, aborted", "587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH LOGIN\r\n", "334", "*\r\n", "501", "QUIT\r\n"}, leave, nil},
 	{"Postfix: reset in AUTH", "587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH LOGIN\r\n", "334"}, reset, counts{lost: 1}},
@@ -199,8 +191,8 @@ func withHostile(visits []visit) []visit {
 			n = 0
 		}
 		visits = append(visits,
-			visit{"IMAP: " + name, "143", false, []string{"* OK", "a AUTHENTICATE PLAIN\r\n", "+", plain(name, "wrong") + "\r\n", "a NO"}, reset, counts{failed: 1, guessed: n}},
-			visit{"Postfix: " + name, "587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + plain(name, "wrong") + "\r\n", "5", "QUIT\r\n"}, leave, counts{sasled: 1, guessed: n}})
+			visit{"IMAP: " + name, "143", false, []string{"* OK", "a AUTHENTICATE PLAIN\r\n", "+", nstest.PLAIN(name, "wrong") + "\r\n", "a NO"}, reset, counts{failed: 1, guessed: n}},
+			visit{"Postfix: " + name, "587", false, []string{"220", "EHLO x\r\n", "250 ", "AUTH PLAIN " + nstest.PLAIN(name, "wrong") + "\r\n", "5", "QUIT\r\n"}, leave, counts{sasled: 1, guessed: n}})
 	}
 	return visits
 }
@@ -209,11 +201,11 @@ func withHostile(visits []visit) []visit {
 // a real Dovecot and a real Postfix, each from an address of its own. A release
 // that words a line anew fails this.
 func TestRealLogs(t *testing.T) {
-	each(t, func(t *testing.T, root string) {
+	each(t, func(t *testing.T, system nstest.Debian) {
 		for _, log := range []string{"syslog", dir + "/dovecot.log"} {
 			t.Run(filepath.Base(log), func(t *testing.T) {
 				t.Parallel()
-				d := startDaemons(t, root, log)
+				d := startDaemons(t, system, log)
 				clients := make(map[netip.Addr]visit)
 				for i, v := range withHostile(visits) {
 					clients[addr(fmt.Sprintf("192.0.2.%d", i+1))] = v
@@ -238,7 +230,7 @@ func TestRealLogs(t *testing.T) {
 					})
 				}
 				wg.Wait()
-				d.write("log", d.stop(), 0o644)
+				nstest.Write(d, dir+"/log", d.stop(), 0o644)
 
 				for _, jail := range []string{failed, probed, guessed, sasled, lost, spammed} {
 					got := d.count(jail, "file")
@@ -271,7 +263,7 @@ func TestRealLogs(t *testing.T) {
 
 // linesOf returns the lines of the log that name an address.
 func (d *daemons) linesOf(who netip.Addr) string {
-	return strings.Join(regexp.MustCompile(`(?m)^.*\b`+regexp.QuoteMeta(who.String())+`\b.*$`).FindAllString(d.read("log"), -1), "\n")
+	return strings.Join(regexp.MustCompile(`(?m)^.*\b`+regexp.QuoteMeta(who.String())+`\b.*$`).FindAllString(nstest.Read(d, dir+"/log"), -1), "\n")
 }
 
 // count returns how often a jail's filter finds each address in the log.
@@ -296,7 +288,7 @@ func (d *daemons) failures(jail, logtype string) (found []failure) {
 	d.Helper()
 	config := filepath.Join(dir, "fail2ban")
 	if _, err := os.Stat(config); err != nil {
-		configureFail2ban(d, d.root, config)
+		configureFail2ban(d, d.Debian, config)
 	}
 	mode := "normal" // as in fail2ban's jail.conf
 	if jail == probed {
@@ -305,7 +297,7 @@ func (d *daemons) failures(jail, logtype string) (found []failure) {
 	filter, options, _ := strings.Cut(strings.TrimSuffix(filterOf(d, jail), "]"), "[")
 	options = strings.ReplaceAll(options, "%(mode)s", mode)
 	filter += "[" + strings.TrimPrefix(options+",logtype="+logtype, ",") + "]"
-	out := d.chroot("fail2ban-regex", "--config", config, "--out", "<ip> <matches>", dir+"/log", filter)
+	out := d.Run(d, "fail2ban-regex", "--config", config, "--out", "<ip> <matches>", dir+"/log", filter)
 	for line := range strings.Lines(out) {
 		who, line, _ := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
 		address, err := netip.ParseAddr(who)
@@ -320,11 +312,7 @@ func (d *daemons) failures(jail, logtype string) (found []failure) {
 // filterOf returns the filter that contrib has for a jail.
 func filterOf(t testing.TB, jail string) string {
 	t.Helper()
-	text, err := os.ReadFile(filepath.Join(nstest.Root(t), "contrib/fail2ban/jail.d/nftwl.conf"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, section, _ := strings.Cut(string(text), "\n["+jail+"]\n")
+	_, section, _ := strings.Cut(nstest.Contrib(t, "fail2ban/jail.d/nftwl.conf"), "\n["+jail+"]\n")
 	section, _, _ = strings.Cut(section, "\n[")
 	if m := regexp.MustCompile(`(?m)^filter = (.*)$`).FindStringSubmatch(section); m != nil {
 		return m[1]

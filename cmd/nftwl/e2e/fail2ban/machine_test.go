@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -22,10 +21,6 @@ import (
 
 	"nftwl/pkg/nstest"
 )
-
-// patience bounds each wait for something that must happen. It is no guess of
-// how long that takes: every wait ends as soon as it has happened.
-const patience = 30 * time.Second
 
 // firewall is the file that nftables.service would load, at boot and at each
 // reload.
@@ -73,40 +68,26 @@ type with struct {
 // in the places where they are installed; and the internet, a cable away.
 type machine struct {
 	testing.TB
-	root     string // of an installed Debian
+	nstest.Debian
 	internet *nstest.Peer
 	fail2ban *exec.Cmd // nil while it is stopped
 	out      strings.Builder
 }
 
-// systems are the roots of those whose fail2ban must do: 1.0 and 1.1.
-var systems = []struct {
-	name string
-	root func(testing.TB) string
-}{
-	{"host", func(t testing.TB) string {
-		nstest.Need(t, "fail2ban-server", "fail2ban")
-		return "/"
-	}},
-	{"trixie", nstest.Trixie},
-}
-
-// each runs a test on every system.
-func each(t *testing.T, test func(t *testing.T, root string)) {
+// each runs a test on every system, whose fail2ban is 1.0 or 1.1.
+func each(t *testing.T, test func(t *testing.T, system nstest.Debian)) {
 	t.Parallel()
-	for _, s := range systems {
-		t.Run(s.name, func(t *testing.T) {
-			t.Parallel()
-			test(t, s.root(t))
-		})
-	}
+	nstest.EachDebian(t, func(t *testing.T, system nstest.Debian) {
+		system.Need(t, "usr/bin/fail2ban-server", "fail2ban")
+		test(t, system)
+	})
 }
 
 // boot makes a machine in new network and mount namespaces, loads its firewall
 // and starts fail2ban. The calling goroutine stays in them: see nstest.New.
-func boot(t testing.TB, root string, w with) *machine {
+func boot(t testing.TB, system nstest.Debian, w with) *machine {
 	t.Helper()
-	m := &machine{TB: t, root: root}
+	m := &machine{TB: t, Debian: system}
 	nftwl := nstest.Build(t, "cmd/nftwl")
 	contrib := filepath.Join(nstest.Root(t), "contrib")
 
@@ -114,53 +95,42 @@ func boot(t testing.TB, root string, w with) *machine {
 	m.internet = nstest.NewPeer(t, "198.51.100.0/24", "203.0.113.0/24", "2001:db8:a::/48",
 		"46.38.145.0/24", "60.161.14.0/24", "68.236.203.0/24", "87.246.7.0/24")
 
-	m.must(unix.Unshare(unix.CLONE_NEWNS))
-	m.must(unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
-	for _, name := range []string{"run", "var/log", "var/lib"} {
-		m.must(unix.Mount("none", m.path(name), "tmpfs", 0, "mode=755"))
-	}
-	if root != "/" {
-		for _, name := range []string{"dev", "proc"} {
-			m.must(unix.Mount("/"+name, m.path(name), "", unix.MS_BIND|unix.MS_REC, ""))
-		}
-	}
+	m.Tree(t, "var/log", "var/lib")
 	for _, name := range []string{"run/fail2ban", "var/lib/fail2ban", "var/lib/nftwl", "run/etc/nftwl"} {
-		m.must(os.MkdirAll(m.path(name), 0o755))
+		nstest.Must(m, os.MkdirAll(m.Path(name), 0o755))
 	}
 	m.write("var/log/mail.log", "")
 	m.write("var/log/auth.log", "")
 
-	// Read-only overlays: the machine's own folders, and ours before them.
-	m.overlay("usr/bin", filepath.Dir(nftwl))
+	// Read-only overlays: the machine's own directories, and ours before them.
+	m.Overlay(t, "usr/bin", filepath.Dir(nftwl))
 	m.write("run/etc/nftables.conf", firewall)
 	rules, err := filepath.Glob(filepath.Join(contrib, "nftables/*.nft"))
-	m.must(err)
+	nstest.Must(m, err)
 	for _, name := range rules {
-		text, err := os.ReadFile(name)
-		m.must(err)
+		text := nstest.Read(t, name)
 		if w.firewall != nil {
-			text = []byte(w.firewall(string(text)))
+			text = w.firewall(text)
 		}
-		m.write("run/etc/nftwl/"+filepath.Base(name), string(text))
+		m.write("run/etc/nftwl/"+filepath.Base(name), text)
 	}
 	if w.config != "" {
 		m.write("run/etc/nftwl.yaml", w.config)
 	} else {
-		// What overlayfs takes for "no such file here".
-		m.must(unix.Mknod(m.path("run/etc/nftwl.yaml"), unix.S_IFCHR, 0))
+		nstest.Whiteout(t, m.Path("run/etc/nftwl.yaml"))
 	}
 	// fail2ban looks up its own name, which a test's name server does not know.
 	host, err := os.Hostname()
-	m.must(err)
+	nstest.Must(m, err)
 	m.write("run/etc/hosts", "127.0.0.1 localhost "+host+"\n::1 localhost "+host+"\n")
-	m.overlay("etc", m.path("run/etc"))
-	configureFail2ban(t, root, m.path("run/jails"))
-	m.must(unix.Mount(m.path("run/jails"), m.path("etc/fail2ban"), "", unix.MS_BIND, ""))
+	m.Overlay(t, "etc", m.Path("run/etc"))
+	configureFail2ban(t, system, m.Path("run/jails"))
+	nstest.Must(m, unix.Mount(m.Path("run/jails"), m.Path("etc/fail2ban"), "", unix.MS_BIND, ""))
 	m.write("etc/fail2ban/jail.local", allJails)
 	m.write("etc/fail2ban/jail.d/test.local", w.jails)
 
-	for _, port := range []int{22, 25, 110, 143, 465, 587, 993, 995, 4190} {
-		m.listen(port)
+	for _, port := range []uint16{22, 25, 110, 143, 465, 587, 993, 995, 4190} {
+		nstest.Echo(t, port)
 	}
 	m.run("nft", "-f", "/etc/nftables.conf")
 	m.Cleanup(func() {
@@ -176,111 +146,48 @@ func boot(t testing.TB, root string, w with) *machine {
 }
 
 // configureFail2ban makes a directory of a system's configuration and our files.
-func configureFail2ban(t testing.TB, root, dir string) {
+func configureFail2ban(t testing.TB, system nstest.Debian, dir string) {
 	t.Helper()
-	for _, from := range []string{filepath.Join(root, "etc/fail2ban"), filepath.Join(nstest.Root(t), "contrib/fail2ban")} {
-		if out, err := exec.Command("cp", "-r", "-T", from, dir).CombinedOutput(); err != nil {
-			t.Fatalf("cp: %v: %s", err, out)
-		}
+	for _, from := range []string{system.Path("etc/fail2ban"), filepath.Join(nstest.Root(t), "contrib/fail2ban")} {
+		nstest.Run(t, "cp", "-r", "-T", from, dir)
 	}
 }
 
 // without has a file of the machine's gone for a while.
 func (m *machine) without(name string, f func()) {
 	m.Helper()
-	m.must(os.Rename(m.path(name), m.path(name+".gone")))
+	nstest.Must(m, os.Rename(m.Path(name), m.Path(name+".gone")))
 	f()
-	m.must(os.Rename(m.path(name+".gone"), m.path(name)))
+	nstest.Must(m, os.Rename(m.Path(name+".gone"), m.Path(name)))
 }
-
-// path is where the test finds a file of the machine's.
-func (m *machine) path(name string) string { return filepath.Join(m.root, name) }
 
 func (m *machine) write(name, text string) {
 	m.Helper()
-	m.must(os.WriteFile(m.path(name), []byte(text), 0o644))
-	m.must(os.Chmod(m.path(name), 0o644)) // whatever the umask
-}
-
-func (m *machine) overlay(folder string, above ...string) {
-	m.Helper()
-	folder = m.path(folder)
-	lower := strings.Join(append(above, folder), ":")
-	m.must(unix.Mount("overlay", folder, "overlay", unix.MS_RDONLY, "lowerdir="+lower))
-}
-
-func (m *machine) listen(port int) {
-	m.Helper()
-	l, err := net.Listen("tcp", fmt.Sprint(":", port))
-	m.must(err)
-	m.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			conn.Close()
-		}
-	}()
-}
-
-// command is a command on the machine, with the environment of a unit of
-// systemd's.
-func (m *machine) command(name string, args ...string) *exec.Cmd {
-	cmd := exec.Command("/usr/bin/env", append([]string{name}, args...)...)
-	cmd.Dir = "/"
-	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: m.root}
-	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", "LANG=C.UTF-8", "TZ=UTC"}
-	return cmd
+	nstest.Write(m, m.Path(name), text, 0o644)
 }
 
 func (m *machine) run(name string, args ...string) string {
 	m.Helper()
-	out, err := m.command(name, args...).CombinedOutput()
-	if err != nil {
-		m.Fatalf("%s %q: %v\n%s", name, args, err, out)
-	}
-	return string(out)
+	return m.Run(m, name, args...)
 }
 
 // status runs a command and returns its exit status.
 func (m *machine) status(name string, args ...string) int {
 	m.Helper()
-	err := m.command(name, args...).Run()
+	err := m.Command(name, args...).Run()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
 		return exit.ExitCode()
 	}
-	m.must(err)
+	nstest.Must(m, err)
 	return 0
-}
-
-func (m *machine) must(err error) {
-	m.Helper()
-	if err != nil {
-		m.Fatal(err)
-	}
-}
-
-func (m *machine) poll(what string, done func() bool) {
-	m.Helper()
-	for end := time.Now().Add(patience); !done(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(end) {
-			m.Fatalf("waited %v for %s", patience, what)
-		}
-	}
 }
 
 const journal = "var/log/fail2ban.log"
 
 // said is what fail2ban has logged.
 func (m *machine) said() string {
-	text, err := os.ReadFile(m.path(journal))
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		m.Fatal(err)
-	}
-	return string(text)
+	return nstest.Read(m, m.Path(journal))
 }
 
 // count returns how many lines of fail2ban's log end in text.
@@ -300,10 +207,10 @@ func (m *machine) start() {
 	m.Helper()
 	started := regexp.MustCompile(`Jail '[\w-]+' started`)
 	before, jails := len(started.FindAllString(m.said(), -1)), 0
-	cmd := m.command("fail2ban-server", "-xf", "start")
+	cmd := m.Command("fail2ban-server", "-xf", "start")
 	cmd.Stdout, cmd.Stderr = &m.out, &m.out
 	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
-	m.must(cmd.Start())
+	nstest.Must(m, cmd.Start())
 	done := make(chan struct{})
 	go func() {
 		_ = cmd.Wait() // its log says why it ended
@@ -311,7 +218,7 @@ func (m *machine) start() {
 	}()
 	m.fail2ban = cmd
 	jails = strings.Count(m.run("fail2ban-client", "--dump"), "['start', ")
-	m.poll("fail2ban to start its jails", func() bool {
+	nstest.Poll(m, "fail2ban to start its jails", func() bool {
 		select {
 		case <-done:
 			m.Fatal("fail2ban does not start")
@@ -325,7 +232,7 @@ func (m *machine) start() {
 func (m *machine) stop() {
 	m.Helper()
 	m.run("fail2ban-client", "stop")
-	m.poll("fail2ban to end", func() bool {
+	nstest.Poll(m, "fail2ban to end", func() bool {
 		return m.fail2ban.Process.Signal(syscall.Signal(0)) != nil
 	})
 	m.fail2ban = nil
@@ -341,15 +248,15 @@ func (m *machine) log(lines ...string) { m.logAt(time.Now(), lines...) }
 
 func (m *machine) logAt(when time.Time, lines ...string) {
 	m.Helper()
-	f, err := os.OpenFile(m.path("var/log/mail.log"), os.O_APPEND|os.O_WRONLY, 0)
-	m.must(err)
+	f, err := os.OpenFile(m.Path("var/log/mail.log"), os.O_APPEND|os.O_WRONLY, 0)
+	nstest.Must(m, err)
 	defer f.Close()
 	var text strings.Builder
 	for _, line := range lines {
 		fmt.Fprintf(&text, "%s mail %s\n", when.UTC().Format(time.Stamp), line)
 	}
 	_, err = io.WriteString(f, text.String())
-	m.must(err)
+	nstest.Must(m, err)
 }
 
 // A ban is what the elements of an address have in common.
@@ -393,7 +300,7 @@ type element struct {
 
 func (m *machine) list() (elements []element) {
 	m.Helper()
-	m.must(json.Unmarshal([]byte(m.run("nftwl", "list", "--json", "banned")), &elements))
+	nstest.Must(m, json.Unmarshal([]byte(m.run("nftwl", "list", "--json", "banned")), &elements))
 	return elements
 }
 
@@ -402,13 +309,12 @@ func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Se
 // banned waits until exactly these bans are in force.
 func (m *machine) banned(want bans) {
 	m.Helper()
-	var got bans
-	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
-		if got = m.bans(); reflect.DeepEqual(got, want) {
-			return
+	nstest.Until(m, "the bans", func() error {
+		if got := m.bans(); !reflect.DeepEqual(got, want) {
+			return fmt.Errorf("they are\n%v\nand should be\n%v", got, want)
 		}
-	}
-	m.Fatalf("banned are\n%v\nand should be\n%v", got, want)
+		return nil
+	})
 }
 
 func (b bans) String() string {

@@ -4,7 +4,6 @@
 package fail2ban
 
 import (
-	"flag"
 	"testing"
 
 	"nftwl/pkg/nstest"
@@ -13,6 +12,6 @@ import (
 func TestMain(m *testing.M) {
 	// These tests wait rather than work: fail2ban looks at its logs, and at its
 	// clock, a few times in two seconds.
-	flag.Set("test.parallel", "8")
+	nstest.Parallel(8)
 	nstest.Main(m)
 }

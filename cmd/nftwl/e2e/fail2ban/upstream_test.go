@@ -81,8 +81,8 @@ func samples(t *testing.T, file string) (all []sample) {
 // Our filters make of fail2ban's own samples what its filters make of them: each
 // line counts in one jail, for its address.
 func TestUpstreamLogs(t *testing.T) {
-	each(t, func(t *testing.T, root string) {
-		d := newDaemons(t, root)
+	each(t, func(t *testing.T, system nstest.Debian) {
+		d := newDaemons(t, system)
 		used := make(map[int]bool)
 		for _, c := range []struct {
 			file, mode string
@@ -96,13 +96,13 @@ func TestUpstreamLogs(t *testing.T) {
 		} {
 			var lines []sample
 			var log strings.Builder
-			for _, s := range samples(t, filepath.Join(root, upstream, c.file)) {
+			for _, s := range samples(t, system.Path(filepath.Join(upstream, c.file))) {
 				if slices.Contains(s.modes, c.mode) {
 					lines = append(lines, s)
 					log.WriteString(s.line + "\n")
 				}
 			}
-			d.write("log", log.String(), 0o644)
+			nstest.Write(d, dir+"/log", log.String(), 0o644)
 			found := make(map[string][]netip.Addr)
 			for _, jail := range c.jails {
 				for _, f := range d.failures(jail, "file") {

@@ -14,8 +14,7 @@ import (
 // machine that was installed by the README. TestDocsBlocksRun of cmd/nftwl finds
 // those that are in no test.
 func TestDocsCommands(t *testing.T) {
-	t.Parallel()
-	eachWay(t, func(t *testing.T, b base, source bool) {
+	eachWay(t, func(t *testing.T, b nstest.Debian, source bool) {
 		m := newUninstalled(t, b)
 		m.installs(source)
 		m.settle()
@@ -82,9 +81,7 @@ func TestDocsCommands(t *testing.T) {
 
 // Dovecot without root, and Dovecot without the capability.
 func TestDocsPrivileges(t *testing.T) {
-	t.Parallel()
-	onEach(t, func(t *testing.T, b base) {
-		t.Parallel()
+	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newUninstalled(t, b)
 		m.installs(false)
 		m.settle()
@@ -102,7 +99,7 @@ func TestDocsPrivileges(t *testing.T) {
 
 		m.shell(blocks[0].Text)
 		text, err := os.ReadFile(filepath.Join(nstest.Root(t), "docs/privileges.md"))
-		m.must(err)
+		nstest.Must(m, err)
 		words := strings.Join(strings.Fields(string(text)), " ")
 		const user, executable = "user = nftwl-login", "executable = script-login /usr/local/sbin/nftwl login"
 		if !strings.Contains(words, "`"+user+"` and `"+executable+"`") {
@@ -110,7 +107,7 @@ func TestDocsPrivileges(t *testing.T) {
 		}
 		m.run("sed", "-i", "-e", "s,user = root,"+user+",", "-e", "s,executable = script-login .*,"+executable+",", "/etc/dovecot/conf.d/90-nftwl.conf")
 		m.run("doveadm", "reload")
-		m.until("nftwl runs as another user", func() error {
+		nstest.Until(m, "nftwl runs as another user", func() error {
 			m.logsIn(2)
 			if out := m.run("doveconf", "-n"); !strings.Contains(out, user) {
 				return errors.New(out)
@@ -123,12 +120,10 @@ func TestDocsPrivileges(t *testing.T) {
 
 // From a plain fail2ban to one that bans through nftwl, and back.
 func TestDocsFail2ban(t *testing.T) {
-	t.Parallel()
-	onEach(t, func(t *testing.T, b base) {
-		t.Parallel()
+	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newUninstalled(t, b)
 		if !m.exists("usr/bin/fail2ban-client") {
-			nstest.Skip(t, "no fail2ban on %s", b.name)
+			nstest.Skip(t, "no fail2ban on %s", b.Release)
 		}
 		m.installs(false)
 		m.settle()
@@ -147,7 +142,7 @@ func TestDocsFail2ban(t *testing.T) {
 		}
 		answers := func() {
 			m.Helper()
-			m.until("fail2ban answers", func() error {
+			nstest.Until(m, "fail2ban answers", func() error {
 				_, err := m.try("fail2ban-client", "ping")
 				return err
 			})
@@ -155,14 +150,14 @@ func TestDocsFail2ban(t *testing.T) {
 		shell(nstest.Blocks(t, "docs/fail2ban.md", "With fail2ban"))
 		answers()
 		m.run("fail2ban-client", "set", "dovecot", "banip", "198.51.100.66")
-		m.until("it bans", func() error {
+		nstest.Until(m, "it bans", func() error {
 			_, err := m.try("nftwl", "check", "-q", "--banned", "--port", "143", "198.51.100.66")
 			return err
 		})
 		if out := shell(nstest.Blocks(t, "docs/fail2ban.md", "Seeing and ending bans")); !strings.Contains(out, "198.51.100.66  110,143") {
 			t.Errorf("the ban is not in\n%s", out)
 		}
-		m.until("the ban ends", func() error {
+		nstest.Until(m, "the ban ends", func() error {
 			if _, err := m.try("nftwl", "check", "-q", "--banned", "--port", "143", "198.51.100.66"); err == nil {
 				return errors.New("not yet")
 			}

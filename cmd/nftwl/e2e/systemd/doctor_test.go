@@ -1,7 +1,6 @@
 package systemd
 
 import (
-	"encoding/json"
 	"fmt"
 	"maps"
 	"os"
@@ -10,40 +9,24 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"nftwl/pkg/nstest"
 )
 
-// doctor returns the status and the text of each check whose name begins so.
-// No name may be there twice.
+// doctor returns the status and the text of each check in a group.
 func (m *machine) doctor(group string) map[string]string {
 	m.Helper()
-	found, _ := m.findings(group)
-	return found
+	return nstest.Diagnosis(m, m.findings(group))
 }
 
-// findings returns the commands of the remedies, too.
-func (m *machine) findings(group string) (found, commands map[string]string) {
+// remedies returns the commands of the remedies, by check.
+func (m *machine) remedies(group string) map[string]string {
 	m.Helper()
-	// It exits with 1 where another group's check fails.
-	out, err := m.try("nftwl", "doctor", "--json")
-	var results []struct{ Check, Status, Text, Remedy, Command string }
-	if e := json.Unmarshal([]byte(out), &results); e != nil {
-		m.Fatalf("nftwl doctor: %v, %v\n%s", err, e, out)
+	commands := make(map[string]string)
+	for _, f := range m.findings(group) {
+		commands[f.Check] = f.Command
 	}
-	found, commands = make(map[string]string), make(map[string]string)
-	for _, r := range results {
-		if r.Check != group && !strings.HasPrefix(r.Check, group+".") {
-			continue
-		}
-		if before := found[r.Check]; before != "" {
-			m.Errorf("%s is there twice: %s, and %s", r.Check, before, r.Text)
-		}
-		if (r.Status == "warn" || r.Status == "fail") != (r.Remedy != "") || strings.Contains(r.Text+r.Remedy, "\n") {
-			m.Errorf("%+v", r)
-		}
-		found[r.Check] = r.Status + ": " + r.Text
-		commands[r.Check] = r.Command
-	}
-	return found, commands
+	return commands
 }
 
 // diagnoses checks that these checks say this, each a regular expression, and
@@ -81,7 +64,7 @@ func (m *machine) tries(group string, faults []fault) {
 			m.FailNow()
 		}
 		if f.mend == nil {
-			_, commands := m.findings(group)
+			commands := m.remedies(group)
 			for check := range f.diagnosis {
 				m.run("sh", "-euc", commands[check])
 			}
@@ -111,9 +94,7 @@ func (m *machine) only() {
 }
 
 func TestDoctorPersistence(t *testing.T) {
-	t.Parallel()
-	onEach(t, func(t *testing.T, b base) {
-		t.Parallel()
+	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newMachine(t, b)
 		m.only()
 		const file = "/" + snapshotFile
@@ -123,7 +104,7 @@ func TestDoctorPersistence(t *testing.T) {
 			"persistence.snapshot": "skip: no snapshot yet: " + file,
 		})
 		// The remedy of a fresh machine, as it is written, enables what README does.
-		_, commands := m.findings("persistence")
+		commands := m.remedies("persistence")
 		m.run("sh", "-euc", commands["persistence.unit"])
 		m.settle()
 		m.diagnoses("nobody is trusted yet", "persistence", map[string]string{
@@ -152,7 +133,7 @@ func TestDoctorPersistence(t *testing.T) {
 		}
 		older := func() {
 			// In its place, as it has an owner.
-			m.must(os.WriteFile(m.file(snapshotFile), []byte(m.older(2*time.Hour)), 0))
+			nstest.Must(m, os.WriteFile(m.file(snapshotFile), []byte(m.older(2*time.Hour)), 0))
 		}
 		nothing := map[string]string{"persistence.save": "skip: nothing is saved while nftwl-persist.service is "}
 		with := func(check, text string) map[string]string {
@@ -261,9 +242,7 @@ func TestDoctorPersistence(t *testing.T) {
 
 // Where a unit of ours loads the rules.
 func TestDoctorStandalone(t *testing.T) {
-	t.Parallel()
-	onEach(t, func(t *testing.T, b base) {
-		t.Parallel()
+	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newStandalone(t, b)
 		m.only()
 		m.fill()
@@ -308,9 +287,7 @@ func TestDoctorStandalone(t *testing.T) {
 
 // A Dovecot that does not run, or that its unit keeps from nftables.
 func TestDoctorDovecotUnit(t *testing.T) {
-	t.Parallel()
-	onEach(t, func(t *testing.T, b base) {
-		t.Parallel()
+	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newMachine(t, b)
 		m.run("rm", "-f", "/usr/bin/fail2ban-client")
 		m.mail()
@@ -329,7 +306,7 @@ func TestDoctorDovecotUnit(t *testing.T) {
 				"dovecot.running": "skip: ", "dovecot.login": "skip: "}},
 			{"failed", func() {
 				m.commands("systemctl kill --signal=KILL dovecot")()
-				m.until("dovecot.service has failed", func() error { _, err := m.try("systemctl", "is-failed", "-q", "dovecot"); return err })
+				nstest.Until(m, "dovecot.service has failed", func() error { _, err := m.try("systemctl", "is-failed", "-q", "dovecot"); return err })
 			}, m.commands("systemctl restart dovecot"), map[string]string{
 				"dovecot.running": "fail: dovecot.service has failed: result signal", "dovecot.login": "skip: "}},
 			{"capabilities", unit("CapabilityBoundingSet=~CAP_NET_ADMIN"), nil, map[string]string{

@@ -3,12 +3,9 @@ package systemd
 import (
 	"errors"
 	"fmt"
-	"net"
-	"net/textproto"
 	"os"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"strings"
 	"testing"
 
@@ -19,15 +16,13 @@ import (
 // document, in its order; with wrong passwords that Dovecot logs where this
 // system's fail2ban looks for them: a file, or the journal.
 func TestFail2banDocument(t *testing.T) {
-	t.Parallel()
-	onEach(t, func(t *testing.T, b base) {
-		t.Parallel()
+	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newMachine(t, b)
 		m.mail()
 		m.install()
 		m.withFail2ban()
 		text, err := os.ReadFile(filepath.Join(nstest.Root(t), "docs/fail2ban.md"))
-		m.must(err)
+		nstest.Must(m, err)
 		blocks := regexp.MustCompile("(?s)\n```sh\n(.*?\n)```\n").FindAllStringSubmatch(string(text), -1)
 		if len(blocks) != 3 {
 			t.Fatalf("%d blocks of commands, and not to set up, to end bans and to undo", len(blocks))
@@ -35,7 +30,7 @@ func TestFail2banDocument(t *testing.T) {
 		const who, port = "198.51.100.66", "143"
 		banned := func(address string, want bool) {
 			t.Helper()
-			m.until(fmt.Sprintf("%s is banned: %v", address, want), func() error {
+			nstest.Until(m, fmt.Sprintf("%s is banned: %v", address, want), func() error {
 				if _, err := m.try("nftwl", "check", "-q", "--banned", "--port", port, address); (err == nil) != want {
 					return errors.New("not yet")
 				}
@@ -64,7 +59,7 @@ func TestFail2banDocument(t *testing.T) {
 		m.run("nftwl", "flush", "banned")
 		banned(client(7), false)
 		m.run("fail2ban-client", "set", "dovecot", "banip", "203.0.113.0/24")
-		m.until("the error", func() error {
+		nstest.Until(m, "the error", func() error {
 			if log := m.read("var/log/fail2ban.log"); !regexp.MustCompile(`nftwl: error: .*203\.0\.113\.0/24`).MatchString(log) {
 				return errors.New(log)
 			}
@@ -113,7 +108,7 @@ func (m *machine) withFail2ban() {
 	if !strings.Contains(m.read("etc/fail2ban/paths-debian.conf"), "dovecot_backend = systemd") {
 		m.write("etc/dovecot/conf.d/92-log.conf", "log_path = /var/log/mail.log\n")
 	}
-	m.must(os.MkdirAll(m.file("var/lib/fail2ban"), 0o755))
+	nstest.Must(m, os.MkdirAll(m.file("var/lib/fail2ban"), 0o755))
 	m.run("systemctl", "enable", "--now", "dovecot", "fail2ban")
 	m.fail2banRuns()
 }
@@ -121,7 +116,7 @@ func (m *machine) withFail2ban() {
 // fail2banRuns checks that fail2ban has these jails besides sshd's.
 func (m *machine) fail2banRuns(jails ...string) {
 	m.Helper()
-	m.until("fail2ban has its jails", func() error {
+	nstest.Until(m, "fail2ban has its jails", func() error {
 		out, err := m.try("fail2ban-client", "status")
 		if err != nil {
 			return errors.New(out)
@@ -144,7 +139,7 @@ func (m *machine) fail2banRuns(jails ...string) {
 
 func (m *machine) fail2banBans(who string, want bool) {
 	m.Helper()
-	m.until(fmt.Sprintf("fail2ban lists %s: %v", who, want), func() error {
+	nstest.Until(m, fmt.Sprintf("fail2ban lists %s: %v", who, want), func() error {
 		if out := m.run("fail2ban-client", "status", "dovecot"); strings.Contains(out, who) != want {
 			return errors.New(out)
 		}
@@ -154,36 +149,13 @@ func (m *machine) fail2banBans(who string, want bool) {
 
 func (m *machine) read(name string) string {
 	m.Helper()
-	text, err := os.ReadFile(m.file(name))
-	m.must(err)
-	return string(text)
+	return nstest.Read(m, m.file(name))
 }
 
-// guesses tries a password by IMAP, and hangs up.
+// guesses tries a wrong password by IMAP, and hangs up.
 func (m *machine) guesses(from, password string) {
 	m.Helper()
-	var err error
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // as in imap
-		if err = m.joinNetwork(); err != nil {
-			return
-		}
-		dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}, Timeout: patience}
-		conn, e := dialer.Dial("tcp", net.JoinHostPort(mailServer, "143"))
-		if err = e; err != nil {
-			return
-		}
-		c := textproto.NewConn(conn)
-		defer c.Close()
-		if err = c.PrintfLine("a LOGIN alice %s", password); err != nil {
-			return
-		}
-		for line := ""; err == nil && !strings.HasPrefix(line, "a NO "); {
-			line, err = c.ReadLine()
-		}
-	}()
-	<-done
-	m.must(err)
+	if err := m.visit(from, nstest.IMAPLogin, password); !errors.Is(err, nstest.ErrDenied) {
+		m.Fatalf("a wrong password: %v, want %v", err, nstest.ErrDenied)
+	}
 }

@@ -1,17 +1,17 @@
 package systemd
 
 import (
-	"encoding/json"
 	"strings"
 	"testing"
+
+	"nftwl/pkg/nstest"
 )
 
 // Installed, and nothing else: whoever does what doctor says, and nothing but
 // that, has logins that are trusted, and stay so. No command fails that it
 // prints, nor one that the command then prints as the next.
 func TestFreshDoctor(t *testing.T) {
-	t.Parallel()
-	eachWay(t, func(t *testing.T, b base, source bool) {
+	eachWay(t, func(t *testing.T, b nstest.Debian, source bool) {
 		m := newUninstalled(t, b)
 		m.write("etc/nftables.conf", debian)
 		if source {
@@ -21,11 +21,8 @@ func TestFreshDoctor(t *testing.T) {
 		}
 		done := map[string]bool{}
 		for again := true; again; {
-			out, _ := m.try("nftwl", "doctor", "--json")
-			var results []struct{ Status, Command string }
-			m.must(json.Unmarshal([]byte(out), &results))
 			again = false
-			for _, r := range results {
+			for _, r := range m.findings() {
 				if r.Status != "ok" && r.Status != "skip" && r.Command != "" && !done[r.Command] {
 					again, done[r.Command] = true, true
 					if strings.HasPrefix(r.Command, "nftwl setup ") {

@@ -1,7 +1,6 @@
 package systemd
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -23,8 +22,7 @@ import (
 // never heard of nftwl, from a package and from source. It ends with a doctor
 // that finds nothing. Undone as the README says, mail still comes and goes.
 func TestReadmeInstall(t *testing.T) {
-	t.Parallel()
-	eachWay(t, func(t *testing.T, b base, source bool) {
+	eachWay(t, func(t *testing.T, b nstest.Debian, source bool) {
 		m := newUninstalled(t, b)
 		before := m.etc()
 		start := time.Now()
@@ -51,7 +49,7 @@ func TestReadmeInstall(t *testing.T) {
 		m.write("etc/nftwl.yaml", "policy: {}\n")
 		m.run("nftwl", "setup", "policy", "--write")
 		m.run("sh", "-euc", "systemctl daemon-reload; systemctl enable --now nftwld.socket nftwld; doveadm reload")
-		m.until("a report arrives", func() error {
+		nstest.Until(m, "a report arrives", func() error {
 			m.logsIn(3)
 			if m.nftwldStatus().Reports["imap"]["success"] == 0 {
 				return errors.New("not yet")
@@ -88,11 +86,10 @@ func TestReadmeInstall(t *testing.T) {
 
 // eachWay runs a test for each way to install: from a package, and from source
 // where there is Go.
-func eachWay(t *testing.T, test func(t *testing.T, b base, source bool)) {
-	onEach(t, func(t *testing.T, b base) {
-		t.Parallel()
+func eachWay(t *testing.T, test func(t *testing.T, b nstest.Debian, source bool)) {
+	onEach(t, func(t *testing.T, b nstest.Debian) {
 		t.Run("package", func(t *testing.T) { t.Parallel(); test(t, b, false) })
-		if b.root == "/" {
+		if b.Root == "/" {
 			t.Run("source", func(t *testing.T) { t.Parallel(); test(t, b, true) })
 		}
 	})
@@ -102,7 +99,7 @@ func eachWay(t *testing.T, test func(t *testing.T, b base, source bool)) {
 func (m *machine) installs(source bool) {
 	m.Helper()
 	m.write("etc/apt/apt.conf.d/90-nftwl-test", "APT::Get::Assume-Yes \"true\";\n")
-	m.must(os.Rename(m.file("root/new.deb"), m.file("root/nftwl_1.2.3_amd64.deb")))
+	nstest.Must(m, os.Rename(m.file("root/new.deb"), m.file("root/nftwl_1.2.3_amd64.deb")))
 	for _, b := range nstest.Blocks(m, "README.md", "Install") {
 		switch {
 		case b.Language == "nft":
@@ -147,7 +144,7 @@ func (m *machine) shell(text string) string {
 func (m *machine) inSources(text string) {
 	m.Helper()
 	out, err := exec.Command("go", "env", "GOROOT", "GOCACHE", "GOMODCACHE").Output()
-	m.must(err)
+	nstest.Must(m, err)
 	env := lines(string(out))
 	m.run("sh", "-euc", `mkdir -p /root/sources; cd /root/sources; (cd "$1"; tar -cf - cmd contrib pkg go.mod go.sum Makefile) | tar -xf -
 		export PATH="$PATH:$2/bin" GOCACHE="$3" GOMODCACHE="$4"
@@ -171,7 +168,7 @@ func (m *machine) internet() (opens func(port string, times int) int) {
 			}
 		}()
 		<-done
-		m.must(err)
+		nstest.Must(m, err)
 	}
 	for _, port := range []string{"465", "587"} {
 		inNetwork(m.joinNetwork, func() {
@@ -240,13 +237,8 @@ const flushed = "#!/usr/sbin/nft -f\nflush ruleset\n\n"
 // healthy runs the doctor, who may leave out what is not in use.
 func (m *machine) healthy() {
 	m.Helper()
-	out, err := m.try("nftwl", "doctor", "--json")
-	var results []struct{ Check, Status, Text, Remedy, Command string }
-	if e := json.Unmarshal([]byte(out), &results); e != nil {
-		m.Fatalf("%v, %v: %s", err, e, out)
-	}
 	groups := make(map[string]bool)
-	for _, r := range results {
+	for _, r := range m.findings() {
 		group, _, _ := strings.Cut(r.Check, ".")
 		groups[group] = true
 		if r.Status != "ok" && r.Status != "skip" {
@@ -257,8 +249,5 @@ func (m *machine) healthy() {
 		if !groups[group] {
 			m.Errorf("doctor has not looked at %s", group)
 		}
-	}
-	if err != nil {
-		m.Errorf("doctor: %v", err)
 	}
 }

@@ -35,12 +35,12 @@ type machine struct {
 
 // newMachine prepares a machine on which nftwl, its units and a ruleset are
 // installed, and nothing is enabled. It boots it.
-func newMachine(t testing.TB, b base) *machine {
+func newMachine(t testing.TB, b nstest.Debian) *machine {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		nstest.Skip(t, "only root can boot a systemd: run the tests as root")
 	}
-	m := &machine{TB: t, dir: t.TempDir(), lower: b.root}
+	m := &machine{TB: t, dir: t.TempDir(), lower: b.Root}
 	m.write("etc/fstab", "")
 	m.write("etc/machine-id", strings.Repeat("6e667477", 4)+"\n")
 	m.write("etc/nftwl.yaml", "# all defaults\n")
@@ -50,25 +50,21 @@ func newMachine(t testing.TB, b base) *machine {
 	// No consoles and sessions either.
 	for _, dir := range []string{"etc/systemd/system", "etc/nftwl", "usr/lib/systemd/system/multi-user.target.wants", "var"} {
 		dir := m.disk(dir)
-		m.must(os.MkdirAll(dir, 0o755))
-		m.must(unix.Setxattr(dir, "trusted.overlay.opaque", []byte("y"), 0))
+		nstest.Must(m, os.MkdirAll(dir, 0o755))
+		nstest.Must(m, unix.Setxattr(dir, "trusted.overlay.opaque", []byte("y"), 0))
 	}
 	// Or the first boot does what an update asks for.
 	m.write("etc/.updated", "")
 	m.write("var/.updated", "")
-	m.must(os.MkdirAll(m.disk("var/lib"), 0o755))
-	m.must(os.Symlink("../run", m.disk("var/run")))
+	nstest.Must(m, os.MkdirAll(m.disk("var/lib"), 0o755))
+	nstest.Must(m, os.Symlink("../run", m.disk("var/run")))
 
-	nftwl, err := os.ReadFile(nstest.Build(t, "cmd/nftwl"))
-	m.must(err)
-	m.write("usr/bin/nftwl", string(nftwl))
-	m.must(os.Chmod(m.disk("usr/bin/nftwl"), 0o755))
+	m.write("usr/bin/nftwl", nstest.Read(t, nstest.Build(t, "cmd/nftwl")))
+	nstest.Must(m, os.Chmod(m.disk("usr/bin/nftwl"), 0o755))
 	contrib := filepath.Join(nstest.Root(t), "contrib")
 	m.copy(filepath.Join(contrib, "systemd"), "etc/systemd/system")
 	m.copy(filepath.Join(contrib, "nftables"), "etc/nftwl")
-	conf, err := os.ReadFile(filepath.Join(contrib, "nftables", "nftables.conf"))
-	m.must(err)
-	m.write("etc/nftables.conf", string(conf))
+	m.write("etc/nftables.conf", nstest.Contrib(t, "nftables/nftables.conf"))
 	// Tests restart it oftener than it bears.
 	m.write("etc/systemd/system/nftables.service.d/test.conf", "[Unit]\nStartLimitIntervalSec=0\n")
 	t.Cleanup(func() {
@@ -90,13 +86,6 @@ func (m *machine) install() {
 	m.settle()
 }
 
-func (m *machine) must(err error) {
-	m.Helper()
-	if err != nil {
-		m.Fatal(err)
-	}
-}
-
 // disk is the path of a file that the machine does not have in its tree.
 func (m *machine) disk(path string) string { return filepath.Join(m.dir, "upper", path) }
 
@@ -112,13 +101,13 @@ func (m *machine) write(path, text string) {
 	if m.pid != 0 {
 		name = m.file(path)
 	}
-	m.must(os.MkdirAll(filepath.Dir(name), 0o755))
-	m.must(os.WriteFile(name, []byte(text), 0o644))
+	nstest.Must(m, os.MkdirAll(filepath.Dir(name), 0o755))
+	nstest.Must(m, os.WriteFile(name, []byte(text), 0o644)) // its mode stays
 }
 
 func (m *machine) copy(from, to string) {
 	m.Helper()
-	m.must(filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
+	nstest.Must(m, filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() || strings.HasSuffix(path, ".go") {
 			return err
 		}
@@ -141,9 +130,9 @@ func (m *machine) boot() {
 	}
 	var err error
 	m.group, err = os.MkdirTemp(groupRoot(), groupPrefix())
-	m.must(err)
+	nstest.Must(m, err)
 	fd, err := os.Open(m.group)
-	m.must(err)
+	nstest.Must(m, err)
 	defer fd.Close()
 	cmd := exec.Command("/proc/self/exe", m.lower, m.dir)
 	cmd.Args[0] = bootName
@@ -156,21 +145,22 @@ func (m *machine) boot() {
 		CgroupFD:    int(fd.Fd()),
 		Setsid:      true,
 	}
-	m.must(cmd.Start())
+	nstest.Must(m, cmd.Start())
 	m.pid = cmd.Process.Pid
 	m.exited = make(chan syscall.WaitStatus, 1)
 	go func() {
 		_ = cmd.Wait() // its status is what is looked at
 		m.exited <- cmd.ProcessState.Sys().(syscall.WaitStatus)
 	}()
-	m.until("systemd is up", func() error {
+	nstest.Until(m, "systemd is up", func() error {
 		select {
 		case status := <-m.exited:
 			m.pid = 0
 			m.Fatalf("PID 1 exits with %v: %s", status, out.String())
 		default:
 		}
-		state, err := m.try("systemctl", "is-system-running")
+		// Once systemd answers, it is not asked again and again while it boots.
+		state, err := m.try("systemctl", "is-system-running", "--wait")
 		switch strings.TrimSpace(state) {
 		case "running", "degraded":
 			return nil
@@ -281,7 +271,7 @@ func (m *machine) off(signal syscall.Signal) {
 		if !status.Signaled() || status.Signal() != signal {
 			m.Fatalf("PID 1 ends with %#x and not by %v", status, signal)
 		}
-	case <-time.After(patience):
+	case <-time.After(nstest.Patience):
 		m.Fatalf("the machine does not go down:\n%s", m.journal())
 	}
 }
@@ -302,18 +292,31 @@ func (m *machine) powerOff() {
 
 func (m *machine) kill() {
 	m.Helper()
-	m.must(unix.Kill(m.pid, unix.SIGKILL))
+	nstest.Must(m, unix.Kill(m.pid, unix.SIGKILL))
 	m.off(syscall.SIGKILL)
+}
+
+// command is a command on the machine.
+func (m *machine) command(ctx context.Context, program string, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, "nsenter", append([]string{"-t", strconv.Itoa(m.pid), "-m", "-u", "-i", "-n", "-p", "-C", program}, args...)...)
+	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8"}
+	return cmd
 }
 
 // try runs a program on the machine.
 func (m *machine) try(program string, args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), nstest.Patience)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "nsenter", append([]string{"-t", strconv.Itoa(m.pid), "-m", "-u", "-i", "-n", "-p", "-C", program}, args...)...)
-	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8"}
-	out, err := cmd.CombinedOutput()
+	out, err := m.command(ctx, program, args...).CombinedOutput()
 	return string(out), err
+}
+
+// findings is what nftwl doctor says in a group of checks, or in all.
+func (m *machine) findings(groups ...string) []nstest.Finding {
+	m.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), nstest.Patience)
+	defer cancel()
+	return nstest.Findings(m, m.command(ctx, "nftwl", "doctor", "--json"), groups...)
 }
 
 func (m *machine) run(program string, args ...string) string {
@@ -336,25 +339,11 @@ func (m *machine) fails(program string, args ...string) string {
 	return out
 }
 
-const patience = 20 * time.Second
-
-// until waits for what comes by itself.
-func (m *machine) until(what string, check func() error) {
-	m.Helper()
-	var err error
-	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
-		if err = check(); err == nil {
-			return
-		}
-	}
-	m.Fatalf("%s: not within %v: %v", what, patience, err)
-}
-
 // settle waits until no job is left: systemctl does not wait for the units
 // that follow the one that it is told.
 func (m *machine) settle() {
 	m.Helper()
-	m.until("no jobs", func() error {
+	nstest.Until(m, "no jobs", func() error {
 		out, err := m.try("systemctl", "list-jobs", "--no-legend", "--plain")
 		if err == nil && strings.TrimSpace(out) != "" && !strings.Contains(out, "No jobs") {
 			err = errors.New(out)
@@ -389,7 +378,7 @@ func (m *machine) jobs(kind string) (done []string) {
 	m.Helper()
 	for _, line := range lines(m.run("journalctl", "--boot", "--no-pager", "--output=json", "JOB_TYPE="+kind)) {
 		var e entry
-		m.must(json.Unmarshal([]byte(line), &e))
+		nstest.Must(m, json.Unmarshal([]byte(line), &e))
 		if e.Result != "" {
 			done = append(done, e.Unit+" "+e.Result)
 		} else {

@@ -3,7 +3,6 @@ package systemd
 import (
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"net/textproto"
 	"os"
@@ -13,7 +12,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -34,37 +32,8 @@ func client(n int) string {
 	return netip.AddrFrom4(a).String()
 }
 
-const dovecot23 = `
-disable_plaintext_auth = no
-mail_location = maildir:~/Maildir
-passdb {
-  driver = passwd-file
-  args = /etc/dovecot/users
-}
-userdb {
-  driver = passwd-file
-  args = /etc/dovecot/users
-}
-`
-
-const dovecot24 = `
-dovecot_config_version = 2.4.0
-dovecot_storage_version = 2.4.0
-auth_allow_cleartext = yes
-mail_driver = maildir
-mail_path = ~/Maildir
-passdb passwd-file {
-  passwd_file_path = /etc/dovecot/users
-}
-userdb passwd-file {
-  passwd_file_path = /etc/dovecot/users
-}
-`
-
-const dovecotBoth = `
-ssl = no
+const dovecotConf = `
 protocols = imap
-first_valid_uid = 1000
 !include_try conf.d/9[0-2]-*.conf
 `
 
@@ -74,15 +43,12 @@ func (m *machine) mail() {
 	if _, err := os.Stat(m.file("usr/lib/dovecot/imap")); err != nil {
 		nstest.Skip(m, "Dovecot is not installed: apt-get install dovecot-imapd")
 	}
-	conf := dovecot24
-	if strings.HasPrefix(m.run("dovecot", "--version"), "2.3.") {
-		conf = dovecot23
-	}
-	m.write("etc/dovecot/dovecot.conf", conf+dovecotBoth)
+	conf := nstest.DovecotConf{Dir: "/etc/dovecot"}.For(m.run("dovecot", "--version"))
+	m.write("etc/dovecot/dovecot.conf", conf+dovecotConf)
 	m.write("etc/dovecot/users", "alice:{PLAIN}secret:1000:1000::/srv/alice::\n")
-	m.must(os.MkdirAll(m.file("srv/alice"), 0o755))
-	m.must(os.Chown(m.file("srv/alice"), 1000, 1000))
-	m.must(os.MkdirAll(m.file("etc/dovecot/conf.d"), 0o755))
+	nstest.Must(m, os.MkdirAll(m.file("srv/alice"), 0o755))
+	nstest.Must(m, os.Chown(m.file("srv/alice"), 1000, 1000))
+	nstest.Must(m, os.MkdirAll(m.file("etc/dovecot/conf.d"), 0o755))
 	m.addresses()
 }
 
@@ -93,8 +59,8 @@ func (m *machine) addresses() {
 	m.run("ip", "route", "add", "local", mailClients, "dev", "lo")
 }
 
-// imap logs in from an address, and out.
-func (m *machine) imap(from string) error {
+// visit connects to the mail server from an address.
+func (m *machine) visit(from string, v nstest.Visit, password string) error {
 	var err error
 	done := make(chan struct{})
 	go func() {
@@ -102,15 +68,34 @@ func (m *machine) imap(from string) error {
 		// The thread, which goes to the machine's network, is thrown away with
 		// the goroutine.
 		runtime.LockOSThread()
-		if err = m.joinNetwork(); err == nil {
-			err = imap(from)
+		if err = m.joinNetwork(); err != nil {
+			return
 		}
+		conn, e := nstest.Dial(from, mailServer, "143")
+		if err = e; err != nil {
+			return
+		}
+		defer conn.Close()
+		err = v(textproto.NewConn(conn), "alice", password)
 	}()
 	<-done
 	if err != nil {
 		err = fmt.Errorf("login from %s: %w", from, err)
 	}
 	return err
+}
+
+// imap logs in from an address, and out.
+func (m *machine) imap(from string) error {
+	return m.visit(from, func(c *textproto.Conn, user, password string) error {
+		if err := nstest.IMAPLogin(c, user, password); err != nil {
+			return err
+		}
+		if err := nstest.IMAPCommand(c, "", "NOOP"); err != nil {
+			return err
+		}
+		return nstest.IMAPCommand(c, "BYE", "LOGOUT")
+	}, "secret")
 }
 
 // logsIn has a client log in, who must not be denied.
@@ -128,42 +113,6 @@ func (m *machine) joinNetwork() error {
 	}
 	defer ns.Close()
 	return unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET)
-}
-
-func imap(from string) error {
-	// No names, so that the socket is made on this thread.
-	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}, Timeout: patience}
-	conn, err := dialer.Dial("tcp", net.JoinHostPort(mailServer, "143"))
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
-		return err
-	}
-	c := textproto.NewConn(conn)
-	if _, err := c.ReadLine(); err != nil {
-		return fmt.Errorf("greeting: %w", err)
-	}
-	// Dovecot says yes to LOGIN when it has the answer of post-login.
-	for _, command := range []string{"LOGIN alice secret", "NOOP", "LOGOUT"} {
-		if err := c.PrintfLine("a %s", command); err != nil {
-			return err
-		}
-		for {
-			line, err := c.ReadLine()
-			if err != nil {
-				return fmt.Errorf("%s: %w", command, err)
-			}
-			if strings.HasPrefix(line, "a OK ") {
-				break
-			}
-			if strings.HasPrefix(line, "a ") {
-				return fmt.Errorf("%s: %s", command, line)
-			}
-		}
-	}
-	return nil
 }
 
 // atOnce is how many log in at the same time.
@@ -194,7 +143,7 @@ func (m *machine) crowd(least int, meanwhile func(turn func(n int))) (n int, den
 		defer clients.Wait()
 		defer done.Store(true)
 		meanwhile(func(n int) {
-			m.until("the clients' turns", func() error {
+			nstest.Until(m, "the clients' turns", func() error {
 				if at := last.Load(); at < int64(n) {
 					return fmt.Errorf("at number %d, not %d", at, n)
 				}
@@ -215,7 +164,7 @@ func upTo(n int) (numbers []int) {
 // trusts checks that the clients with these numbers are trusted on each port.
 func (m *machine) trusts(numbers ...int) {
 	m.Helper()
-	m.until("all are trusted", func() error {
+	nstest.Until(m, "all are trusted", func() error {
 		got := m.elements()
 		var missing []string
 		for _, n := range numbers {

@@ -35,6 +35,8 @@ func TestMain(m *testing.M) {
 	case os.Geteuid() != 0:
 		os.Exit(m.Run()) // newMachine skips
 	case os.Getenv(scratch) != "":
+		// Half of the time a machine waits.
+		nstest.Parallel(2 * runtime.GOMAXPROCS(0))
 		fail(enter(os.Getenv(scratch)))
 		os.Exit(m.Run())
 	}
@@ -127,18 +129,16 @@ func clean() error {
 	return err
 }
 
-// A base is the tree of files that machines boot from.
-type base struct{ name, root string }
-
-// onEach runs a test on this machine's systemd, and on that of Debian 13.
-func onEach(t *testing.T, test func(t *testing.T, b base)) {
+// onEach runs a test on this machine's systemd, and on that of Debian 13, at
+// once with the other tests.
+func onEach(t *testing.T, test func(t *testing.T, b nstest.Debian)) {
 	t.Helper()
-	t.Run("host", func(t *testing.T) {
-		nstest.Need(t, "systemctl", "systemd")
-		nstest.Need(t, "nft", "nftables")
-		test(t, base{"host", "/"})
+	t.Parallel()
+	nstest.EachDebian(t, func(t *testing.T, b nstest.Debian) {
+		b.Need(t, "usr/bin/systemctl", "systemd")
+		b.Need(t, "usr/sbin/nft", "nftables")
+		test(t, b)
 	})
-	t.Run("trixie", func(t *testing.T) { test(t, base{"trixie", nstest.Trixie(t)}) })
 }
 
 func lines(s string) []string {

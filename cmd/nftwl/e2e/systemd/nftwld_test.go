@@ -16,9 +16,9 @@ const policyKey = "0123456789abcdef0123456789abcdef"
 func (m *machine) installNftwld() {
 	m.Helper()
 	program, err := os.ReadFile(nstest.Build(m, "cmd/nftwld"))
-	m.must(err)
+	nstest.Must(m, err)
 	m.write("usr/bin/nftwld", string(program))
-	m.must(os.Chmod(m.file("usr/bin/nftwld"), 0o755))
+	nstest.Must(m, os.Chmod(m.file("usr/bin/nftwld"), 0o755))
 }
 
 // nftwld enables the units of nftwld, as the administrator does.
@@ -26,7 +26,7 @@ func (m *machine) nftwld() {
 	m.Helper()
 	m.installNftwld()
 	m.write("etc/nftwl/policy.key", policyKey+"\n")
-	m.must(os.Chmod(m.file("etc/nftwl/policy.key"), 0o600))
+	nstest.Must(m, os.Chmod(m.file("etc/nftwl/policy.key"), 0o600))
 	m.write("etc/nftwl.yaml", "policy: {}\nfailures: {limit: 3}\n")
 	m.run("nft", "-f", "/etc/nftwl/sets.nft")
 	m.run("systemctl", "enable", "--now", "nftwld")
@@ -50,13 +50,13 @@ func (m *machine) nftwldStatus() (s struct {
 	Banned   map[string]int
 }) {
 	m.Helper()
-	m.must(json.Unmarshal([]byte(m.run("nftwld", "status", "--json")), &s))
+	nstest.Must(m, json.Unmarshal([]byte(m.run("nftwld", "status", "--json")), &s))
 	return s
 }
 
 func (m *machine) holds(set, element string) {
 	m.Helper()
-	m.until(element+" is in "+set, func() error {
+	nstest.Until(m, element+" is in "+set, func() error {
 		out, err := m.try("nft", "list", "set", "inet", "filter", set)
 		if err == nil && !strings.Contains(out, element) {
 			err = fmt.Errorf("%s", out)
@@ -68,7 +68,7 @@ func (m *machine) holds(set, element string) {
 // In its sandbox it trusts and bans, and what it has counted survives a
 // restart. A report that comes while it does not run waits.
 func TestNftwld(t *testing.T) {
-	onEach(t, func(t *testing.T, b base) {
+	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newMachine(t, b)
 		m.nftwld()
 		m.state("nftwld.service", "active")
@@ -99,7 +99,7 @@ func TestNftwld(t *testing.T) {
 		// A wrong configuration is refused, and said; the service goes on.
 		m.write("etc/nftwl.yaml", "policy: {}\nfailures: {limit: none}\n")
 		m.run("systemctl", "reload", "nftwld")
-		m.until("systemd is told", func() error {
+		nstest.Until(m, "systemd is told", func() error {
 			if s := m.property("nftwld.service", "StatusText"); !strings.Contains(s, "/etc/nftwl.yaml:2: failures.limit") {
 				return fmt.Errorf("status %q", s)
 			}
@@ -115,7 +115,7 @@ func TestNftwld(t *testing.T) {
 		m.run("systemctl", "restart", "nftwld")
 		pid := m.property("nftwld.service", "MainPID")
 		m.run("kill", "-STOP", pid)
-		m.until("another process", func() error {
+		nstest.Until(m, "another process", func() error {
 			if now := m.property("nftwld.service", "MainPID"); now == pid || now == "0" {
 				return fmt.Errorf("process %s", now)
 			}

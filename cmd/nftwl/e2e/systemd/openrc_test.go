@@ -53,14 +53,12 @@ func newOpenRC(t *testing.T) *machine {
 	if out, err := exec.Command("cp", "-a", tree, layer).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	m := newMachine(t, base{"openrc", layer + ":/"})
-	text, err := os.ReadFile(filepath.Join(nstest.Root(t), "contrib/openrc/nftwl.conf"))
-	m.must(err)
-	m.write(openrcConf, string(text))
+	m := newMachine(t, nstest.Debian{Release: "openrc", Root: layer + ":/"})
+	m.write(openrcConf, nstest.Contrib(t, "openrc/nftwl.conf"))
 	m.write("etc/init.d/nftables", openrcNftables)
-	m.must(os.Chmod(m.file("etc/init.d/nftables"), 0o755))
+	nstest.Must(m, os.Chmod(m.file("etc/init.d/nftables"), 0o755))
 	for _, level := range []string{"default", "shutdown"} {
-		m.must(os.MkdirAll(m.file("etc/runlevels/"+level), 0o755))
+		nstest.Must(m, os.MkdirAll(m.file("etc/runlevels/"+level), 0o755))
 	}
 	m.run("rc-update", "add", "nftables", "default")
 	m.up()
@@ -73,7 +71,7 @@ const openrcConf = "etc/rc.conf.d/nftwl.conf"
 func (m *machine) cron() string {
 	m.Helper()
 	text, err := os.ReadFile(m.file(openrcConf))
-	m.must(err)
+	nstest.Must(m, err)
 	_, rest, ok := strings.Cut(string(text), "\n#   * * * * * ")
 	command, _, _ := strings.Cut(rest, "\n")
 	if !ok || command == "" {
@@ -90,6 +88,7 @@ func (m *machine) up() {
 }
 
 func TestOpenRC(t *testing.T) {
+	t.Parallel()
 	m := newOpenRC(t)
 	m.run("rc-service", "nftables", "status")
 	m.has(nil, 0)
@@ -124,7 +123,7 @@ func TestOpenRC(t *testing.T) {
 
 	want = m.login(8)
 	good, err := os.ReadFile(m.file("etc/nftables.conf"))
-	m.must(err)
+	nstest.Must(m, err)
 	m.write("etc/nftables.conf", string(good)+"\nno rule\n")
 	m.fails("rc-service", "nftables", "reload")
 	m.has(want, 0)
@@ -137,10 +136,11 @@ func TestOpenRC(t *testing.T) {
 
 // A snapshot that does not fit the sets any more is kept as well.
 func TestOpenRCOtherSets(t *testing.T) {
+	t.Parallel()
 	m := newOpenRC(t)
 	m.fill()
 	sets, err := os.ReadFile(m.file("etc/nftwl/sets.nft"))
-	m.must(err)
+	nstest.Must(m, err)
 	m.write("etc/nftables.conf", "flush ruleset\n"+strings.ReplaceAll(string(sets), " . inet_service", ""))
 	if out := m.run("rc-service", "nftables", "reload"); !strings.Contains(out, "not restored") {
 		t.Errorf("a snapshot of other sets: %s", out)
@@ -153,12 +153,13 @@ func TestOpenRCOtherSets(t *testing.T) {
 }
 
 func TestOpenRCCorruptSnapshot(t *testing.T) {
+	t.Parallel()
 	m := newOpenRC(t)
 	m.fill()
 	m.run("rc-service", "nftables", "stop")
 	bad := m.snapshot()
 	bad = bad[:len(bad)/2]
-	m.must(os.WriteFile(m.file(snapshotFile), []byte(bad), 0o600))
+	nstest.Must(m, os.WriteFile(m.file(snapshotFile), []byte(bad), 0o600))
 	if out := m.run("rc-service", "nftables", "start"); !strings.Contains(out, "error: /"+snapshotFile) || !strings.Contains(out, "not restored") {
 		t.Errorf("a snapshot that is corrupt: %s", out)
 	}

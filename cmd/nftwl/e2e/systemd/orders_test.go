@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"nftwl/pkg/nstest"
 )
 
 // A step is something that happens to a machine. It does not wait for what it
@@ -79,9 +81,9 @@ type orders struct {
 func (o *orders) otherKeys(program, service string) {
 	o.Helper()
 	good, err := os.ReadFile(o.file("etc/nftables.conf"))
-	o.must(err)
+	nstest.Must(o, err)
 	sets, err := os.ReadFile(o.file("etc/nftwl/sets.nft"))
-	o.must(err)
+	nstest.Must(o, err)
 	others := "flush ruleset\n" + strings.ReplaceAll(string(sets), " . inet_service", "")
 	for _, conf := range []string{others, string(good)} {
 		o.write("etc/nftables.conf", conf)
@@ -243,16 +245,14 @@ const many = 30000
 // the orders of one, two and three steps without a boot one by one, which tells
 // exactly which ones lose elements. SEED=N repeats a run.
 func TestSteps(t *testing.T) {
-	t.Parallel()
-	onEach(t, func(t *testing.T, b base) {
-		t.Parallel()
+	onEach(t, func(t *testing.T, b nstest.Debian) {
 		for _, extra := range []int{0, many} {
 			t.Run(strconv.Itoa(extra), func(t *testing.T) {
 				t.Parallel()
 				m := newMachine(t, b)
 				m.install()
 				tryOrders(t, &orders{
-					machine: m, extra: extra, boots: extra == 0 && b.name == "host", steps: steps, settle: m.settle,
+					machine: m, extra: extra, boots: extra == 0 && b.Release == "host", steps: steps, settle: m.settle,
 					save:  []string{"systemctl", "start", "nftwl-save"},
 					start: []string{"systemctl", "start", nftables},
 					stop:  []string{"systemctl", "stop", nftables},
@@ -281,7 +281,7 @@ func TestOpenRCSteps(t *testing.T) {
 // ends waits until no process of a program runs on the machine.
 func (m *machine) ends(program string) {
 	m.Helper()
-	m.until(program+" ends", func() error {
+	nstest.Until(m, program+" ends", func() error {
 		if out, err := m.try("pgrep", "-x", program); err == nil {
 			return fmt.Errorf("it runs as %s", out)
 		}
@@ -295,7 +295,7 @@ func tryOrders(t *testing.T, o *orders) {
 	if s := os.Getenv("SEED"); s != "" {
 		var err error
 		seed, err = strconv.ParseUint(s, 10, 64)
-		o.must(err)
+		nstest.Must(o, err)
 	}
 	o.random = rand.New(rand.NewPCG(seed, 0))
 	t.Logf("SEED=%d", seed)

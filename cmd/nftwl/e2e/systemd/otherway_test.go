@@ -12,8 +12,7 @@ import (
 // nftwld set up as docs/policy.md says, after the README's way; and back.
 // Its doctor finds nothing in between.
 func TestOtherWay(t *testing.T) {
-	t.Parallel()
-	eachWay(t, func(t *testing.T, b base, source bool) {
+	eachWay(t, func(t *testing.T, b nstest.Debian, source bool) {
 		m := newUninstalled(t, b)
 		m.installs(source)
 		m.settle()
@@ -54,7 +53,7 @@ func (m *machine) exists(path string) bool {
 // learns has a client log in, and waits until it is trusted.
 func (m *machine) learns(n int) {
 	m.Helper()
-	m.until(client(n)+" is trusted", func() error {
+	nstest.Until(m, client(n)+" is trusted", func() error {
 		// Dovecot may still be reading its configuration: the first login can be by the old one.
 		m.logsIn(n)
 		if _, err := m.try("nftwl", "check", "-q", client(n)); err != nil {

@@ -50,9 +50,7 @@ var (
 )
 
 func TestPackageDeb(t *testing.T) {
-	t.Parallel()
-	onEach(t, func(t *testing.T, b base) {
-		t.Parallel()
+	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newUninstalled(t, b)
 		m.livesThrough(dpkg)
 
@@ -68,15 +66,13 @@ func TestPackageDeb(t *testing.T) {
 func TestPackageRPM(t *testing.T) {
 	t.Parallel()
 	nstest.Need(t, "rpm", "rpm")
-	m := newUninstalled(t, base{"host", "/"})
+	m := newUninstalled(t, nstest.Host)
 	m.livesThrough(rpm)
 }
 
 // Dovecot's configuration can name the program in several ways.
 func TestPackageNamed(t *testing.T) {
-	t.Parallel()
-	onEach(t, func(t *testing.T, b base) {
-		t.Parallel()
+	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newUninstalled(t, b)
 		m.run("dpkg", "--install", "/root/new.deb")
 		names := func(program string) {
@@ -123,9 +119,7 @@ func TestPackageNamed(t *testing.T) {
 // An upgrade restarts nftwld, and a removal ends it: Dovecot lets everybody in
 // without it, unless its settings say otherwise.
 func TestPackageNftwld(t *testing.T) {
-	t.Parallel()
-	onEach(t, func(t *testing.T, b base) {
-		t.Parallel()
+	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newUninstalled(t, b)
 		m.run("dpkg", "--install", "/root/old.deb")
 		m.run("nft", "--file", "/usr/share/nftwl/nftables/sets.nft")
@@ -136,7 +130,7 @@ func TestPackageNftwld(t *testing.T) {
 		m.run("sh", "-euc", "systemctl enable --now nftwld.socket nftwld; doveadm reload")
 		trusts := func(i int) {
 			m.Helper()
-			m.until("a login is trusted", func() error {
+			nstest.Until(m, "a login is trusted", func() error {
 				m.logsIn(i)
 				if _, ok := m.elements()[element{"trusted", client(i), 993}]; !ok {
 					return errors.New("not yet")
@@ -193,7 +187,7 @@ func (m *machine) hint(out string) {
 // and whatever its scripts say.
 func TestPackageAPK(t *testing.T) {
 	t.Parallel()
-	m := newUninstalled(t, base{"host", "/"})
+	m := newUninstalled(t, nstest.Host)
 	m.run("sh", "-euc", "mkdir /root/apk; cd /root/apk; tar --warning=no-unknown-keyword -xzf ../new.apk; cp -a usr /")
 	remove := func() string {
 		m.Helper()
@@ -233,7 +227,7 @@ func TestPackageStandalone(t *testing.T) {
 	for _, p := range []manager{dpkg, rpm} {
 		t.Run(p.install[0], func(t *testing.T) {
 			t.Parallel()
-			m := newUninstalled(t, base{"host", "/"})
+			m := newUninstalled(t, nstest.Host)
 			m.run(p.install[0], append(slices.Clone(p.install[1:]), "/root/new"+p.suffix)...)
 			m.write("etc/nftwl.yaml", "table: inet nftwl\n")
 			m.write(defaults, "table: inet nftwl\n")
@@ -270,7 +264,7 @@ func TestPackageStandalone(t *testing.T) {
 func TestPackageFail2ban(t *testing.T) {
 	t.Parallel()
 	nstest.Need(t, "fail2ban-client", "fail2ban")
-	m := newUninstalled(t, base{"host", "/"})
+	m := newUninstalled(t, nstest.Host)
 	m.run("dpkg", "--install", "/root/new.deb")
 	m.run("cp", "-r", "/usr/share/nftwl/fail2ban", "/etc")
 	for _, enabled := range []bool{false, true} {
@@ -307,7 +301,7 @@ var builtPackages = sync.OnceValues(func() ([2]string, error) {
 
 // newUninstalled is a machine without nftwl, with a Dovecot that runs and
 // does not know of it, and with the packages in /root.
-func newUninstalled(t *testing.T, b base) *machine {
+func newUninstalled(t *testing.T, b nstest.Debian) *machine {
 	t.Helper()
 	if cache, err := os.UserCacheDir(); err == nil {
 		if found, _ := filepath.Glob(filepath.Join(cache, "nftwl", "nfpm-*", "nfpm")); found == nil {
@@ -316,29 +310,29 @@ func newUninstalled(t *testing.T, b base) *machine {
 	}
 	m := newMachine(t, b)
 	units, err := filepath.Glob(m.file("etc/systemd/system/nftwl*"))
-	m.must(err)
+	nstest.Must(m, err)
 	for _, path := range append(units, m.file("usr/bin/nftwl"), m.file("etc/nftwl"), m.file("etc/nftwl.yaml"),
 		m.file("etc/systemd/system/dovecot.service.d"), m.file("etc/systemd/system/standalone"),
 		// Trees made for containers have them: one forbids to start anything,
 		// the others leave documents out.
 		m.file("usr/sbin/policy-rc.d"), m.file("etc/dpkg/dpkg.cfg.d")) {
-		m.must(os.RemoveAll(path))
+		nstest.Must(m, os.RemoveAll(path))
 	}
 	m.run("systemctl", "daemon-reload")
 
 	// What is installed.
-	if out, err := exec.Command("cp", "-a", filepath.Join(b.root, "var/lib/dpkg"), m.file("var/lib")).CombinedOutput(); err != nil {
+	if out, err := exec.Command("cp", "-a", filepath.Join(b.Root, "var/lib/dpkg"), m.file("var/lib")).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	m.must(os.MkdirAll(m.file("var/log"), 0o755))
+	nstest.Must(m, os.MkdirAll(m.file("var/log"), 0o755))
 	dirs, err := builtPackages()
-	m.must(err)
+	nstest.Must(m, err)
 	for i, name := range []string{"old", "new"} {
 		files, err := filepath.Glob(filepath.Join(dirs[i], "*"))
-		m.must(err)
+		nstest.Must(m, err)
 		for _, file := range files {
 			text, err := os.ReadFile(file)
-			m.must(err)
+			nstest.Must(m, err)
 			m.write("root/"+name+filepath.Ext(file), string(text))
 		}
 	}
@@ -351,7 +345,7 @@ func newUninstalled(t *testing.T, b base) *machine {
 func (m *machine) dropIns() []string {
 	m.Helper()
 	found, err := filepath.Glob(m.file("etc/dovecot/conf.d/90-nftwl*"))
-	m.must(err)
+	nstest.Must(m, err)
 	return found
 }
 
@@ -410,7 +404,7 @@ func (m *machine) livesThrough(p manager) {
 	m.write("etc/nftwl.yaml", mine)
 	m.run("cp", "/usr/share/nftwl/dovecot/90-nftwl.conf", "/etc/dovecot/conf.d/")
 	m.run("doveadm", "reload")
-	m.until("a login is trusted", func() error {
+	nstest.Until(m, "a login is trusted", func() error {
 		m.logsIn(2)
 		if _, ok := m.elements()[element{"trusted", client(2), 993}]; !ok {
 			return errors.New("not yet")
@@ -454,7 +448,7 @@ func (m *machine) livesThrough(p manager) {
 	m.logsIn(300)
 	// As the message says; and a file that Dovecot does not read is none.
 	for _, path := range m.dropIns() {
-		m.must(os.Rename(path, path+".off"))
+		nstest.Must(m, os.Rename(path, path+".off"))
 	}
 	m.run("doveadm", "reload")
 	want, rules := m.login(1), ruleset()
@@ -475,7 +469,7 @@ func (m *machine) livesThrough(p manager) {
 	m.left(left...)
 	m.logsIn(301)
 	m.run("systemctl", "restart", nftables)
-	m.must(os.Remove(m.file("etc/dovecot/conf.d/90-nftwl.conf.off")))
+	nstest.Must(m, os.Remove(m.file("etc/dovecot/conf.d/90-nftwl.conf.off")))
 
 	// Again, with what was saved at the removal.
 	pkg(p.install, "new")
@@ -489,7 +483,7 @@ func (m *machine) etc() map[string]string {
 	m.Helper()
 	files := make(map[string]string)
 	root := os.DirFS(m.file("etc"))
-	m.must(fs.WalkDir(root, ".", func(path string, d fs.DirEntry, err error) error {
+	nstest.Must(m, fs.WalkDir(root, ".", func(path string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() {
 			files[path] = d.Type().String()
 			return err
@@ -511,7 +505,7 @@ func (m *machine) left(want ...string) {
 		if dir == "run" || dir == "tmp" {
 			root = m.file("")
 		}
-		m.must(filepath.WalkDir(filepath.Join(root, dir), func(path string, d fs.DirEntry, err error) error {
+		nstest.Must(m, filepath.WalkDir(filepath.Join(root, dir), func(path string, d fs.DirEntry, err error) error {
 			switch {
 			case errors.Is(err, fs.ErrNotExist):
 				return nil

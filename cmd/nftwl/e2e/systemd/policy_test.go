@@ -3,14 +3,14 @@ package systemd
 import (
 	"strings"
 	"testing"
+
+	"nftwl/pkg/nstest"
 )
 
 // The doctor sees nftwld's units, also from within their sandbox: its metrics
 // say when it started without /proc/stat.
 func TestDoctorPolicy(t *testing.T) {
-	t.Parallel()
-	onEach(t, func(t *testing.T, b base) {
-		t.Parallel()
+	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newMachine(t, b)
 		m.only()
 		m.nftwld()
@@ -39,7 +39,7 @@ func TestDoctorPolicy(t *testing.T) {
 		}
 		// One cause is one finding, and its remedy works as it is written.
 		m.run("systemctl", "stop", "nftwld.socket", "nftwld.service")
-		got, commands := m.findings("policy")
+		got, commands := m.doctor("policy"), m.remedies("policy")
 		if !strings.HasPrefix(got["policy.service"], "fail: nftwld.socket is inactive") || got["policy.reports"] != "" {
 			t.Errorf("stopped: %q", got)
 		}

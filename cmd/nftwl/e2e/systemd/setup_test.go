@@ -14,7 +14,7 @@ import (
 // that it will have. It patches nothing itself.
 func TestSetupSSHPort(t *testing.T) {
 	t.Parallel()
-	m := newMachine(t, base{"trixie", nstest.Trixie(t)})
+	m := newMachine(t, nstest.Debian{Release: "trixie", Root: nstest.Trixie(t)})
 	rule := func() (rule string, warned bool) {
 		m.Helper()
 		m.run("rm", "-rf", "/etc/nftwl", "/etc/nftables.conf")
@@ -41,7 +41,7 @@ func TestSetupSSHPort(t *testing.T) {
 	listens := func(port string) {
 		m.Helper()
 		m.run("systemctl", "restart", "ssh")
-		m.until("sshd listens on "+port, func() error {
+		nstest.Until(m, "sshd listens on "+port, func() error {
 			if out := m.run("ss", "-Hltnp", "sport = :"+port); !strings.Contains(out, `"sshd"`) {
 				return errors.New(out)
 			}
@@ -81,8 +81,7 @@ const debian = flushed + `table inet filter {
 
 // What setup prints is enough to install each part, and to be rid of it.
 func TestSetupNextAndUndo(t *testing.T) {
-	t.Parallel()
-	eachWay(t, func(t *testing.T, b base, source bool) {
+	eachWay(t, func(t *testing.T, b nstest.Debian, source bool) {
 		m := newUninstalled(t, b)
 		m.write("etc/nftables.conf", debian)
 		if source {

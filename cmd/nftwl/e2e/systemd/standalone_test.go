@@ -5,6 +5,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"nftwl/pkg/nstest"
 )
 
 // theirs is another's firewall, as ufw and firewalld have one: at boot, and
@@ -39,7 +41,7 @@ WantedBy=multi-user.target
 
 // newStandalone is a machine on which a package has installed nftwl, the
 // firewall is another's, and nftwl setup has put the rest in its place.
-func newStandalone(t *testing.T, b base) *machine {
+func newStandalone(t *testing.T, b nstest.Debian) *machine {
 	t.Helper()
 	m := newMachine(t, b)
 	m.run("sh", "-euc", `
@@ -73,9 +75,7 @@ func (m *machine) loaded() {
 }
 
 func TestStandalone(t *testing.T) {
-	t.Parallel()
-	onEach(t, func(t *testing.T, b base) {
-		t.Parallel()
+	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newStandalone(t, b)
 		if out := m.run("systemd-analyze", "verify", "--man=no", persist); out != "" {
 			t.Errorf("verify: %s", out)
@@ -165,9 +165,7 @@ func TestStandalone(t *testing.T) {
 // What cannot be restored keeps no rules out, and is not saved over. What
 // cannot be loaded is said, and keeps nothing else from starting.
 func TestStandaloneBroken(t *testing.T) {
-	t.Parallel()
-	onEach(t, func(t *testing.T, b base) {
-		t.Parallel()
+	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newStandalone(t, b)
 		want := m.fill()
 		m.powerOff()
@@ -193,7 +191,7 @@ func TestStandaloneBroken(t *testing.T) {
 
 		file := m.disk("etc/nftwl/standalone.nft")
 		rules, err := os.ReadFile(file)
-		m.must(err)
+		nstest.Must(m, err)
 		m.write("etc/nftwl/standalone.nft", string(rules)+"no rule\n")
 		m.boot()
 		m.state(persist, "failed")

@@ -6,16 +6,18 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"nftwl/pkg/nstest"
 )
 
 // Both read the units as files. On the machine, as verify looks for the
 // programs that units start.
 func TestAnalyze(t *testing.T) {
-	onEach(t, func(t *testing.T, b base) {
+	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newMachine(t, b)
 		m.installNftwld()
 		units, err := filepath.Glob(m.file("etc/systemd/system/nftwl*.*"))
-		m.must(err)
+		nstest.Must(m, err)
 		n := 0
 		for _, path := range units {
 			if strings.HasSuffix(path, ".d") {
@@ -38,14 +40,14 @@ func TestAnalyze(t *testing.T) {
 
 // What is in the folder is nobody's but root's and the units' business.
 func TestModes(t *testing.T) {
-	onEach(t, func(t *testing.T, b base) {
+	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newMachine(t, b)
 		m.install()
 		m.fill()
 		// All units are one user, or each start gives the files away.
 		owner := func() uint32 {
 			info, err := os.Stat(m.file("var/lib/nftwl"))
-			m.must(err)
+			nstest.Must(m, err)
 			return info.Sys().(*syscall.Stat_t).Uid
 		}
 		was := owner()
@@ -59,7 +61,7 @@ func TestModes(t *testing.T) {
 			"var/lib/private": os.ModeDir | 0o700,
 		} {
 			info, err := os.Stat(m.file(path))
-			m.must(err)
+			nstest.Must(m, err)
 			if info.Mode() != want {
 				t.Errorf("/%s has mode %v", path, info.Mode())
 			}
@@ -72,7 +74,7 @@ func TestModes(t *testing.T) {
 // that names those that it drops.
 func TestDovecotDropIn(t *testing.T) {
 	const keeps = "CAP_CHOWN CAP_DAC_OVERRIDE CAP_IPC_LOCK CAP_KILL CAP_NET_BIND_SERVICE CAP_SETGID CAP_SETUID CAP_SYS_CHROOT CAP_SYS_RESOURCE"
-	onEach(t, func(t *testing.T, b base) {
+	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newMachine(t, b)
 		m.install()
 		for _, unit := range []struct {
@@ -87,8 +89,8 @@ func TestDovecotDropIn(t *testing.T) {
 			const dropIn = service + ".d/nftwl.conf"
 			m.write(service, "[Service]\nType=oneshot\nExecStart=/usr/bin/nftwl add 192.0.2.50\n"+unit.line)
 			text, err := os.ReadFile(m.file(dropIn))
-			m.must(err)
-			m.must(os.Remove(m.file(dropIn)))
+			nstest.Must(m, err)
+			nstest.Must(m, os.Remove(m.file(dropIn)))
 			m.run("systemctl", "daemon-reload")
 			had := m.capabilities("dovecot.service")
 			if _, err := m.try("systemctl", "start", "dovecot"); (err == nil) != unit.trusts {

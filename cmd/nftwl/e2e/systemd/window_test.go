@@ -20,7 +20,7 @@ import (
 func BenchmarkReload(b *testing.B) {
 	nstest.Need(b, "systemctl", "systemd")
 	nstest.Need(b, "nft", "nftables")
-	m := newMachine(b, base{"host", "/"})
+	m := newMachine(b, nstest.Host)
 	m.install()
 	// What ends is banned before. A reload and what follows takes no second.
 	const rate = 20
@@ -61,7 +61,7 @@ func BenchmarkReload(b *testing.B) {
 	}
 	b.StopTimer()
 	close(stop)
-	m.must(<-done)
+	nstest.Must(m, <-done)
 
 	after := m.elements()
 	var logins, unbans int
