@@ -7,7 +7,7 @@ BENCH = build/bench
 # host's ruleset, and it needs no root.
 NAMESPACE = unshare --user --map-root-user --net --mount
 
-.PHONY: build packages demo test test-deps race lint bench soak storm fuzz clean
+.PHONY: build packages demo test test-deps race lint generate bench soak storm fuzz clean
 
 build:
 	go build -trimpath -o build/ ./cmd/nftwl ./cmd/nftwld
@@ -34,10 +34,16 @@ test-deps:
 race: test-deps
 	CGO_ENABLED=1 go test -race -timeout 60m ./...
 
+# ./... leaves out what is in testdata.
+LINTED = ./... ./testdata/bench/... ./testdata/demo
 lint:
 	test -z "$$(gofmt -l .)" || { gofmt -d .; exit 1; }
-	go vet ./...
-	go tool staticcheck ./...
+	go vet $(LINTED)
+	go tool staticcheck $(LINTED)
+
+# The manual pages of the commands, and docs/faults.md.
+generate:
+	go generate ./cmd/...
 
 # The performance tables, in one run. The README quotes them. A set of a
 # million elements takes the kernel a minute to list: MOST=65535 leaves it out.

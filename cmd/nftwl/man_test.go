@@ -14,8 +14,9 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// nftwl(8) is what the commands say of themselves, in a frame. UPDATE_DOCS=1
-// writes it anew.
+//go:generate env UPDATE_DOCS=1 go test -count=1 -run TestManCommands|TestFaults|TestSetupWording|TestTroubleshootingWhy .
+
+// nftwl(8) is what the commands say of themselves, in a frame.
 func TestManCommands(t *testing.T) {
 	root := newRoot()
 	about, exit, ok := strings.Cut(root.Long, "\n\nExit status: ")
@@ -29,10 +30,10 @@ func TestManCommands(t *testing.T) {
 		}
 	}
 	want := strings.NewReplacer("@about@\n", manpage.Text(about), "@exit@\n", manpage.Text(exit), "@commands@\n", commands.String()).Replace(manFrame)
-	manpage.Golden(t, filepath.Join(nstest.Root(t), "contrib/man/nftwl.8"), want)
+	nstest.Golden(t, "contrib/man/nftwl.8", want)
 }
 
-const manFrame = `.\" Written by UPDATE_DOCS=1 go test -run TestMan ./cmd/nftwl
+const manFrame = `.\" Written by go generate ./cmd/nftwl
 .TH NFTWL 8 "" nftwl "System Manager\(aqs Manual"
 .SH NAME
 nftwl \- trust the addresses of a mail server\(aqs users in nftables

@@ -18,7 +18,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"nftwl/pkg/manpage"
 	"nftwl/pkg/nstest"
 )
 
@@ -1018,7 +1017,7 @@ func (h *host) onlyNames(config string) {
 }
 
 // What setup prints is in testdata/setup.txt, to be read at a glance, and pinned
-// nowhere else. UPDATE_DOCS=1 writes it.
+// nowhere else.
 func TestSetupWording(t *testing.T) {
 	h := newPolicyHost(t)
 	var b strings.Builder
@@ -1042,5 +1041,5 @@ func TestSetupWording(t *testing.T) {
 	h.write("/etc/nftwl.yaml", "table: inet nftwl\nipv6_prefix: 64\n")
 	shows("nftables", "--write")
 	shows("systemd", "--write")
-	manpage.Golden(t, filepath.Join(nstest.Root(t), "testdata/setup.txt"), b.String())
+	nstest.Golden(t, "testdata/setup.txt", b.String())
 }

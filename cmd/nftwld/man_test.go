@@ -11,8 +11,9 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// nftwld(8) is what the commands say of themselves, in a frame. UPDATE_DOCS=1
-// writes it anew.
+//go:generate env UPDATE_DOCS=1 go test -count=1 -run TestManCommands .
+
+// nftwld(8) is what the commands say of themselves, in a frame.
 func TestManCommands(t *testing.T) {
 	t.Setenv("STATE_DIRECTORY", "") // the default of a flag
 	root := newRoot()
@@ -28,14 +29,14 @@ func TestManCommands(t *testing.T) {
 	for _, cmd := range root.Commands() {
 		manpage.Command(&commands, cmd)
 	}
-	path := filepath.Join(nstest.Root(t), "contrib/man/nftwld.8")
-	manpage.Golden(t, path, strings.NewReplacer("@about@\n", manpage.Text(about), "@options@\n", manpage.Flags(all),
+	const page = "contrib/man/nftwld.8"
+	nstest.Golden(t, page, strings.NewReplacer("@about@\n", manpage.Text(about), "@options@\n", manpage.Flags(all),
 		"@exit@\n", manpage.Text(exit), "@commands@\n", commands.String()).Replace(manFrame))
-	manpage.Check(t, path, "nftwld - trust and ban the clients of a mail server by Dovecot's reports",
+	manpage.Check(t, filepath.Join(nstest.Root(t), page), "nftwld - trust and ban the clients of a mail server by Dovecot's reports",
 		"nftwld [--config FILE] status [--json]", "--config FILE", "--state DIR", "-v, --verbose", "SIGHUP", "policy.key")
 }
 
-const manFrame = `.\" Written by UPDATE_DOCS=1 go test -run TestMan ./cmd/nftwld
+const manFrame = `.\" Written by go generate ./cmd/nftwld
 .TH NFTWLD 8 "" nftwl "System Manager\(aqs Manual"
 .SH NAME
 nftwld \- trust and ban the clients of a mail server by Dovecot\(aqs reports

@@ -90,20 +90,6 @@ func escape(text string) string {
 	return b.String()
 }
 
-// Golden compares the page at path with what it should be. UPDATE_DOCS=1 writes
-// it.
-func Golden(t *testing.T, path, want string) {
-	t.Helper()
-	if os.Getenv("UPDATE_DOCS") != "" {
-		if err := os.WriteFile(path, []byte(want), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if got, err := os.ReadFile(path); err != nil || string(got) != want {
-		t.Errorf("%s is not what the commands say: %v\nUPDATE_DOCS=1 go test -run TestMan writes it", path, err)
-	}
-}
-
 // Check has man show the page, which must have such words and no fault, and find
 // it by its subject.
 func Check(t *testing.T, path, subject string, shows ...string) {

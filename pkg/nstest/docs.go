@@ -7,6 +7,19 @@ import (
 	"testing"
 )
 
+// Golden compares a file of the repository, which is generated, with what it
+// should be. UPDATE_DOCS=1 writes it, which is what go generate does.
+func Golden(t testing.TB, name, want string) {
+	t.Helper()
+	path := filepath.Join(Root(t), name)
+	if os.Getenv("UPDATE_DOCS") != "" {
+		Must(t, os.WriteFile(path, []byte(want), 0o644))
+	}
+	if Read(t, path) != want {
+		t.Errorf("%s is stale: go generate ./cmd/... writes it anew", name)
+	}
+}
+
 // A Block is one of a document's, as it is written there.
 type Block struct{ Language, Text string }
 
