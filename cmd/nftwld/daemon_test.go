@@ -22,9 +22,8 @@ import (
 )
 
 const (
-	patience = 30 * time.Second
-	key      = "0123456789abcdef0123456789abcdef"
-	address  = "127.0.0.1:8085"
+	key     = "0123456789abcdef0123456789abcdef"
+	address = "127.0.0.1:8085"
 )
 
 // An instance is nftwld on files of its own, in a network namespace of its own.
@@ -94,7 +93,7 @@ func (n *instance) start(args ...string) {
 			_ = cmd.Wait()
 		}
 	})
-	n.poll("it to listen", func() bool { return strings.Count(n.log(), "msg=listening") > before })
+	nstest.Poll(n.t, "it to listen", func() bool { return strings.Count(n.log(), "msg=listening") > before })
 }
 
 // stop ends it with SIGTERM.
@@ -112,15 +111,6 @@ func (n *instance) hangUp() {
 	n.t.Helper()
 	if err := n.cmd.Process.Signal(syscall.SIGHUP); err != nil {
 		n.t.Fatal(err)
-	}
-}
-
-func (n *instance) poll(what string, done func() bool) {
-	n.t.Helper()
-	for end := time.Now().Add(patience); !done(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			n.t.Fatalf("waited %v for %s", patience, what)
-		}
 	}
 }
 
@@ -240,7 +230,7 @@ func TestReload(t *testing.T) {
 	for i, text := range []string{"policy: {}\nfailures: {limit: x}\n", "timeout: 1d\n", "policy: {key_file: /nowhere}\n", "policy: {}\ntiemout: 1d\n"} {
 		n.write("nftwl.yaml", text)
 		n.hangUp()
-		n.poll("it to refuse", func() bool { return strings.Count(n.log(), "the old configuration stays in use") == i+1 })
+		nstest.Poll(n.t, "it to refuse", func() bool { return strings.Count(n.log(), "the old configuration stays in use") == i+1 })
 	}
 	for i := range 4 {
 		n.report(key, "alice", fmt.Sprint(i), "192.0.2.1", false)
@@ -250,7 +240,7 @@ func TestReload(t *testing.T) {
 	other := strings.ToUpper(key)
 	n.write("policy.key", other)
 	n.hangUp()
-	n.poll("it to read them", func() bool { return strings.Contains(n.log(), "the configuration was read again") })
+	nstest.Poll(n.t, "it to read them", func() bool { return strings.Contains(n.log(), "the configuration was read again") })
 	if got := n.report(key, "alice", "1", "192.0.2.1", false); got != 401 {
 		t.Errorf("the old key: %d", got)
 	}
@@ -260,7 +250,7 @@ func TestReload(t *testing.T) {
 	if got := n.report(other, "alice", "1", "192.0.2.1", false); got != 200 {
 		t.Errorf("the new key: %d", got)
 	}
-	n.poll("the ban", func() bool { return n.in("banned_ipv4", "192.0.2.1") })
+	nstest.Poll(n.t, "the ban", func() bool { return n.in("banned_ipv4", "192.0.2.1") })
 	n.stop()
 }
 
@@ -270,7 +260,7 @@ func TestStatus(t *testing.T) {
 	n.report(key, "alice", "1", "192.0.2.1", true)
 	n.report(key, "alice", "2", "192.0.2.2", false)
 	n.report("wrong", "alice", "2", "192.0.2.2", false)
-	n.poll("the trust", func() bool { return n.in("trusted_ipv4", "192.0.2.1") })
+	nstest.Poll(n.t, "the trust", func() bool { return n.in("trusted_ipv4", "192.0.2.1") })
 	out, code := n.run("status", "--json")
 	var got struct {
 		Reports  map[string]map[string]int
@@ -312,7 +302,7 @@ func TestUnderSystemd(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer notify.Close()
-	_ = notify.SetDeadline(time.Now().Add(patience))
+	_ = notify.SetDeadline(time.Now().Add(nstest.Patience))
 	told := func(want string) {
 		t.Helper()
 		b := make([]byte, 4096)
@@ -407,7 +397,7 @@ func TestManyReports(t *testing.T) {
 	took := time.Since(start)
 	mib, _ := n.usage()
 	var descriptors int
-	n.poll("the connections to be closed", func() bool {
+	nstest.Poll(n.t, "the connections to be closed", func() bool {
 		_, descriptors = n.usage()
 		return descriptors <= before+2
 	})
@@ -455,7 +445,7 @@ func TestManyConnections(t *testing.T) {
 	if got := n.report(key, "alice", "1", "192.0.2.1", true); got != 200 {
 		t.Errorf("%d", got)
 	}
-	n.poll("the trust", func() bool { return n.in("trusted_ipv4", "192.0.2.1") })
+	nstest.Poll(n.t, "the trust", func() bool { return n.in("trusted_ipv4", "192.0.2.1") })
 	n.stop()
 }
 

@@ -65,7 +65,7 @@ func TestStrangerIsLimited(t *testing.T) {
 
 				s.drop(who.stranger, 587)
 				s.until(true, who.stranger, 587)
-				if d := time.Since(start); d < out-100*time.Millisecond || d > out+2*time.Second {
+				if d := time.Since(start); d < out-100*time.Millisecond || d > out+10*time.Second {
 					t.Errorf("limited for %v, want %v", d, out)
 				}
 
@@ -178,7 +178,7 @@ func TestStrict(t *testing.T) {
 				held := s.open(who.user, 587)
 				s.drop(who.stranger, 587)
 				s.until(false, who.user, 587)
-				if d := time.Since(start); d < 3*time.Second-100*time.Millisecond || d > 5*time.Second {
+				if d := time.Since(start); d < 3*time.Second-100*time.Millisecond || d > 13*time.Second {
 					t.Errorf("a trust of 3 s lasted %v", d)
 				}
 				s.drop(who.user, 465)

@@ -215,7 +215,7 @@ func (m *machine) internet() (opens func(port string, times int) int) {
 					return
 				}
 				defer conn.Close()
-				if err := conn.SetDeadline(time.Now().Add(time.Second)); err != nil {
+				if err := conn.SetDeadline(time.Now().Add(nstest.Patience)); err != nil {
 					return
 				}
 				if _, err := conn.Read(make([]byte, 1)); err == nil {
