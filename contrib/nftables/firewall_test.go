@@ -2,7 +2,6 @@ package nftables_test
 
 import (
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -25,7 +24,7 @@ import (
 func TestMain(m *testing.M) {
 	// These tests wait for timeouts rather than work: a test for each core, as
 	// is the default, would take four times as long.
-	flag.Set("test.parallel", "8")
+	nstest.Parallel(8)
 	nstest.Main(m)
 }
 

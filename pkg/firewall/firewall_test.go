@@ -2,7 +2,6 @@ package firewall
 
 import (
 	"errors"
-	"flag"
 	"fmt"
 	"iter"
 	"net"
@@ -22,7 +21,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	flag.Set("test.parallel", "8") // these tests wait rather than work
+	nstest.Parallel(8) // these tests wait rather than work
 	nstest.Main(m)
 }
 
