@@ -192,7 +192,7 @@ func (s *server) follow(command string) {
 
 func (s *server) results() []nstest.Finding {
 	s.t.Helper()
-	return nstest.Findings(s.t, s.doctor())
+	return nstest.Findings(s.t, s.d.Command("sh", "-c", "nftwl doctor --json"))
 }
 
 // remedy is the doctor's for a post-login service without nftwl.
