@@ -146,9 +146,11 @@ func (m *machine) inSources(text string) {
 	out, err := exec.Command("go", "env", "GOROOT", "GOCACHE", "GOMODCACHE").Output()
 	nstest.Must(m, err)
 	env := lines(string(out))
-	m.run("sh", "-euc", `mkdir -p /root/sources; cd /root/sources; (cd "$1"; tar -cf - cmd contrib pkg go.mod go.sum Makefile) | tar -xf -
-		export PATH="$PATH:$2/bin" GOCACHE="$3" GOMODCACHE="$4"
-		`+text, "sh", nstest.Root(m), env[0], env[1], env[2])
+	// The machine does not see all of the host's directories, such as /tmp.
+	nstest.Run(m, "tar", "-cf", m.file("root/sources.tar"), "-C", nstest.Root(m), "cmd", "contrib", "pkg", "go.mod", "go.sum", "Makefile")
+	m.run("sh", "-euc", `mkdir -p /root/sources; cd /root/sources; tar -xf ../sources.tar
+		export PATH="$PATH:$1/bin" GOCACHE="$2" GOMODCACHE="$3"
+		`+text, "sh", env[0], env[1], env[2])
 }
 
 // internet gives the machine a network with another one on it, and servers for
