@@ -25,7 +25,7 @@ func TestWrapperStaysSmall(t *testing.T) {
 		return strings.Fields(string(out))
 	}
 	wrapper, daemon := deps("./cmd/nftwl"), deps("./cmd/nftwld")
-	for _, name := range []string{"net/http", "crypto/tls", "github.com/prometheus/client_golang/prometheus"} {
+	for _, name := range []string{"net/http", "crypto/tls", "crypto/rand", "github.com/prometheus/client_golang/prometheus"} {
 		if slices.Contains(wrapper, name) {
 			t.Errorf("cmd/nftwl links %s", name)
 		}

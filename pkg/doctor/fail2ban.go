@@ -37,7 +37,8 @@ func (d *Doctor) checkFail2ban(ctx context.Context) {
 			report, words = d.warn, "fail2ban runs, but will not start again: %s"
 		}
 		fix := remedy{"fix its configuration; this tests it", "fail2ban-client -t"}
-		if nftwlsOwn.MatchString(why) {
+		// The actions, filters and jails that only nftwl's files have.
+		if regexp.MustCompile(`'[a-z.]*/?(?:nftwl|dovecot-auth|postfix-lost|postfix-spam)`).MatchString(why) {
 			fix = remedy{"put nftwl's files back, or remove the jails that need them", "nftwl setup fail2ban --write"}
 		}
 		report(check, fix, words, why)
@@ -60,9 +61,6 @@ func (d *Doctor) checkFail2ban(ctx context.Context) {
 		}
 	}
 }
-
-// nftwlsOwn finds the actions, filters and jails that only nftwl's files have.
-var nftwlsOwn = regexp.MustCompile(`'[a-z.]*/?(?:nftwl|dovecot-auth|postfix-lost|postfix-spam)`)
 
 // refused returns the first error that fail2ban finds in its configuration, with
 // which it would not start; "" if there is none.

@@ -3,10 +3,11 @@ package doctor
 import (
 	"bytes"
 	"cmp"
-	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -42,9 +43,9 @@ var (
 func (d *Doctor) tryLogins(p *postLogin) (trusted []string, err error) {
 	// Another one each time, since the one before can be trusted still.
 	four, six := [4]byte{192, 0, 2}, [16]byte{0x20, 0x01, 0x0d, 0xb8}
-	_, _ = rand.Read(four[3:]) // never fails
-	four[3] |= 1               // or it is the network's
-	_, _ = rand.Read(six[4:])
+	four[3] = byte(rand.Uint32()) | 1                     // 0 is the network's
+	binary.NativeEndian.PutUint32(six[4:], rand.Uint32()) // not the network of noClients
+	binary.NativeEndian.PutUint64(six[8:], rand.Uint64())
 	for _, addr := range []netip.Addr{netip.AddrFrom4(four), netip.AddrFrom16(six)} {
 		tried, err := d.tryLogin(p, addr)
 		if err != nil {

@@ -1,15 +1,17 @@
 package install
 
 import (
-	"crypto/rand"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"nftwl/pkg/config"
 	"nftwl/pkg/doveconf"
@@ -199,9 +201,12 @@ func value(settings []byte, name string) string {
 	return string(m[1])
 }
 
-// random returns n random bytes in hexadecimal.
+// random returns n random bytes, up to 256, in hexadecimal. crypto/rand would make
+// the start of every login longer.
 func random(n int) string {
 	b := make([]byte, n)
-	_, _ = rand.Read(b) // it never fails
+	if got, err := unix.Getrandom(b, 0); err != nil || got != n { // whole up to 256 bytes: getrandom(2)
+		panic(fmt.Sprintf("getrandom: %d bytes, %v", got, err))
+	}
 	return hex.EncodeToString(b)
 }

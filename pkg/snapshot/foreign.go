@@ -60,13 +60,11 @@ func load(text string, table nftset.Table, names []string) (*File, error) {
 	return &f, nil
 }
 
-// ofDevices finds the interfaces that must exist for nft and the kernel: those of
-// iif, oif, chains and flowtables, one or a list.
-var ofDevices = regexp.MustCompile(`\b(?:[io]if|devices?)\b[ !=]+(?:\{[^}]*\}|[^\s;]+)`)
-
 // makeDevices makes the interfaces that a file names, in the network namespace
 // of this thread. If one cannot be made, nft reports that it is missing.
 func makeDevices(text string) (remove func()) {
+	// Of iif, oif, chains and flowtables, one or a list.
+	ofDevices := regexp.MustCompile(`\b(?:[io]if|devices?)\b[ !=]+(?:\{[^}]*\}|[^\s;]+)`)
 	var names []string
 	for _, found := range ofDevices.FindAllString(text, -1) {
 		words := strings.FieldsFunc(found, func(r rune) bool { return strings.ContainsRune(" \t\n!={},\"", r) })
@@ -85,9 +83,6 @@ func makeDevices(text string) (remove func()) {
 		}
 	}
 }
-
-// nftError is the first line that nft prints about a file that it refuses.
-var nftError = regexp.MustCompile(`^[^:\s]*:(\d+):[-\d]+: Error: (.*)`)
 
 // nft loads text in the network namespace of this thread.
 func nft(text string) error {
@@ -108,7 +103,7 @@ func nft(text string) error {
 		return fmt.Errorf("nft took longer than %v to read it", patience)
 	case errors.As(err, &exit):
 		line, _, _ := strings.Cut(string(out), "\n")
-		if m := nftError.FindStringSubmatch(line); m != nil {
+		if m := regexp.MustCompile(`^[^:\s]*:(\d+):[-\d]+: Error: (.*)`).FindStringSubmatch(line); m != nil {
 			return fmt.Errorf("line %s: nft: %s", m[1], nftset.CleanComment(m[2]))
 		}
 		return fmt.Errorf("nft: %s", nftset.CleanComment(line))
