@@ -292,10 +292,11 @@ func (s *Server) failure(c *config.Config, r *report) Outcome {
 		return internal
 	}
 	addr, err := trust.ParseAddr(r.Remote)
-	if err != nil || trust.Refuse(c, addr) != nil {
+	if err != nil || trust.RefuseBan(c, addr) != nil {
 		return exempt // no address: a client on a Unix socket
 	}
-	if local, err := trust.ParseAddr(r.Local); err == nil && local == addr {
+	// A ban of the client's network must not be one of this server.
+	if local, err := trust.ParseAddr(r.Local); err == nil && trust.NetworkOf(addr, c.IPv6Prefix).Contains(local) {
 		return exempt
 	}
 	outcome := exempt // the configuration has just changed

@@ -246,7 +246,24 @@ func TestUnban(t *testing.T) {
 func TestNetworkPrefix(t *testing.T) {
 	s := serve(t, "failures: {limit: 2}\nipv6_prefix: 64\n", "")
 	s.reports(failed("2001:db8::1", 1), failed("2001:db8::2", 2))
-	if got := s.list("banned_ipv6"); !strings.Contains(got, "2001:db8:: . 143") {
+	for n := range 2 {
+		neighbour := failed("2001:db8:1::7", n) // in the server's own /64
+		neighbour.Local = "2001:db8:1::1"
+		s.reports(neighbour)
+	}
+	if got := s.list("banned_ipv6"); !strings.Contains(got, "2001:db8:: . 143") || strings.Contains(got, "2001:db8:1:") {
+		t.Errorf("%s", got)
+	}
+}
+
+// An address that the rules take for its /64 is not banned if that has an
+// address in it that is never banned.
+func TestIgnoredInNetwork(t *testing.T) {
+	s := serve(t, "failures: {limit: 2}\nignore: [\"2001:db8::5\"]\n", "")
+	for n := range 2 {
+		s.reports(failed("2001:db8::", n), failed("2001:db8:1::", n))
+	}
+	if got := s.list("banned_ipv6"); !strings.Contains(got, "2001:db8:1:: . 143") || strings.Contains(got, "2001:db8:: ") {
 		t.Errorf("%s", got)
 	}
 }
