@@ -161,18 +161,7 @@ func (s *mailserver) overload() (relieve func() error) {
 		}
 	}
 	return func() error {
-		go func() {
-			for {
-				conn, err := l.Accept()
-				if err != nil {
-					return
-				}
-				go func() {
-					defer conn.Close()
-					io.Copy(conn, conn)
-				}()
-			}
-		}()
+		go nstest.Serve(l, func(conn net.Conn) { io.Copy(conn, conn) })
 		return unix.Listen(fd, 1000)
 	}
 }
@@ -444,17 +433,10 @@ func TestReusedPort(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer listener.Close()
-		go func() {
-			for {
-				conn, err := listener.Accept()
-				if err != nil {
-					return
-				}
-				io.ReadFull(conn, make([]byte, 1))
-				conn.(*net.TCPConn).SetLinger(0)
-				conn.Close()
-			}
-		}()
+		go nstest.Serve(listener, func(conn net.Conn) {
+			io.ReadFull(conn, make([]byte, 1))
+			conn.(*net.TCPConn).SetLinger(0)
+		})
 		// reset reports whether a connection gets as far as the server's reset.
 		reset := func(from netip.Addr) bool {
 			t.Helper()
@@ -467,7 +449,9 @@ func TestReusedPort(t *testing.T) {
 				LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 1234)),
 				Control: func(_, _ string, c syscall.RawConn) error {
 					var bind error
-					err := c.Control(func(fd uintptr) { bind = nstest.FreeBind(int(fd), from) })
+					err := c.Control(func(fd uintptr) {
+						bind = errors.Join(nstest.FreeBind(int(fd), from), unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1))
+					})
 					return errors.Join(err, bind)
 				},
 			}

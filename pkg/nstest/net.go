@@ -209,17 +209,21 @@ func echo(t testing.TB, port uint16) error {
 		return err
 	}
 	t.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer conn.Close()
-				io.Copy(conn, conn)
-			}()
-		}
-	}()
+	go Serve(l, func(conn net.Conn) { io.Copy(conn, conn) })
 	return nil
+}
+
+// Serve calls f for each connection, and closes it then, until the listener is
+// closed.
+func Serve(l net.Listener, f func(net.Conn)) {
+	for {
+		conn, err := l.Accept()
+		if err != nil {
+			return
+		}
+		go func() {
+			defer conn.Close()
+			f(conn)
+		}()
+	}
 }

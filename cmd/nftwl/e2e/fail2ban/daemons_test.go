@@ -205,36 +205,27 @@ func (d *daemons) milter(address, reply string) {
 	l, err := net.Listen("tcp", address)
 	nstest.Must(d, err)
 	d.Cleanup(func() { l.Close() })
-	go func() {
+	go nstest.Serve(l, func(conn net.Conn) {
+		send := func(packet []byte) {
+			conn.Write(append(binary.BigEndian.AppendUint32(nil, uint32(len(packet))), packet...))
+		}
 		for {
-			conn, err := l.Accept()
-			if err != nil {
+			var size uint32
+			if binary.Read(conn, binary.BigEndian, &size) != nil {
 				return
 			}
-			go func() {
-				defer conn.Close()
-				send := func(packet []byte) {
-					conn.Write(append(binary.BigEndian.AppendUint32(nil, uint32(len(packet))), packet...))
-				}
-				for {
-					var size uint32
-					if binary.Read(conn, binary.BigEndian, &size) != nil {
-						return
-					}
-					packet := make([]byte, size)
-					if _, err := io.ReadFull(conn, packet); err != nil {
-						return
-					}
-					switch packet[0] {
-					case 'O': // version 6, no actions, nothing but the end of the message
-						send([]byte{'O', 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0x03, 0x7f})
-					case 'E':
-						send([]byte("y" + reply + "\x00"))
-					case 'Q':
-						return
-					}
-				}
-			}()
+			packet := make([]byte, size)
+			if _, err := io.ReadFull(conn, packet); err != nil {
+				return
+			}
+			switch packet[0] {
+			case 'O': // version 6, no actions, nothing but the end of the message
+				send([]byte{'O', 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0x03, 0x7f})
+			case 'E':
+				send([]byte("y" + reply + "\x00"))
+			case 'Q':
+				return
+			}
 		}
-	}()
+	})
 }
