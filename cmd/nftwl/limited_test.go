@@ -15,7 +15,7 @@ import (
 
 // The shipped rules, and real packets: what their limit did to an address, unban
 // ends, on a port that the configuration does not name; and who is banned with a
-// network is said to be.
+// network is reported to be.
 func TestLimitedByTheRules(t *testing.T) {
 	nstest.New(t)
 	dir := t.TempDir()

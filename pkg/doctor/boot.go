@@ -103,7 +103,7 @@ func (d *Doctor) checkBootOf(ctx context.Context, u unit) {
 }
 
 // essential is about the lines of a listing that more hangs on than one rule: the
-// sets and their look-ups, and how packets come to a chain.
+// sets and their lookups, and how packets come to a chain.
 func essential(line string) bool {
 	return slices.ContainsFunc([]string{"set ", "@", "hook ", "chain ", "jump ", "goto "}, func(word string) bool { return strings.Contains(line, word) })
 }

@@ -8,6 +8,7 @@
 package firewall
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -477,17 +478,23 @@ func (c *Copy) Text(s Step) string {
 	return text
 }
 
+// Nft is a command of nft's, in English, wherever PATH leads.
+func Nft(ctx context.Context, args ...string) *exec.Cmd {
+	program, err := exec.LookPath("nft")
+	if err != nil {
+		program = "/usr/sbin/nft" // often not in PATH, such as cron's or a user's
+	}
+	cmd := exec.CommandContext(ctx, program, args...)
+	cmd.Env = append(cmd.Environ(), "LC_ALL=C")
+	return cmd
+}
+
 // list asks nft for the rules of each table, by their handles. It lists the
 // whole ruleset, since nft 1.0.6 reads every element of a table that it lists
 // alone, --terse or not.
 func list() map[nftset.Table]map[uint64]string {
 	texts := make(map[nftset.Table]map[uint64]string)
-	nft, err := exec.LookPath("nft")
-	if err != nil {
-		nft = "/usr/sbin/nft" // often not in a user's PATH
-	}
-	cmd := exec.Command(nft, "--handle", "--stateless", "--terse", "list", "ruleset")
-	cmd.Env = append(cmd.Environ(), "LC_ALL=C")
+	cmd := Nft(context.Background(), "--handle", "--stateless", "--terse", "list", "ruleset")
 	out, _ := cmd.Output() // without it, there are handles
 	var rules map[uint64]string
 	for line := range strings.Lines(string(out)) {

@@ -89,12 +89,7 @@ func nft(text string) error {
 	const patience = time.Minute // it takes seconds for a million elements
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	program, err := exec.LookPath("nft")
-	if err != nil {
-		program = "/usr/sbin/nft" // often not in PATH, such as cron's
-	}
-	cmd := exec.CommandContext(ctx, program, "-f", "-")
-	cmd.Env = append(cmd.Environ(), "LC_ALL=C")
+	cmd := firewall.Nft(ctx, "-f", "-")
 	cmd.Stdin = strings.NewReader(text)
 	out, err := cmd.CombinedOutput()
 	var exit *exec.ExitError

@@ -47,8 +47,8 @@ func (m *machine) diagnoses(what, group string, want map[string]string) {
 	}
 }
 
-// A fault is a way to break a machine, and to mend it again. With nil, the
-// doctor's remedies mend it, as they are written.
+// A fault is a way to break a machine, and to fix it again. With nil, the
+// doctor's remedies fix it, as they are written.
 type fault struct {
 	name       string
 	make, mend func()
@@ -71,7 +71,7 @@ func (m *machine) tries(group string, faults []fault) {
 		} else {
 			f.mend()
 		}
-		// The next one shows whether it is mended.
+		// The next one shows whether it is fixed.
 		m.settle()
 	}
 	m.diagnoses("all mended", group, nil)
