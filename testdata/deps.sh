@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 packages='nftables netbase iproute2 systemd dovecot-core dovecot-imapd dovecot-pop3d
 	dovecot-submissiond dovecot-managesieved dovecot-sqlite postfix fail2ban ipcalc-ng iputils-ping debootstrap util-linux
-	git lintian rpm man-db bash-completion strace iptables ipset'
+	redis-server git lintian rpm man-db bash-completion strace iptables ipset'
 
 missing=
 for package in $packages; do

@@ -12,7 +12,7 @@
 set -eu
 
 dir=${1:-${XDG_CACHE_HOME:-$HOME/.cache}/nftwl/trixie}
-packages='nftables netbase iproute2 systemd openssh-server fail2ban postfix dovecot-sqlite
+packages='nftables netbase iproute2 systemd openssh-server fail2ban postfix dovecot-sqlite valkey-server
 	dovecot-core dovecot-imapd dovecot-pop3d dovecot-submissiond dovecot-managesieved'
 
 # lacking prints those of the packages that the tree does not have.
