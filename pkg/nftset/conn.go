@@ -34,11 +34,15 @@ const (
 )
 
 // Dial opens a connection. It needs no privilege; most requests do.
-func Dial() (*Conn, error) {
+func Dial() (*Conn, error) { return DialAs(Decided) }
+
+// DialAs opens a connection whose changes have that meaning for a Watcher.
+func DialAs(m Meaning) (*Conn, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
 	if err != nil {
 		return nil, Table{}.error(err)
 	}
+	bind(fd, m)
 	// An error's reply then carries the header of the message alone, not all
 	// of its elements. Kernels before 4.3 refuse, and cut their replies.
 	_ = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_CAP_ACK, 1)
@@ -87,6 +91,7 @@ type message struct {
 	family     Family
 	flags      uint16
 	seq        uint32
+	port       uint32 // of who asked for it; of a notification, who made the change
 	ack        bool   // an acknowledgement, an error or the end of a dump
 	err        error  // an errno, if ack reports one
 	generation uint16 // of the ruleset, its low bits (nfgenmsg.res_id); 0 for an ack
@@ -134,7 +139,7 @@ func (c *Conn) receive(f func(m message) error) error {
 		if size < nlHeader || size > len(b) {
 			return errTruncated
 		}
-		m := message{flags: native.Uint16(b[6:]), seq: native.Uint32(b[8:])}
+		m := message{flags: native.Uint16(b[6:]), seq: native.Uint32(b[8:]), port: native.Uint32(b[12:])}
 		typ, body := native.Uint16(b[4:]), b[nlHeader:size]
 		switch {
 		case typ == unix.NLMSG_ERROR, typ == unix.NLMSG_DONE:
