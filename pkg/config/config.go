@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net/netip"
+	"net/url"
 	"os"
 	"strconv"
 	"strings"
@@ -60,6 +61,7 @@ type Config struct {
 	Snapshot   string         // path of the snapshot file
 	Policy     *Policy        // nil where nftwld takes no reports
 	Failures   *Failures      // nil where failed logins ban nobody
+	Cluster    *Cluster       // nil where no other machine shares the sets
 }
 
 // Policy is where nftwld takes Dovecot's reports.
@@ -75,6 +77,16 @@ type Failures struct {
 	Ban          time.Duration // the first ban; each further one is twice as long; more than 0
 	Longest      time.Duration // the longest ban; not less than Ban
 	TrustedLimit int           // a trusted address is banned for more failures than this; not less than Limit
+}
+
+// Cluster is where nftwld shares the sets with other machines.
+type Cluster struct {
+	Server       string   // URL of a Redis or Valkey: redis://, rediss:// or unix://, without a password
+	Name         string   // of what is shared: machines with the same name share
+	Node         string   // this machine's name; empty for the host's
+	Send, Take   []string // the lists that are shared: trusted, banned
+	PasswordFile string   // path of the file with the server's password; empty for none
+	CAFile       string   // path of the certificates that sign the server's; empty for the system's
 }
 
 // DefaultPolicy and defaultFailures stand for an empty mapping.
@@ -212,6 +224,7 @@ func Parse(data []byte) (*Config, error) {
 		key{"snapshot", value(&c.Snapshot, parsePath)},
 		key{"policy", c.readPolicy},
 		key{"failures", c.readFailures},
+		key{"cluster", c.readCluster},
 	); err != nil {
 		return nil, at(root, err)
 	}
@@ -281,6 +294,24 @@ func (c *Config) readFailures(v *yaml.Node) error {
 	return nil
 }
 
+func (c *Config) readCluster(v *yaml.Node) error {
+	cluster := Cluster{Name: "mail", Send: []string{"trusted", "banned"}, Take: []string{"trusted", "banned"}}
+	c.Cluster = &cluster
+	err := mapping(v,
+		key{"server", value(&cluster.Server, parseServer)},
+		key{"name", value(&cluster.Name, parseName)},
+		key{"node", value(&cluster.Node, parseName)},
+		key{"send", list(&cluster.Send, parseList)},
+		key{"take", list(&cluster.Take, parseList)},
+		key{"password_file", value(&cluster.PasswordFile, parsePath)},
+		key{"ca_file", value(&cluster.CAFile, parsePath)},
+	)
+	if err == nil && cluster.Server == "" {
+		err = errors.New("server is missing, such as rediss://nftwl@redis.example:6380")
+	}
+	return err
+}
+
 // ReadKey returns the key in a file such as Policy.KeyFile: one word, without the
 // white space around it.
 func ReadKey(path string) (string, error) {
@@ -310,6 +341,48 @@ func parseSet(s string) (string, error) { return s, nftset.CheckName(s) }
 func parsePath(s string) (string, error) {
 	if !strings.HasPrefix(s, "/") {
 		return "", fmt.Errorf("%q is not an absolute path", s)
+	}
+	return s, nil
+}
+
+// parseServer reads the URL of a Redis or Valkey.
+func parseServer(s string) (string, error) {
+	u, err := url.Parse(s)
+	if err != nil {
+		return "", errors.New("not a URL such as rediss://nftwl@redis.example:6380") // the error would quote a password
+	}
+	if _, secret := u.User.Password(); secret {
+		return "", errors.New("a password does not belong in this file; write it into a file of its own, and its path as password_file")
+	}
+	switch {
+	case (u.Scheme == "redis" || u.Scheme == "rediss") && u.Hostname() != "":
+	case u.Scheme == "unix" && u.Host == "" && strings.HasPrefix(u.Path, "/"):
+	default:
+		return "", fmt.Errorf("%q is not a URL such as rediss://nftwl@redis.example:6380 or unix:///run/redis/redis.sock", s)
+	}
+	return s, nil
+}
+
+// parseName reads the name of a machine, or of what machines share.
+func parseName(s string) (string, error) {
+	if !IsName(s) {
+		return "", fmt.Errorf("%q is not a name of at most %d letters, digits, dots and hyphens", s, maxName)
+	}
+	return s, nil
+}
+
+const maxName = 64
+
+// IsName reports whether a text can be the name of a machine.
+func IsName(s string) bool {
+	return s != "" && len(s) <= maxName && !strings.ContainsFunc(s, func(r rune) bool {
+		return !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || r == '.' || r == '-' || r == '_')
+	})
+}
+
+func parseList(s string) (string, error) {
+	if s != "trusted" && s != "banned" {
+		return "", fmt.Errorf("%q is not trusted or banned", s)
 	}
 	return s, nil
 }
