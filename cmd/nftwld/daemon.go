@@ -9,9 +9,11 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -25,6 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nftwl/pkg/atomicfile"
+	"nftwl/pkg/cluster"
 	"nftwl/pkg/config"
 	"nftwl/pkg/nftset"
 	"nftwl/pkg/policy"
@@ -54,6 +57,7 @@ type daemon struct {
 	log    *slog.Logger
 	quiet  quiet
 	server *policy.Server
+	node   *cluster.Node // nil without a cluster
 }
 
 // run serves until SIGTERM.
@@ -67,7 +71,11 @@ func (d *daemon) run() error {
 	if err != nil {
 		return err
 	}
-	listeners, err := listen(c.Policy)
+	password, err := readPassword(c.Cluster)
+	if err != nil {
+		return err
+	}
+	listeners, err := listen(listenAddress(c))
 	if err != nil {
 		return failure{err, ""}
 	}
@@ -89,6 +97,12 @@ func (d *daemon) run() error {
 	writing, stopWriting := context.WithCancel(context.Background())
 	var writer sync.WaitGroup
 	writer.Go(func() { d.server.Run(writing) })
+	if c.Cluster != nil {
+		d.node = cluster.New(c, password, registry)
+		d.node.Problem = d.quiet.problem
+		d.node.Connected = func() { d.log.Info("the cluster can be reached again") }
+		writer.Go(func() { d.node.Run(writing) })
+	}
 	mux := http.NewServeMux()
 	mux.Handle("/{$}", d.server)
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4}))
@@ -178,24 +192,34 @@ func (d *daemon) reload(old *config.Config) *config.Config {
 		d.notify("STATUS=The configuration is refused: " + err.Error())
 		return old
 	}
-	if c.Policy.Listen != old.Policy.Listen {
-		d.log.Warn("another policy.listen takes a restart", "address", c.Policy.Listen)
+	if listenAddress(c) != listenAddress(old) {
+		d.log.Warn("another policy.listen takes a restart", "address", listenAddress(c))
+	}
+	if (c.Cluster == nil) != (d.node == nil) || d.node != nil && !c.Cluster.Same(old.Cluster) {
+		d.log.Warn("another cluster takes a restart")
+		c.Cluster = old.Cluster
 	}
 	d.server.Set(c, key)
+	if d.node != nil {
+		d.node.Set(c)
+	}
 	d.notify("STATUS=")
 	d.log.Info("the configuration was read again")
 	return c
 }
 
-// load returns the configuration, which has policy, and its key.
+// load returns the configuration, and the key of its policy.
 func load(path string) (*config.Config, string, error) {
 	c, err := config.Load(path)
 	if err != nil {
 		return nil, "", failure{err, ""}
 	}
-	if c.Policy == nil {
-		return nil, "", failure{errors.New("the configuration has no policy, so there is nothing to do"),
+	if c.Policy == nil && c.Cluster == nil {
+		return nil, "", failure{errors.New("the configuration has no policy and no cluster, so there is nothing to do"),
 			"write policy: {} into " + config.Path}
+	}
+	if c.Policy == nil {
+		return c, "", nil // with which every report is refused
 	}
 	key, err := readKey(c.Policy.KeyFile)
 	if err != nil {
@@ -204,19 +228,47 @@ func load(path string) (*config.Config, string, error) {
 	return c, key, nil
 }
 
+// listenAddress is where nftwld listens, for reports and for who asks for its metrics.
+func listenAddress(c *config.Config) netip.AddrPort {
+	if c.Policy == nil {
+		return config.DefaultPolicy.Listen
+	}
+	return c.Policy.Listen
+}
+
 // readKey returns the key: systemd's credential, or the contents of a file.
-func readKey(path string) (string, error) {
+func readKey(path string) (string, error) { return config.ReadKey(secret("policy.key", path)) }
+
+// readPassword returns the password of the cluster's server: systemd's credential,
+// or the contents of a file; "" without either.
+func readPassword(c *config.Cluster) (string, error) {
+	if c == nil {
+		return "", nil
+	}
+	path := secret("cluster.password", c.PasswordFile)
+	if path == "" {
+		return "", nil
+	}
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return "", failure{fmt.Errorf("cluster.password_file: %w", err), "the file has the password of the user in cluster.server"}
+	}
+	return strings.TrimSpace(string(text)), nil
+}
+
+// secret returns the path of systemd's credential, or else the given one.
+func secret(credential, path string) string {
 	if dir := os.Getenv("CREDENTIALS_DIRECTORY"); dir != "" {
-		credential := filepath.Join(dir, "policy.key")
+		credential = filepath.Join(dir, credential)
 		if _, err := os.Stat(credential); !errors.Is(err, fs.ErrNotExist) {
-			path = credential
+			return credential
 		}
 	}
-	return config.ReadKey(path)
+	return path
 }
 
 // listen returns systemd's sockets, or makes one.
-func listen(c *config.Policy) ([]net.Listener, error) {
+func listen(address netip.AddrPort) ([]net.Listener, error) {
 	inherited, err := activation.Listeners()
 	if err != nil {
 		return nil, fmt.Errorf("sockets from systemd: %w", err)
@@ -229,7 +281,7 @@ func listen(c *config.Policy) ([]net.Listener, error) {
 	if len(inherited) > 0 {
 		return inherited, nil
 	}
-	l, err := net.Listen("tcp", c.Listen.String())
+	l, err := net.Listen("tcp", address.String())
 	if err != nil {
 		return nil, err
 	}

@@ -78,6 +78,6 @@ was wrong.`,
 	root.PersistentFlags().StringVar(&d.configPath, "config", "", "read `FILE`, not "+config.Path)
 	root.Flags().StringVar(&d.stateDir, "state", os.Getenv("STATE_DIRECTORY"), "keep the counts of failures in `DIR` over a restart")
 	root.Flags().BoolVarP(&d.verbose, "verbose", "v", false, "log each address that becomes trusted")
-	root.AddCommand(newStatus(&d.configPath))
+	root.AddCommand(newStatus(&d.configPath), newClear(&d.configPath))
 	return root
 }

@@ -38,10 +38,7 @@ was wrong.`,
 			if err != nil {
 				return failure{err, ""}
 			}
-			if c.Policy == nil {
-				return failure{errors.New("the configuration has no policy"), "write policy: {} into " + config.Path}
-			}
-			families, err := ask("http://" + c.Policy.Listen.String() + "/metrics")
+			families, err := ask("http://" + listenAddress(c).String() + "/metrics")
 			if errors.Is(err, unix.ECONNREFUSED) {
 				return failure{err, "systemctl start nftwld"}
 			}

@@ -89,6 +89,12 @@ type Cluster struct {
 	CAFile       string   // path of the certificates that sign the server's; empty for the system's
 }
 
+// Same reports whether another has the same server and name, as the same machine.
+func (c *Cluster) Same(other *Cluster) bool {
+	return other != nil && c.Server == other.Server && c.Name == other.Name && c.Node == other.Node &&
+		c.PasswordFile == other.PasswordFile && c.CAFile == other.CAFile
+}
+
 // DefaultPolicy and defaultFailures stand for an empty mapping.
 var (
 	DefaultPolicy   = Policy{netip.MustParseAddrPort("127.0.0.1:8085"), "/etc/nftwl/policy.key"}

@@ -1,0 +1,352 @@
+package cluster
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	_ "embed"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/valkey-io/valkey-go"
+
+	"nftwl/pkg/config"
+)
+
+const (
+	// answerIn is how long the engine has to answer.
+	answerIn = 3 * time.Second
+	// block is how long the engine may wait for news before it answers.
+	block = time.Second
+	// logLength is how many entries of a list's log the engine keeps, about. A
+	// machine that has missed more reads the whole list.
+	logLength = "10000"
+	// atOnce is how many records go into one entry.
+	atOnce = 128
+	// page is how many fields of a list are read at once.
+	page = 1000
+)
+
+// engine is a Redis or Valkey. Its methods are safe for concurrent use.
+//
+// A list's keys, which hold "{NAME}" so that all are on one machine of a cluster
+// of engines:
+//
+//	nftwl:{NAME}:trusted       hash    a field: a record
+//	nftwl:{NAME}:trusted:log   stream  what was accepted, with its sequence
+//	nftwl:{NAME}:trusted:meta  hash    epoch, sequence, cleared
+type engine struct {
+	client valkey.Client
+	name   string
+	node   string
+}
+
+// dial connects to the engine of a configuration.
+func dial(c *config.Cluster, node, password string) (*engine, error) {
+	o, err := valkey.ParseURL(c.Server)
+	if err != nil {
+		return nil, err
+	}
+	o.Password = password
+	o.ClientName = "nftwld"
+	o.ClientSetInfo = valkey.DisableClientSetInfo // an ACL can forbid it
+	o.ForceSingleClient = o.Sentinel.MasterSet == ""
+	o.Sentinel.TopologyRefreshInterval = 5 * time.Second
+	o.DisableCache, o.DisableRetry = true, true
+	o.PipelineMultiplex = -1 // one connection, and one that blocks
+	o.BlockingPoolSize = 2
+	o.RingScaleEachConn = 8
+	o.ReadBufferEachConn, o.WriteBufferEachConn = 64<<10, 64<<10
+	o.Dialer.Timeout = answerIn
+	o.ConnWriteTimeout = answerIn + block
+	if o.TLSConfig != nil && c.CAFile != "" {
+		pem, err := os.ReadFile(c.CAFile)
+		if err != nil {
+			return nil, err
+		}
+		o.TLSConfig.RootCAs = x509.NewCertPool()
+		if !o.TLSConfig.RootCAs.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("%s holds no certificate", c.CAFile)
+		}
+	}
+	if o.TLSConfig != nil && len(o.InitAddress) > 1 || o.Sentinel.MasterSet != "" {
+		o.Sentinel.TLSConfig = o.TLSConfig
+	}
+	client, err := valkey.NewClient(o)
+	if err != nil {
+		return nil, err
+	}
+	return &engine{client, c.Name, node}, nil
+}
+
+// Clear empties a list on all machines that share it: trusted or banned. What is
+// added from then on stays.
+func Clear(c *config.Cluster, password, name string) error {
+	e, err := dial(c, NodeName(c), password)
+	if err == nil {
+		defer e.close()
+		err = e.clear(context.Background(), list(name))
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", c.Server, err)
+	}
+	return nil
+}
+
+func (e *engine) close() { e.client.Close() }
+
+func (e *engine) key(l list, suffix string) string {
+	return "nftwl:{" + e.name + "}:" + string(l) + suffix
+}
+
+// do sends a command, and waits at most answerIn and what is added to it.
+func (e *engine) do(ctx context.Context, more time.Duration, words ...string) valkey.ValkeyResult {
+	ctx, cancel := context.WithTimeout(ctx, answerIn+more)
+	defer cancel()
+	command := e.client.B().Arbitrary(words...)
+	if more > 0 {
+		return e.client.Do(ctx, command.Blocking())
+	}
+	return e.client.Do(ctx, command.Build())
+}
+
+// now returns the engine's time in milliseconds since 1970.
+func (e *engine) now(ctx context.Context) (int64, error) {
+	parts, err := e.do(ctx, 0, "TIME").AsIntSlice()
+	if err != nil {
+		return 0, err
+	}
+	if len(parts) != 2 {
+		return 0, errors.New("TIME: not an answer of Redis")
+	}
+	return parts[0]*1000 + parts[1]/1000, nil
+}
+
+// position is how far a machine has read a list.
+type position struct {
+	id       string // of the last entry in the log
+	epoch    string // changes if the engine has lost everything
+	sequence int64  // of the entry; each has one more than that before
+}
+
+// meta returns what the engine says of a list; cleared is when it was emptied on
+// all machines, in its own time; 0 for never.
+func (e *engine) meta(ctx context.Context, l list) (p position, cleared int64, err error) {
+	values, err := e.do(ctx, 0, "HMGET", e.key(l, ":meta"), "epoch", "sequence", "cleared").AsStrSlice()
+	if err != nil || len(values) != 3 {
+		return p, 0, orOdd(err)
+	}
+	p.epoch = values[0]
+	p.sequence, _ = strconv.ParseInt(values[1], 10, 64) // none yet
+	cleared, _ = strconv.ParseInt(values[2], 10, 64)
+	return p, cleared, nil
+}
+
+func orOdd(err error) error {
+	if err == nil {
+		return errors.New("not an answer of Redis")
+	}
+	return err
+}
+
+// end returns the position at the end of a list's log.
+func (e *engine) end(ctx context.Context, l list) (p position, cleared int64, err error) {
+	if p, cleared, err = e.meta(ctx, l); err != nil {
+		return p, 0, err
+	}
+	last, err := e.do(ctx, 0, "XREVRANGE", e.key(l, ":log"), "+", "-", "COUNT", "1").AsXRange()
+	if err != nil {
+		return p, 0, err
+	}
+	p.id = "0-0"
+	if len(last) > 0 {
+		p.id = last[0].ID
+		p.sequence, _ = strconv.ParseInt(last[0].FieldValues["sequence"], 10, 64)
+	}
+	return p, cleared, nil
+}
+
+// entry is a part of a list's log.
+type entry struct {
+	list list
+	position
+	node    string
+	cleared bool              // the list was emptied on all machines
+	records map[string]string // by field
+}
+
+// read waits for entries after the given positions. Without any, it returns none.
+func (e *engine) read(ctx context.Context, after map[list]position) ([]entry, error) {
+	words := []string{"XREAD", "COUNT", "100", "BLOCK", strconv.FormatInt(block.Milliseconds(), 10), "STREAMS"}
+	var lists []list
+	for l := range after {
+		lists = append(lists, l)
+		words = append(words, e.key(l, ":log"))
+	}
+	for _, l := range lists {
+		words = append(words, after[l].id)
+	}
+	streams, err := e.do(ctx, block, words...).AsXRead()
+	if err != nil && !valkey.IsValkeyNil(err) {
+		return nil, err
+	}
+	var entries []entry
+	for _, l := range lists {
+		for _, x := range streams[e.key(l, ":log")] {
+			n := entry{list: l, position: position{id: x.ID, epoch: x.FieldValues["epoch"]}, node: x.FieldValues["node"]}
+			n.sequence, _ = strconv.ParseInt(x.FieldValues["sequence"], 10, 64)
+			_, n.cleared = x.FieldValues["cleared"]
+			n.records = x.FieldValues
+			for _, key := range []string{"epoch", "sequence", "node", "cleared"} {
+				delete(n.records, key)
+			}
+			entries = append(entries, n)
+		}
+	}
+	return entries, nil
+}
+
+// all calls f for every field of a list with its record, some of them twice.
+func (e *engine) all(ctx context.Context, l list, f func(field, record string)) error {
+	for cursor := "0"; ; {
+		scan, err := e.do(ctx, 0, "HSCAN", e.key(l, ""), cursor, "COUNT", strconv.Itoa(page)).AsScanEntry()
+		if err != nil {
+			return err
+		}
+		for pair := range slices.Chunk(scan.Elements, 2) {
+			if len(pair) == 2 {
+				f(pair[0], pair[1])
+			}
+		}
+		if scan.Cursor == 0 {
+			return nil
+		}
+		cursor = strconv.FormatUint(scan.Cursor, 10)
+	}
+}
+
+// change is a record of this machine's that is sent.
+type change struct {
+	field   field
+	removed bool
+	age     int64 // since it was added, renewed or removed, in milliseconds
+	left    int64 // in milliseconds; less than 0 for a permanent element
+	timeout int64 // in milliseconds; 0 for a permanent element
+	comment string
+}
+
+//go:embed merge.lua
+var mergeText string
+
+var mergeScript = valkey.NewLuaScript(mergeText)
+
+// send merges at most atOnce changes into a list. For each it returns "" if it was
+// accepted, else the record that stays.
+func (e *engine) send(ctx context.Context, l list, changes []change) ([]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, answerIn)
+	defer cancel()
+	args := []string{e.node, rand.Text(), logLength}
+	for _, c := range changes {
+		sign := "+"
+		if c.removed {
+			sign = "-"
+		}
+		args = append(args, c.field.String(), sign, fmt.Sprint(c.age), fmt.Sprint(c.left), fmt.Sprint(c.timeout), c.comment)
+	}
+	keys := []string{e.key(l, ""), e.key(l, ":log"), e.key(l, ":meta")}
+	parts, err := mergeScript.Exec(ctx, e.client, keys, args).ToArray()
+	if err != nil || len(parts) != 4 {
+		return nil, orOdd(err)
+	}
+	return parts[3].AsStrSlice()
+}
+
+var clearScript = valkey.NewLuaScript(`
+local clock = redis.call('TIME')
+local now = string.format('%.0f', clock[1] * 1000 + math.floor(clock[2] / 1000))
+local epoch = redis.call('HGET', KEYS[3], 'epoch') or ARGV[2]
+redis.call('DEL', KEYS[1])
+redis.call('HSET', KEYS[3], 'epoch', epoch, 'format', '1', 'cleared', now)
+local sequence = redis.call('HINCRBY', KEYS[3], 'sequence', 1)
+redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[3], '*', 'epoch', epoch, 'sequence', sequence, 'node', ARGV[1], 'cleared', now)
+return now`)
+
+// clear empties a list on all machines.
+func (e *engine) clear(ctx context.Context, l list) error {
+	ctx, cancel := context.WithTimeout(ctx, answerIn)
+	defer cancel()
+	keys := []string{e.key(l, ""), e.key(l, ":log"), e.key(l, ":meta")}
+	return clearScript.Exec(ctx, e.client, keys, []string{e.node, rand.Text(), logLength}).Error()
+}
+
+var sweepScript = valkey.NewLuaScript(`
+local clock = redis.call('TIME')
+local now = clock[1] * 1000
+for _, field in ipairs(ARGV) do
+	local ends = tonumber(string.match(redis.call('HGET', KEYS[1], field) or '', '^[+-] %d+ (%d+) ') or '0')
+	if ends ~= 0 and ends <= now then redis.call('HDEL', KEYS[1], field) end
+end
+return 0`)
+
+// sweep deletes those of some fields whose records do not count any more.
+func (e *engine) sweep(ctx context.Context, l list, fields []string) error {
+	ctx, cancel := context.WithTimeout(ctx, answerIn)
+	defer cancel()
+	return sweepScript.Exec(ctx, e.client, []string{e.key(l, "")}, fields).Error()
+}
+
+// evicts reports whether the engine, once its memory is full, throws away keys
+// that have no expiry, as ours are. It is false where the engine does not tell.
+func (e *engine) evicts(ctx context.Context) bool {
+	info, _ := e.do(ctx, 0, "INFO", "memory").ToString()
+	return strings.Contains(info, "\nmaxmemory_policy:allkeys-") && !strings.Contains(info, "\nmaxmemory:0\r")
+}
+
+// Reasons for which the engine cannot be used, in words that do not change.
+const (
+	refusedLogin = "login"   // wrong user or password
+	refusedKeys  = "acl"     // the user may not
+	full         = "memory"  // maxmemory is reached
+	slow         = "timeout" // no answer in time
+	badTLS       = "tls"
+	unreachable  = "network"
+	replica      = "readonly" // a replica answers
+	odd          = "engine"   // any other answer
+)
+
+// why names the reason of an error.
+func why(err error) string {
+	if e, ok := valkey.IsValkeyErr(err); ok {
+		for prefix, reason := range map[string]string{
+			"WRONGPASS": refusedLogin, "NOAUTH": refusedLogin, "NOPERM": refusedKeys, "OOM": full, "READONLY": replica, "BUSY": slow,
+		} {
+			if strings.HasPrefix(e.Error(), prefix) {
+				return reason
+			}
+		}
+		if strings.Contains(e.Error(), "OOM command not allowed") {
+			return full
+		}
+		if strings.Contains(e.Error(), "NOPERM") || strings.Contains(e.Error(), "can't access at least one of the keys") {
+			return refusedKeys
+		}
+		return odd
+	}
+	var timeout net.Error
+	var certificate *tls.CertificateVerificationError
+	var header tls.RecordHeaderError
+	switch {
+	case errors.As(err, &certificate), errors.As(err, &header):
+		return badTLS
+	case errors.Is(err, context.DeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
+		return slow
+	}
+	return unreachable
+}

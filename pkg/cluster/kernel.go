@@ -1,0 +1,185 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"nftwl/pkg/nftset"
+)
+
+// watch takes note of the changes of the sets until the context is done.
+func (n *Node) watch(ctx context.Context) {
+	for ctx.Err() == nil {
+		if err := n.watchTable(ctx); err != nil {
+			n.Problem("kernel", err)
+			select {
+			case <-ctx.Done():
+			case <-time.After(maxBackoff):
+			}
+		}
+	}
+}
+
+// watchTable is watch until the configuration names another table.
+func (n *Node) watchTable(ctx context.Context) error {
+	table := n.watched()
+	w, err := nftset.Watch(table)
+	if err != nil {
+		return err
+	}
+	defer w.Close()
+	conn, err := nftset.Dial()
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	n.missed()
+	var last flush
+	for ctx.Err() == nil && n.watched() == table {
+		err := w.Read(time.Now().Add(block), func(e nftset.Event) {
+			if e.Deleted && e.Meaning == nftset.Unknown && last.of(conn, table, e) {
+				e.Meaning = nftset.Local
+			}
+			n.event(e)
+		})
+		switch {
+		case err == nil, errors.Is(err, nftset.ErrDeadline):
+		case errors.Is(err, nftset.ErrOverrun):
+			n.metrics.overruns.Inc()
+			n.missed()
+		default:
+			return err
+		}
+	}
+	return nil
+}
+
+func (n *Node) watched() nftset.Table {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.config.Table
+}
+
+// flush is whether another program than nftwl, in its last transaction, has flushed a
+// set: to others, what it deleted is then lost rather than removed. The kernel reports
+// the elements alike. A set that is empty afterwards was flushed.
+type flush struct {
+	set   string
+	by    uint32
+	at    time.Time
+	empty bool
+}
+
+// of reports whether an element was deleted by a flush.
+func (f *flush) of(conn *nftset.Conn, table nftset.Table, e nftset.Event) bool {
+	const transaction = 2 * time.Second // in which its events come
+	if f.set == e.Set && f.by == e.By && time.Since(f.at) < transaction {
+		return f.empty
+	}
+	conn.SetTimeout(patience)
+	set, err := conn.Set(table, e.Set)
+	empty := true
+	if err == nil {
+		err = conn.Dump(set, func(nftset.Element) error {
+			empty = false
+			return nil
+		})
+	}
+	if err != nil && !errors.Is(err, nftset.ErrInterrupted) {
+		return true // absence is never removal
+	}
+	*f = flush{e.Set, e.By, time.Now(), empty}
+	return empty
+}
+
+// missed notes that there were changes that nobody told of.
+func (n *Node) missed() {
+	n.mu.Lock()
+	n.overrun = true
+	n.mu.Unlock()
+	n.awake()
+}
+
+func (n *Node) awake() {
+	select {
+	case n.wake <- struct{}{}:
+	default:
+	}
+}
+
+// event takes note of a change.
+func (n *Node) event(e nftset.Event) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	s := n.names[e.Set]
+	if s == nil {
+		return
+	}
+	defer n.awake()
+	if e.Replaced {
+		s.refill = time.Now().Add(settle)
+		return
+	}
+	key := e.Element.Key
+	if key.CatchAll() || e.Meaning == nftset.Local && !e.Deleted {
+		return
+	}
+	if key.Port != 0 && !slices.Contains(n.config.Ports, key.Port) && len(s.odd) < maxPorts {
+		s.odd[key.Port] = true
+	}
+	heard := s.note(key.Addr)
+	switch {
+	case !e.Deleted:
+		delete(heard.deleted, key.Port)
+		heard.seen = time.Now()
+	case e.Meaning == nftset.Local:
+		// It is lost here alone, and will be filled again.
+	default:
+		comment := e.Element.Comment
+		if e.Meaning == nftset.DecidedFor {
+			comment = local(comment)
+		}
+		if heard.deleted == nil {
+			heard.deleted = make(map[uint16]deletion)
+		}
+		heard.deleted[key.Port] = deletion{time.Now(), e.Element.Expires, qualify(comment, n.node)}
+	}
+}
+
+// note returns what was heard of an address since it was last looked at.
+func (s *share) note(addr netip.Addr) *news {
+	heard := s.changed[addr]
+	if heard == nil {
+		heard = new(news)
+		s.changed[addr] = heard
+	}
+	return heard
+}
+
+// merge adds what was heard before.
+func (h *news) merge(before *news) {
+	for port, d := range before.deleted {
+		if _, again := h.deleted[port]; again || h.seen.After(d.at) {
+			continue
+		}
+		if h.deleted == nil {
+			h.deleted = make(map[uint16]deletion)
+		}
+		h.deleted[port] = d
+	}
+	if h.seen.IsZero() {
+		h.seen = before.seen
+	}
+}
+
+// millisecondsOf returns the time in an entry's id.
+func millisecondsOf(id string) int64 {
+	ms, _, _ := strings.Cut(id, "-")
+	n, _ := strconv.ParseInt(ms, 10, 64) // the engine's own
+	return n
+}

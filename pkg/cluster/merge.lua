@@ -1,0 +1,82 @@
+-- Merges records into a list. All of it is decided here, so that every machine
+-- sees the same order.
+--
+-- KEYS: the hash, the log, the rest
+-- ARGV: the machine, an epoch for an empty list, the log's length, and for each
+--       record the field, + or -, its age, the time left (-1: permanent), the
+--       timeout (0: permanent) and the comment; times in milliseconds
+--
+-- Returns the time, the epoch, the sequence, and for each record "" if it was
+-- accepted, else the record that stays.
+
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local month = 30 * 24 * 3600 * 1000
+
+local function whole(n) return string.format('%.0f', n) end
+
+local function get(field)
+	local value = redis.call('HGET', KEYS[1], field)
+	if not value then return nil end
+	local sign, set, ends, timeout = string.match(value, '^([+-]) (%d+) (%d+) (%d+) ')
+	if not sign then return nil end
+	ends = tonumber(ends)
+	if ends ~= 0 and ends <= now then return nil end
+	return {removed = sign == '-', set = tonumber(set), ends = ends, timeout = tonumber(timeout), value = value}
+end
+
+local epoch = redis.call('HGET', KEYS[3], 'epoch')
+if not epoch then
+	epoch = ARGV[2]
+	redis.call('HSET', KEYS[3], 'epoch', epoch, 'format', '1')
+end
+local cleared = tonumber(redis.call('HGET', KEYS[3], 'cleared') or '0')
+
+local replies, accepted = {}, {}
+for i = 4, #ARGV, 6 do
+	local field, sign = ARGV[i], ARGV[i + 1]
+	local age, left, timeout = tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3]), tonumber(ARGV[i + 4])
+	local set = math.max(0, now - age)
+	local old, stays, ends = get(field), nil, nil
+	-- The removal of an address on every port counts on each.
+	local every = string.match(field, '^(%S+) ')
+	every = every and get(every)
+	if every and every.removed and old and not old.removed and old.set <= every.set then old = nil end
+	if sign == '+' then
+		ends = 0
+		if left >= 0 then ends = now + left end
+		if set <= cleared and cleared + month > now then
+			stays = '- ' .. whole(cleared) .. ' ' .. whole(cleared + month) .. ' 0 '
+		elseif every and every.removed and set <= every.set then
+			stays = every.value
+		elseif old and old.removed then
+			if set <= old.set then stays = old.value end
+		elseif old then
+			local gain = math.min(timeout / 24, 3600000)
+			if old.ends == 0 or ends ~= 0 and ends <= old.ends + gain then stays = old.value end
+		end
+	else
+		timeout = 0
+		ends = now + month
+		if left >= 0 then ends = now + left end
+		if old and (old.set > set or old.removed and old.set == set) then
+			stays = old.value
+		elseif old then
+			if old.ends == 0 then ends = math.max(ends, now + month) else ends = math.max(ends, old.ends) end
+		end
+	end
+	if not stays then
+		local value = table.concat({sign, whole(set), whole(ends), whole(timeout), ARGV[i + 5]}, ' ')
+		redis.call('HSET', KEYS[1], field, value)
+		accepted[#accepted + 1] = field
+		accepted[#accepted + 1] = value
+	end
+	replies[#replies + 1] = stays or ''
+end
+
+local sequence = redis.call('HGET', KEYS[3], 'sequence') or '0'
+if #accepted > 0 then
+	sequence = redis.call('HINCRBY', KEYS[3], 'sequence', 1)
+	redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[3], '*', 'epoch', epoch, 'sequence', sequence, 'node', ARGV[1], unpack(accepted))
+end
+return {whole(now), epoch, tostring(sequence), replies}

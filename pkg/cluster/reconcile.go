@@ -1,0 +1,295 @@
+package cluster
+
+import (
+	"net/netip"
+	"slices"
+	"time"
+
+	"nftwl/pkg/config"
+	"nftwl/pkg/nftset"
+	"nftwl/pkg/trust"
+)
+
+// deletion is an element that somebody deleted from this machine's sets.
+type deletion struct {
+	at      time.Time
+	left    time.Duration // it had; 0 if it was permanent
+	comment string        // of what was meant, qualified
+}
+
+// most is the time left below which a change is not worth a record: fail2ban ends
+// its bans in the moment in which they expire.
+const most = 2 * time.Second
+
+// state is what this machine has of an address.
+type state struct {
+	set     *nftset.Set
+	there   map[uint16]nftset.Element // by port; 0 if the set's keys have none
+	deleted map[uint16]deletion       // by port
+	seen    time.Time                 // when it was added, of a permanent element; zero for unknown
+	ports   []uint16                  // to look at; 0 alone if the set's keys have none
+}
+
+// plan is what there is to do for an address.
+type plan struct {
+	send   []change
+	remove []removal
+	extend []nftset.Element
+}
+
+// removal is an element that the others have removed.
+type removal struct {
+	key nftset.Key
+	by  record
+}
+
+func (p plan) empty() bool { return len(p.send)+len(p.remove)+len(p.extend) == 0 }
+
+// view is what a machine goes by.
+type view struct {
+	config  *config.Config
+	list    list
+	node    string
+	own     []netip.Addr // the machine's addresses
+	now     int64        // the engine's time in milliseconds
+	records func(field) (record, bool)
+	cleared int64 // when the list was emptied on all machines
+}
+
+// clearedFor is how long the emptying of a list counts against older elements. It is
+// that of merge.lua.
+const clearedFor = 30 * 24 * time.Hour
+
+// reconcile decides what to do so that this machine and the others have the same
+// of an address.
+func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
+	every := newField(v.prefix(addr), 0)
+	shared := make(map[uint16]record) // by port; port 0 is every port
+	for _, port := range append([]uint16{0}, s.ports...) {
+		f := every
+		f.port = port
+		if r, ok := v.records(f); ok && r.alive(v.now) {
+			shared[port] = r
+		}
+	}
+
+	// What was deleted here is removed everywhere.
+	needed := v.config.Ports
+	if !s.set.Key.Port {
+		needed = []uint16{0}
+	}
+	gone := make(map[uint16]change)
+	for port, d := range s.deleted {
+		if _, again := s.there[port]; again || d.left > 0 && d.left < most {
+			continue
+		}
+		c := change{field: every, removed: true, age: time.Since(d.at).Milliseconds(), left: -1, comment: d.comment}
+		c.field.port = port
+		if d.left > 0 {
+			c.left = max(0, (d.left - time.Since(d.at)).Milliseconds())
+		}
+		gone[port] = c
+	}
+	if !slices.ContainsFunc(needed, func(port uint16) bool { _, ok := gone[port]; return !ok }) {
+		all := gone[needed[0]]
+		all.field.port = 0
+		for _, port := range needed {
+			if c := gone[port]; c.left < 0 || all.left >= 0 && c.left > all.left {
+				all.left = c.left
+			}
+			all.age = min(all.age, gone[port].age)
+			delete(gone, port)
+		}
+		gone[0] = all
+	}
+	for port, c := range gone {
+		at := v.now - c.age
+		if old := shared[port]; old.set > at || old.removed && old.set == at {
+			continue // the others know
+		}
+		p.send = append(p.send, c)
+		shared[port] = record{removed: true, set: at, until: forever, comment: c.comment}
+	}
+
+	// removedBy is the latest removal that counts on a port.
+	removedBy := func(port uint16) record {
+		r := record{set: -1}
+		if v.cleared > 0 && v.cleared+clearedFor.Milliseconds() > v.now {
+			r = record{removed: true, set: v.cleared}
+		}
+		for _, port := range []uint16{0, port} {
+			if s, ok := shared[port]; ok && s.removed && s.set > r.set {
+				r = s
+			}
+		}
+		return r
+	}
+	// best is what the others have of a port that lasts longest.
+	best := func(port uint16) (b record, ok bool) {
+		for _, from := range []uint16{0, port} {
+			if from != port && !slices.Contains(v.config.Ports, port) {
+				continue // every port is every one that is configured
+			}
+			r, there := shared[from]
+			if there && !r.removed && r.set > removedBy(port).set && (!ok || r.ends() > b.ends()) {
+				b, ok = r, true
+			}
+		}
+		return b, ok
+	}
+	longer := func(mine record, port uint16) bool {
+		theirs, ok := best(port)
+		return !ok || mine.ends() == forever && theirs.ends() != forever ||
+			theirs.ends() != forever && mine.ends() > theirs.ends()+gain(mine.timeout)
+	}
+
+	// What lasts longer here is sent: for every port, if it is on all that this
+	// machine has, and for a port where that one lasts longer still.
+	mine := make(map[uint16]record)
+	for port, e := range s.there {
+		if r := v.local(e, s.seen); r.set > removedBy(port).set {
+			mine[port] = r
+		}
+	}
+	send := func(r record, port uint16) {
+		if !r.alive(v.now+most.Milliseconds()) || !longer(r, port) {
+			return
+		}
+		c := change{field: every, age: v.now - r.set, left: -1, timeout: r.timeout, comment: r.comment}
+		c.field.port = port
+		if r.until != 0 {
+			c.left = r.until - v.now
+		}
+		p.send = append(p.send, c)
+		shared[port] = r
+	}
+	weakest, all := record{}, true
+	for i, port := range needed {
+		r, ok := mine[port]
+		all = all && ok
+		if i == 0 || r.ends() < weakest.ends() {
+			weakest = r
+		}
+	}
+	if all {
+		send(weakest, 0)
+	}
+	for _, port := range s.ports {
+		if r, ok := mine[port]; ok && port != 0 {
+			send(r, port)
+		}
+	}
+
+	// What the others removed, or have for longer, is changed here.
+	for _, port := range s.ports {
+		e, there := s.there[port]
+		if r := removedBy(port); there && v.local(e, s.seen).set <= r.set && v.ends(r, e) {
+			p.remove = append(p.remove, removal{e.Key, r})
+			there = false
+		}
+		r, ok := best(port)
+		if !ok || !v.accepts(addr, port, s.set) {
+			continue
+		}
+		want, ok := v.element(r)
+		want.Key = nftset.Key{Addr: addr, Port: port}
+		slack := most
+		if r.until == 0 && v.list == trusted { // it is renewed, see element
+			slack = max(most, time.Duration(gain(want.Timeout.Milliseconds()))*time.Millisecond)
+		}
+		if ok && !(there && e.Outlives(want, slack)) {
+			p.extend = append(p.extend, want)
+		}
+	}
+	return p
+}
+
+// prefix is the network that an element of an address stands for.
+func (v *view) prefix(addr netip.Addr) netip.Prefix {
+	if n := trust.NetworkOf(addr, v.bits()); n.Addr() == addr {
+		return n
+	}
+	return netip.PrefixFrom(addr, addr.BitLen())
+}
+
+// bits is how long the networks are that the rules look up.
+func (v *view) bits() int {
+	if v.list == banned {
+		return trust.BanPrefix(v.config)
+	}
+	return v.config.IPv6Prefix
+}
+
+// here returns the field that stands on this machine for one of the others, and
+// false for a network that is larger than this machine knows.
+func (v *view) here(f field) (field, bool) {
+	addr := f.Addr()
+	if addr.Is4() || f.bits == 128 {
+		addr = trust.Network(v.config, addr)
+	} else if int(f.bits) < v.bits() {
+		return f, false
+	} else if int(f.bits) > v.bits() {
+		addr = trust.Network(v.config, addr)
+	}
+	return newField(v.prefix(addr), f.port), true
+}
+
+// local is what an element of this machine would be to the others.
+func (v *view) local(e nftset.Element, seen time.Time) record {
+	r := record{comment: qualify(e.Comment, v.node)}
+	switch {
+	case !e.Permanent():
+		r.timeout = max(1, e.Timeout.Milliseconds())
+		r.until = v.now + max(1, e.Expires.Milliseconds())
+		r.set = r.until - r.timeout
+	case !seen.IsZero():
+		// Otherwise nobody knows, and any removal counts.
+		r.set = v.now - time.Since(seen).Milliseconds()
+	}
+	return r
+}
+
+// ends reports whether a removal by others ends an element. Of a ban that several
+// tools wanted, each ends its own part.
+func (v *view) ends(r record, e nftset.Element) bool {
+	return v.list == trusted || r.comment == "" || covers(r.comment, qualify(e.Comment, v.node))
+}
+
+// accepts reports whether this machine takes what others have of a port. It takes
+// no more than a login here would get.
+func (v *view) accepts(addr netip.Addr, port uint16, set *nftset.Set) bool {
+	if set.Key.Port && v.list == trusted && !slices.Contains(v.config.Ports, port) {
+		return false
+	}
+	refuse := trust.Refuse
+	if v.list == banned {
+		refuse = trust.RefuseBan
+	}
+	if refuse(v.config, addr) != nil {
+		return false
+	}
+	network := v.prefix(addr)
+	return !slices.ContainsFunc(v.own, network.Contains)
+}
+
+// element returns the element for a record of the others, and false if too little
+// time is left. A trust gets no more than the time that a login of the same moment
+// would have got here; a permanent one gets that again and again.
+func (v *view) element(r record) (e nftset.Element, ok bool) {
+	age := time.Duration(max(0, v.now-r.set)) * time.Millisecond
+	e.Timeout = time.Duration(r.timeout) * time.Millisecond
+	if v.list == banned || v.config.Comment {
+		e.Comment = unqualify(r.comment, v.node)
+	}
+	if v.list == trusted {
+		if r.until == 0 {
+			e.Timeout = v.config.Timeout
+			return e, true
+		}
+		e.Timeout = min(e.Timeout, v.config.Timeout)
+	} else if r.until == 0 {
+		return e, true
+	}
+	e.Expires = min(time.Duration(r.until-v.now)*time.Millisecond, e.Timeout, max(0, e.Timeout-age))
+	return e, e.Expires >= most
+}

@@ -1,0 +1,223 @@
+package cluster
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+
+	"nftwl/pkg/nftset"
+)
+
+// field names what a record is about: an address, or the network that an element
+// stands for, on one port or on every port that a machine is configured for.
+type field struct {
+	addr [16]byte // an IPv4 address as an IPv4-mapped one
+	bits uint8    // of the network; 128 for a single address
+	port uint16   // 0 for every port
+}
+
+func newField(p netip.Prefix, port uint16) field {
+	bits := p.Bits()
+	if p.Addr().Is4() {
+		bits += 96
+	}
+	return field{p.Addr().As16(), uint8(bits), port}
+}
+
+// Addr is the address as it stands in the sets.
+func (f field) Addr() netip.Addr { return netip.AddrFrom16(f.addr).Unmap() }
+
+// String returns the field as the engine has it: "192.0.2.7",
+// "2001:db8:1:2::/64", or either with a port: "192.0.2.7 465".
+func (f field) String() string {
+	s := f.Addr().String()
+	if f.bits != 128 {
+		s += "/" + strconv.Itoa(int(f.bits))
+	}
+	if f.port != 0 {
+		s += " " + strconv.Itoa(int(f.port))
+	}
+	return s
+}
+
+// parseField reads what String wrote, and nothing else.
+func parseField(s string) (f field, err error) {
+	host, port, _ := strings.Cut(s, " ")
+	p, err := netip.ParsePrefix(host)
+	if err != nil {
+		var addr netip.Addr
+		if addr, err = netip.ParseAddr(host); err != nil {
+			return f, errNoField
+		}
+		p = netip.PrefixFrom(addr, addr.BitLen())
+	}
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil && port != "" || p.Addr().Zone() != "" {
+		return f, errNoField
+	}
+	if f = newField(p, uint16(n)); p != p.Masked() || f.String() != s {
+		return f, errNoField
+	}
+	return f, nil
+}
+
+var errNoField = errors.New("not an address, a network, or either with a port")
+
+// record is what the machines agree on about a field. Times are the engine's own,
+// in milliseconds since 1970.
+type record struct {
+	removed bool   // the address was removed or unbanned; else it is trusted or banned
+	set     int64  // when it was added, renewed or removed
+	until   int64  // when it expires, or when the removal is forgotten; 0 for never
+	timeout int64  // of the element; 0 for a permanent one
+	comment string // of the element, see qualify
+}
+
+// forever stands for the time at which a permanent element expires.
+const forever = math.MaxInt64
+
+// ends is when an element of the record would expire.
+func (r record) ends() int64 {
+	if r.until == 0 {
+		return forever
+	}
+	return r.until
+}
+
+// alive reports whether the record counts at a time.
+func (r record) alive(now int64) bool { return r.ends() > now }
+
+// String returns the record as the engine has it: "+ SET UNTIL TIMEOUT COMMENT" or
+// "- SET UNTIL 0 COMMENT".
+func (r record) String() string {
+	sign := "+"
+	if r.removed {
+		sign = "-"
+	}
+	return fmt.Sprintf("%s %d %d %d %s", sign, r.set, r.until, r.timeout, r.comment)
+}
+
+// parseRecord reads what the script wrote, and nothing else.
+func parseRecord(s string) (r record, err error) {
+	parts := strings.SplitN(s, " ", 5)
+	if len(parts) != 5 || parts[0] != "+" && parts[0] != "-" {
+		return r, errNoRecord
+	}
+	r.removed, r.comment = parts[0] == "-", parts[4]
+	for i, to := range []*int64{&r.set, &r.until, &r.timeout} {
+		const most = 1 << 52 // that a script's numbers hold without loss
+		if *to, err = strconv.ParseInt(parts[1+i], 10, 64); err != nil || *to < 0 || *to > most {
+			return r, errNoRecord
+		}
+	}
+	if r.String() != s || (r.until == 0) != (r.timeout == 0) && !r.removed || r.removed && (r.until == 0 || r.timeout != 0) {
+		return r, errNoRecord
+	}
+	return r, nftset.CheckComment(r.comment)
+}
+
+var errNoRecord = errors.New("not a record")
+
+// merge returns which of two records of a field counts, as the script decides it.
+func merge(a, b record) record {
+	switch {
+	case a.removed == b.removed && a.removed:
+		if a.set > b.set {
+			a, b = b, a
+		}
+		b.until = max(a.until, b.until)
+		return b
+	case a.removed == b.removed:
+		if a.ends() > b.ends() {
+			return a
+		}
+		return b
+	case a.removed:
+		a, b = b, a
+		fallthrough
+	default: // a is added, b is removed
+		if a.set > b.set {
+			return a
+		}
+		return b
+	}
+}
+
+// gain is by how much longer an element must last than the others have it, before
+// it is worth a record: 600,000 clients that log in every 10 minutes are then 170
+// records a second.
+func gain(timeout int64) int64 { return min(timeout/24, time.Hour.Milliseconds()) }
+
+// Every name in a comment is followed by the machine that it comes from:
+// "alice @imap1, bob @imap2". In its own sets, a machine leaves its own name out.
+
+// names separates those in a comment, as in trust.AddName.
+const names = ", "
+
+// qualify adds a machine's name to those names of a comment that have none. What
+// becomes too long is cut.
+func qualify(comment, node string) string {
+	suffix := "@" + node
+	var b strings.Builder
+	for i, name := range strings.Split(comment, names) {
+		if _, _, ok := origin(name); !ok {
+			if name = strings.TrimSpace(name); name != "" {
+				name = name[:min(len(name), nftset.MaxComment-len(suffix)-1)] + " "
+			}
+			name += suffix
+		}
+		if i > 0 {
+			name = names + name
+		}
+		if b.Len()+len(name) > nftset.MaxComment {
+			break
+		}
+		b.WriteString(name)
+	}
+	return strings.ToValidUTF8(b.String(), "")
+}
+
+// unqualify takes a machine's name out of a comment.
+func unqualify(comment, node string) string {
+	all := strings.Split(comment, names)
+	for i, name := range all {
+		if who, from, ok := origin(name); ok && from == node {
+			all[i] = who
+		}
+	}
+	return strings.Join(all, names)
+}
+
+// origin splits a name of a comment: "alice @imap1" is alice's, from imap1.
+func origin(name string) (who, node string, ok bool) {
+	i := strings.LastIndexByte(name, '@')
+	if i < 0 || i > 0 && name[i-1] != ' ' || i == len(name)-1 {
+		return name, "", false
+	}
+	return strings.TrimSuffix(name[:i], " "), name[i+1:], true
+}
+
+// covers reports whether every name of a comment is in another, both qualified.
+func covers(whole, comment string) bool {
+	for name := range strings.SplitSeq(comment, names) {
+		if !strings.Contains(names+whole+names, names+name+names) {
+			return false
+		}
+	}
+	return true
+}
+
+// local returns those names of a comment that no other machine gave.
+func local(comment string) string {
+	var own []string
+	for name := range strings.SplitSeq(comment, names) {
+		if _, _, ok := origin(name); !ok {
+			own = append(own, name)
+		}
+	}
+	return strings.Join(own, names)
+}
