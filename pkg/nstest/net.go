@@ -33,27 +33,7 @@ type Peer struct {
 // in them is the peer's own, and it can connect from any.
 func NewPeer(t testing.TB, prefixes ...string) *Peer {
 	t.Helper()
-	p := &Peer{work: make(chan func())}
-	var thread int
-	ready := make(chan error)
-	go func() {
-		// Never unlocked: the thread is thrown away with the goroutine.
-		runtime.LockOSThread()
-		thread = unix.Gettid()
-		err := unix.Unshare(unix.CLONE_NEWNET)
-		if err == nil {
-			err = loopbackUp()
-		}
-		ready <- err
-		for f := range p.work {
-			f()
-		}
-	}()
-	t.Cleanup(func() { close(p.work) })
-	if err := <-ready; err != nil {
-		t.Fatalf("the peer's network namespace: %v", err)
-	}
-
+	p, thread := newPeer(t)
 	here, there := []string{}, []string{}
 	for _, prefix := range prefixes {
 		via := "192.0.2.2"
@@ -84,6 +64,31 @@ func NewPeer(t testing.TB, prefixes ...string) *Peer {
 		t.Fatal(err)
 	}
 	return p
+}
+
+// newPeer returns a peer without interfaces, and the id of its thread.
+func newPeer(t testing.TB) (p *Peer, thread int) {
+	t.Helper()
+	p = &Peer{work: make(chan func())}
+	ready := make(chan error)
+	go func() {
+		// Never unlocked: the thread is thrown away with the goroutine.
+		runtime.LockOSThread()
+		thread = unix.Gettid()
+		err := unix.Unshare(unix.CLONE_NEWNET)
+		if err == nil {
+			err = loopbackUp()
+		}
+		ready <- err
+		for f := range p.work {
+			f()
+		}
+	}()
+	t.Cleanup(func() { close(p.work) })
+	if err := <-ready; err != nil {
+		t.Fatalf("the peer's network namespace: %v", err)
+	}
+	return p, thread
 }
 
 // waitForInterface waits until an interface no longer throws away what it is
