@@ -86,7 +86,6 @@ func faults() []fault {
 		{name: "a set of the other family", rules: set("type ipv6_addr; flags timeout;"), says: "which 192.0.2.7 is not"},
 		{name: "a set without timeouts", rules: set("type ipv4_addr;"), says: "has no timeout flag"},
 		{name: "an interval set", rules: set("type ipv4_addr; flags interval, timeout;"), says: "is an interval set"},
-		{name: "a constant set", rules: set("type ipv4_addr; flags constant; elements = { 203.0.113.1 };"), says: "is constant"},
 		{name: "a set that is full", rules: set("type ipv4_addr . inet_service; flags timeout; size 2;"), says: "is full (2 elements)"},
 		{name: "another's transaction of a million elements meanwhile", config: "short", during: hugeTransaction, keys: 5, waits: "that transaction"},
 

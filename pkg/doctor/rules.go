@@ -140,7 +140,7 @@ func (p *probe) findFamilies() {
 		set := func(names config.Names) *nftset.Set {
 			p.conn.SetTimeout(patience)
 			set, err := p.conn.Set(p.config.Table, names.For(f.sources.Addr()))
-			usable = usable && err == nil && set.Key.IPv6 == f.sources.Addr().Is6() && !set.Constant
+			usable = usable && err == nil && set.Key.IPv6 == f.sources.Addr().Is6()
 			return set
 		}
 		f.trusted, f.banned = set(p.config.Trusted), set(p.config.Banned)

@@ -21,7 +21,7 @@ func Remedy(err error) string {
 	switch e.Err {
 	case nftset.ErrNoTable, nftset.ErrNoSet:
 		return "load the set definitions (" + LoadSets(e.Table) + "), or name the right table and sets in " + config.Path
-	case nftset.ErrKeyType, nftset.ErrInterval, nftset.ErrMap, nftset.ErrConstant, nftset.ErrNoTimeout:
+	case nftset.ErrUnfit:
 		return "define it as: type ipv4_addr . inet_service (or ipv6_addr); flags dynamic,timeout"
 	case nftset.ErrFull:
 		return fmt.Sprintf("give set %s a larger size in the ruleset, or a shorter timeout", e.Set)

@@ -11,18 +11,13 @@ import (
 var (
 	ErrNoTable    = errors.New("the table does not exist")
 	ErrNoSet      = errors.New("the set does not exist")
-	ErrKeyType    = errors.New("the set's key type is not one of addresses")
-	ErrInterval   = errors.New("the set is an interval set")
-	ErrMap        = errors.New("the set is a map")
-	ErrNoTimeout  = errors.New("the set has no timeout flag")
-	ErrConstant   = errors.New("the set is constant")
+	ErrUnfit      = errors.New("the set cannot hold addresses with a timeout")
 	ErrFull       = errors.New("the set is full")
 	ErrNotFound   = errors.New("the element does not exist")
-	ErrPermission = errors.New("no permission")
+	ErrExists     = errors.New("the element exists already")
+	ErrPermission = errors.New("no permission for nftables: the capability CAP_NET_ADMIN is missing")
+	ErrSupport    = errors.New("the kernel offers no nf_tables")
 	ErrDeadline   = errors.New("the kernel did not answer in time")
-	ErrSupport    = errors.New("the kernel has no nf_tables")
-
-	ErrExists = errors.New("the element exists already") // and was to be created
 
 	// ErrGeneration: the transaction was for another generation of the ruleset,
 	// and was not carried out.
@@ -38,12 +33,10 @@ var (
 
 // Error says what failed on which table or set, and why.
 type Error struct {
-	Table Table  // zero for an error of the connection
-	Set   string // empty if it concerns the table
-	Size  uint32 // of the set, for ErrFull
-	Type  string // of the set's keys as nft names it, for ErrKeyType
-	Key   Key    // that does not fit the type, for ErrKeyType; else zero
-	Err   error  // one of the reasons above, or an errno
+	Table  Table  // zero for an error of the connection
+	Set    string // empty if it concerns the table
+	Err    error  // one of the reasons above, or an errno
+	Detail string // what the table or set is or lacks; may be empty
 }
 
 func (e *Error) Unwrap() error { return e.Err }
@@ -51,37 +44,22 @@ func (e *Error) Unwrap() error { return e.Err }
 func (e *Error) Error() string {
 	what := "set " + e.Set
 	switch {
+	case e.Err == ErrPermission, e.Err == ErrSupport:
+		return e.Err.Error()
 	case e.Table.Name == "":
 		what = "nftables"
 	case e.Set == "":
 		what = "table " + e.Table.String()
 	}
-	switch e.Err {
-	case ErrNoTable:
-		return fmt.Sprintf("table %s does not exist", e.Table)
-	case ErrNoSet:
-		return fmt.Sprintf("set %s does not exist in table %s", e.Set, e.Table)
-	case ErrKeyType:
-		if e.Key.Addr.IsValid() {
-			return fmt.Sprintf("%s has keys of type %s, which %s is not", what, e.Type, e.Key)
-		}
-		return fmt.Sprintf("%s has keys of type %s, not of an address or an address . inet_service", what, e.Type)
-	case ErrInterval:
-		return what + " is an interval set; single addresses need a plain one"
-	case ErrMap:
-		return what + " is a map"
-	case ErrNoTimeout:
-		return what + " has no timeout flag, so its elements cannot expire"
-	case ErrConstant:
-		return what + " is constant, so its elements cannot change"
-	case ErrFull:
-		return fmt.Sprintf("%s is full (%d elements)", what, e.Size)
-	case ErrPermission:
-		return "no permission for nftables: the capability CAP_NET_ADMIN is missing"
-	case ErrSupport:
-		return "the kernel offers no nf_tables"
+	if e.Detail != "" {
+		return what + " " + e.Detail
 	}
 	return fmt.Sprintf("%s: %v", what, e.Err)
+}
+
+// unfit returns an ErrUnfit.
+func (s *Set) unfit(detail string) error {
+	return &Error{Table: s.Table, Set: s.Name, Err: ErrUnfit, Detail: detail}
 }
 
 // error returns an *Error about the set, or err if it is one.
@@ -89,24 +67,28 @@ func (s *Set) error(err error) error {
 	if typed, ok := err.(*Error); ok {
 		return typed
 	}
-	if err == unix.ENFILE {
-		err = ErrFull // nft_add_set_elem() in net/netfilter/nf_tables_api.c
+	detail := ""
+	switch err {
+	case ErrNoSet:
+		detail = "does not exist in table " + s.Table.String()
+	case unix.ENFILE: // nft_add_set_elem() in net/netfilter/nf_tables_api.c
+		err, detail = ErrFull, fmt.Sprintf("is full (%d elements)", s.Size)
 	}
-	return &Error{Table: s.Table, Set: s.Name, Size: s.Size, Err: reason(err)}
+	return &Error{s.Table, s.Name, reason(err), detail}
 }
 
 func (t Table) error(err error) error {
-	return &Error{Table: t, Err: reason(err)}
+	detail := ""
+	if err == ErrNoTable {
+		detail = "does not exist"
+	}
+	return &Error{Table: t, Err: reason(err), Detail: detail}
 }
 
 // reason names an errno that can mean one thing only. What ENOENT means, only the
 // caller knows.
 func reason(err error) error {
-	errno, ok := err.(unix.Errno)
-	if !ok {
-		return err // it says more already
-	}
-	switch errno {
+	switch err {
 	case unix.EEXIST:
 		return ErrExists
 	case unix.EPERM, unix.EACCES:
@@ -116,5 +98,5 @@ func reason(err error) error {
 	case unix.EPROTONOSUPPORT, unix.EAFNOSUPPORT:
 		return ErrSupport
 	}
-	return errno
+	return err
 }

@@ -146,7 +146,6 @@ type Set struct {
 	Name  string
 	Key   KeyType
 
-	Constant bool // elements cannot change after creation
 	Dynamic  bool // rules can add elements
 	Timeouts bool // elements can have a timeout (nft's "flags timeout")
 	Counter  bool // every element counts its packets
@@ -165,11 +164,8 @@ type Set struct {
 // Writable reports why elements with a timeout cannot be written to the set,
 // or nil.
 func (s *Set) Writable() error {
-	switch {
-	case s.Constant:
-		return s.error(ErrConstant)
-	case !s.Timeouts:
-		return s.error(ErrNoTimeout)
+	if !s.Timeouts {
+		return s.unfit("has no timeout flag, so its elements cannot expire")
 	}
 	return nil
 }

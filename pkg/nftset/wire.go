@@ -149,15 +149,11 @@ func appendUserData(b []byte, typ byte, s string) []byte {
 // appendSet encodes the definition of a set as nft sends it.
 func appendSet(b []byte, s *Set, id uint32) []byte {
 	var flags uint32
-	for _, f := range []struct {
-		on   bool
-		flag uint32
-	}{
-		{s.Constant, unix.NFT_SET_CONSTANT}, {s.Dynamic, unix.NFT_SET_EVAL}, {s.Timeouts, unix.NFT_SET_TIMEOUT},
-	} {
-		if f.on {
-			flags |= f.flag
-		}
+	if s.Dynamic {
+		flags |= unix.NFT_SET_EVAL
+	}
+	if s.Timeouts {
+		flags |= unix.NFT_SET_TIMEOUT
 	}
 	b = appendString(b, unix.NFTA_SET_TABLE, s.Table.Name)
 	b = appendString(b, unix.NFTA_SET_NAME, s.Name)
@@ -306,21 +302,20 @@ func decodeSet(s *Set, b []byte) error {
 	if err != nil {
 		return err
 	}
-	s.Constant = flags&unix.NFT_SET_CONSTANT != 0
 	s.Dynamic = flags&unix.NFT_SET_EVAL != 0
 	s.Timeouts = flags&unix.NFT_SET_TIMEOUT != 0
 	if flags&unix.NFT_SET_MAP != 0 {
-		return ErrMap
+		return s.unfit("is a map")
 	}
 	for _, s.Key = range KeyTypes {
 		if s.Key.magic() == keyType && uint32(s.Key.len()) == keyLen {
 			if flags&(unix.NFT_SET_INTERVAL|setConcat) != 0 {
-				return ErrInterval
+				return s.unfit("is an interval set; single addresses need a plain one")
 			}
 			return nil
 		}
 	}
-	return &Error{Table: s.Table, Set: s.Name, Type: typeName(keyType), Err: ErrKeyType}
+	return s.unfit("has keys of type " + typeName(keyType) + ", not of an address or an address . inet_service")
 }
 
 // decodeElements calls f for every element in the body of a NEWSETELEM

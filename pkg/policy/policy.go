@@ -448,7 +448,7 @@ func reason(err error) string {
 	switch e.Err {
 	case nftset.ErrNoTable, nftset.ErrNoSet:
 		return "missing"
-	case nftset.ErrKeyType, nftset.ErrInterval, nftset.ErrMap, nftset.ErrNoTimeout, nftset.ErrConstant:
+	case nftset.ErrUnfit:
 		return "type"
 	case nftset.ErrFull:
 		return "full"

@@ -203,7 +203,6 @@ func define(s *nftset.Set, line string) bool {
 		n, err = strconv.ParseUint(value, 10, 32)
 		s.Size = uint32(n)
 	case "flags":
-		s.Constant = strings.Contains(value, "constant")
 		s.Dynamic = strings.Contains(value, "dynamic")
 		s.Timeouts = strings.Contains(value, "timeout")
 	case "counter":

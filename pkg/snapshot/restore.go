@@ -163,7 +163,7 @@ func restore(conn *nftset.Conn, files []*File, now func() time.Time, guarded boo
 				targets = append(targets, t)
 			}
 			if key := targets[i].set.Key; key != s.Key {
-				return r, otherType(&s.Set, key.String())
+				return r, fmt.Errorf("set %s has keys of type %s, and of type %s in the file", s.Name, key, s.Key)
 			}
 		}
 	}
@@ -205,7 +205,6 @@ func restore(conn *nftset.Conn, files []*File, now func() time.Time, guarded boo
 		}
 	}
 	for _, t := range targets {
-		batch.Grow(t.set, t.create)
 		for _, e := range t.create {
 			batch.Create(t.set, e)
 		}
@@ -220,23 +219,16 @@ func restore(conn *nftset.Conn, files []*File, now func() time.Time, guarded boo
 // find returns what the kernel has of a set.
 func find(conn *nftset.Conn, s *nftset.Set) (*target, error) {
 	set, err := conn.Set(s.Table, s.Name)
-	var e *nftset.Error
 	switch {
 	case errors.Is(err, nftset.ErrNoTable):
 		return &target{set: s, missing: nftset.ErrNoTable}, nil
 	case errors.Is(err, nftset.ErrNoSet):
 		return &target{set: s, missing: nftset.ErrNoSet}, nil
-	case errors.Is(err, nftset.ErrKeyType) && errors.As(err, &e):
-		return nil, otherType(s, e.Type)
 	case err != nil:
 		return nil, err
 	}
 	elems, err := conn.Elements(set)
 	return &target{set: set, there: elems}, err
-}
-
-func otherType(s *nftset.Set, kernel string) error {
-	return fmt.Errorf("set %s has keys of type %s, and of type %s in the file", s.Name, kernel, s.Key)
 }
 
 // take adds the elements of a file with the time that they have left.

@@ -544,11 +544,11 @@ func TestRestoreFails(t *testing.T) {
 		words  string
 	}{
 		{full, of("banned_ipv4", time.Time{}, v4(2)...), nftset.ErrFull, "set banned_ipv4 is full (2 elements)"},
-		{full, of("trusted_ipv6", time.Time{}, v6), nftset.ErrMap, "set trusted_ipv6 is a map"},
+		{full, of("trusted_ipv6", time.Time{}, v6), nftset.ErrUnfit, "set trusted_ipv6 is a map"},
 		{full, of("banned_ipv6", time.Time{}, v6), nil, "set banned_ipv6 has keys of type ipv6_addr, and of type ipv6_addr . inet_service in the file"},
-		{plain, of("trusted_ipv6", time.Time{}, v6), nftset.ErrInterval, "set trusted_ipv6 is an interval set"},
-		{plain, of("banned_ipv4", time.Time{}, v4(1)...), nftset.ErrNoTimeout, "set banned_ipv4 has no timeout flag"},
-		{plain, of("banned_ipv6", time.Time{}, v6), nil, "set banned_ipv6 has keys of type ether_addr, and of type ipv6_addr . inet_service in the file"},
+		{plain, of("trusted_ipv6", time.Time{}, v6), nftset.ErrUnfit, "set trusted_ipv6 is an interval set"},
+		{plain, of("banned_ipv4", time.Time{}, v4(1)...), nftset.ErrUnfit, "set banned_ipv4 has no timeout flag"},
+		{plain, of("banned_ipv6", time.Time{}, v6), nftset.ErrUnfit, "set banned_ipv6 has keys of type ether_addr, not of an address or an address . inet_service"},
 	} {
 		t.Run(test.words, func(t *testing.T) {
 			c := dial(t, test.before)

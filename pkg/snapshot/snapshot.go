@@ -104,17 +104,13 @@ func appendSet(b []byte, s *nftset.Set) []byte {
 	if s.Size > 0 {
 		b = fmt.Appendf(b, "\t\tsize %d\n", s.Size)
 	}
-	var flags []string
-	for _, f := range []struct {
-		on   bool
-		name string
-	}{{s.Constant, "constant"}, {s.Dynamic, "dynamic"}, {s.Timeouts, "timeout"}} {
-		if f.on {
-			flags = append(flags, f.name)
-		}
-	}
-	if len(flags) > 0 {
-		b = fmt.Appendf(b, "\t\tflags %s\n", strings.Join(flags, ","))
+	switch {
+	case s.Dynamic && s.Timeouts:
+		b = append(b, "\t\tflags dynamic,timeout\n"...)
+	case s.Dynamic:
+		b = append(b, "\t\tflags dynamic\n"...)
+	case s.Timeouts:
+		b = append(b, "\t\tflags timeout\n"...)
 	}
 	if s.Counter {
 		b = append(b, "\t\tcounter\n"...)
