@@ -3,7 +3,6 @@ package nftset
 import (
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -49,17 +48,6 @@ func (c *Conn) BatchAt(generation uint32) *Batch {
 	}
 	endMessage(b.buf, 0)
 	return b
-}
-
-// Grow makes room for further elements of the set, so that a large batch is not
-// copied again and again while it grows.
-func (b *Batch) Grow(s *Set, elems []Element) {
-	const most = 4*attrHeader + 2*(attrHeader+8) + 3 + 2*3 // with a timeout, an expiration, and padding
-	n := len(elems) * (most + s.Key.len())
-	for i := range elems {
-		n += len(elems[i].Comment)
-	}
-	b.buf = slices.Grow(b.buf, n)
 }
 
 // message begins a message about a set.
@@ -152,44 +140,43 @@ func (b *Batch) Commit() error {
 	b.buf = appendMessage(b.buf, unix.NFNL_MSG_BATCH_END, unix.NLM_F_REQUEST, c.next(), 0, unix.NFNL_SUBSYS_NFTABLES)
 	endMessage(b.buf, end)
 
-	if err := c.grow(len(b.buf)); err != nil {
-		return b.error(last, err)
-	}
-	if err := c.send(b.buf); err != nil {
+	c.grow(len(b.buf))
+	switch err := c.send(b.buf); {
+	case err == unix.EMSGSIZE:
+		return b.error(last, fmt.Errorf("a transaction of %d bytes is more than net.core.wmem_max lets this user send: %w", len(b.buf), err))
+	case err != nil:
 		return b.error(last, err)
 	}
 	var failed message // the first with an error
-	full := false      // the socket's buffer was
-	for {
-		err := c.replies(b.first, last, func(m message) (done bool, err error) {
-			// An error of the whole transaction has the number of its first
-			// message.
+	read := func() error {
+		return c.replies(b.first, last, func(m message) (done bool, err error) {
 			if !m.ack {
 				return false, nil
 			}
 			if m.err != nil && failed.err == nil {
 				failed = m
 			}
+			// An error of the whole transaction has the number of its first
+			// message.
 			return m.seq == last || m.seq == b.first, nil
 		})
-		if errors.Is(err, unix.ENOBUFS) && !full {
-			// More errors than the socket's buffer holds. The first of them
-			// are in it; the acknowledgement may not be.
-			full = true
-			defer func(d time.Time) { c.deadline = d }(c.deadline)
-			c.deadline = time.Now()
-			continue
-		}
-		if err != nil && failed.err == nil {
-			failed = message{seq: last, err: err}
-		}
-		break
 	}
-	if failed.err == nil {
-		return nil
+	err := read()
+	if err == unix.ENOBUFS {
+		// More errors than the socket's buffer holds. The first of them are in
+		// it; the acknowledgement may not be.
+		deadline := c.deadline
+		c.deadline = time.Now()
+		err = read()
+		c.deadline = deadline
 	}
-	// Only now, because it asks the kernel what is missing.
-	return b.error(failed.seq, failed.err)
+	switch {
+	case failed.err != nil:
+		return b.error(failed.seq, failed.err)
+	case err != nil:
+		return b.error(last, err)
+	}
+	return nil
 }
 
 // error names the set that the message with the number was about.
@@ -212,25 +199,16 @@ func (b *Batch) error(seq uint32, err error) error {
 	return s.error(err)
 }
 
-// grow makes the socket's send buffer large enough for one message of n
-// bytes: the kernel takes a transaction in a single one.
-func (c *Conn) grow(n int) error {
-	const overhead = 32 // netlink_sendmsg()
-	have, err := unix.GetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_SNDBUF)
-	if err != nil || n+overhead <= have {
-		return err
+// grow makes the socket's send buffer large enough for one message of n bytes, if
+// the kernel lets it: it takes a transaction in a single one. Without CAP_NET_ADMIN
+// in the first user namespace, net.core.wmem_max is the limit.
+func (c *Conn) grow(n int) {
+	n += 32 // netlink_sendmsg()
+	if have, err := unix.GetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_SNDBUF); err != nil || n <= have {
+		return
 	}
-	// The kernel doubles what it is asked for. Without CAP_NET_ADMIN in the first
-	// user namespace, net.core.wmem_max limits it.
-	if unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, n/2+overhead) == nil {
-		return nil
+	// The kernel doubles what it is asked for.
+	if unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, (n+1)/2) != nil {
+		_ = unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_SNDBUF, (n+1)/2)
 	}
-	if err := unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_SNDBUF, n/2+overhead); err != nil {
-		return err
-	}
-	have, err = unix.GetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_SNDBUF)
-	if err == nil && n+overhead > have {
-		return fmt.Errorf("a transaction of %d bytes is more than net.core.wmem_max lets this user send: %w", n, unix.EMSGSIZE)
-	}
-	return err
 }

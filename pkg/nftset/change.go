@@ -1,6 +1,7 @@
 package nftset
 
 import (
+	"cmp"
 	"errors"
 	"slices"
 	"time"
@@ -18,138 +19,90 @@ const (
 
 func (o Outcome) String() string { return [...]string{"unchanged", "added", "renewed"}[o] }
 
+// retry repeats a change, which is a lookup and then a transaction, as long as
+// somebody else's transaction comes between the two. After the deadline it fails
+// with ErrBusy.
+func (c *Conn) retry(s *Set, change func() error) error {
+	for {
+		err := change()
+		if !errors.Is(err, ErrGeneration) && !errors.Is(err, ErrExists) && !errors.Is(err, ErrNotFound) {
+			return err
+		}
+		if c.late() {
+			return s.error(ErrBusy)
+		}
+	}
+}
+
 // Extend makes sure that every element is in the set and expires no sooner than
 // asked: it adds those that are missing, gives those that would expire sooner
 // the new timeout and comment, and leaves alone those whose time left is longer,
 // or shorter by at most slack. It never shortens the time left, nor makes a
 // permanent element expire, whatever others do at the same time. It returns the
-// outcome of each element, in order.
+// outcome of each element, in order. Of elements with the same key, the first
+// counts.
 //
 // comment returns the comment of an element that is there, from the one that it
 // has and the one that was asked for. If it is nil, an element that gets a new
 // timeout gets the latter, and the others keep theirs.
 //
-// It is one transaction, with two exceptions: kernels before 6.12 can need a
-// second one, because the first reported success and renewed nothing; and if the
-// set has no room for all, Extend renews those that are there and returns
-// ErrFull. If the ruleset keeps changing until the deadline, it fails with
-// ErrBusy.
+// It is one transaction, with one exception: if the set has no room for all,
+// Extend renews those that are there and returns ErrFull. If the ruleset keeps
+// changing until the deadline, it fails with ErrBusy.
 func (c *Conn) Extend(s *Set, elems []Element, slack time.Duration, comment func(old, new string) string) ([]Outcome, error) {
 	if err := s.Writable(); err != nil {
 		return nil, err
 	}
-	unique, of := merge(elems, comment)
-	outcomes, err := c.extendUnique(s, unique, slack, comment)
-	if err != nil {
-		return nil, err
-	}
-	all := make([]Outcome, len(elems))
-	for i := range elems {
-		all[i] = outcomes[of[i]]
-	}
-	return all, nil
-}
-
-// merge makes one element of those with the same key, which expires when the
-// last of them does, and returns the index of each in unique.
-func merge(elems []Element, comment func(old, new string) string) (unique []Element, of []int) {
-	unique, of = make([]Element, 0, len(elems)), make([]int, len(elems))
-	at := make(map[Key]int, len(elems))
-	for i, e := range elems {
-		j, twice := at[e.Key]
-		if !twice {
-			j = len(unique)
-			at[e.Key] = j
-			unique = append(unique, e)
-		}
-		of[i] = j
-		if u := &unique[j]; twice {
-			if comment != nil {
-				e.Comment = comment(u.Comment, e.Comment)
-			}
-			if u.Permanent() || !e.Permanent() && u.left() > e.left() {
-				e.Timeout, e.Expires = u.Timeout, u.Expires
-			}
-			*u = e
-		}
-	}
-	return unique, of
-}
-
-// extendUnique is Extend for elements each of which has a key of its own.
-func (c *Conn) extendUnique(s *Set, elems []Element, slack time.Duration, comment func(old, new string) string) ([]Outcome, error) {
-	outcomes, renewed, err := c.extend(s, elems, slack, comment, true)
-	var there []Element // that would have expired sooner
-	for i, o := range outcomes {
-		if o == Renewed {
-			there = append(there, elems[i])
-		}
-	}
-	if errors.Is(err, ErrFull) && len(there) > 0 && len(there) < len(elems) {
-		// The error that counts is the first.
-		_, _ = c.extendUnique(s, there, slack, comment)
-	}
-	if err != nil || renewed == nil {
-		return outcomes, err
-	}
-	// Kernels before 6.12 report success and renew nothing.
-	now, err := c.Lookup(s, renewed.Key)
-	if err != nil {
-		return outcomes, err
-	}
-	if e := now[renewed.Key]; e.Permanent() || e.Expires > renewed.Expires {
-		return outcomes, nil
-	}
-	_, _, err = c.extend(s, there, slack, comment, false)
-	return outcomes, err
-}
-
-// extend is one transaction of Extend's. With inPlace it renews without deleting,
-// and returns an element that it renewed so, as it was before.
-func (c *Conn) extend(s *Set, elems []Element, slack time.Duration, comment func(old, new string) string, inPlace bool) (outcomes []Outcome, renewed *Element, err error) {
 	keys := make([]Key, len(elems))
 	for i, e := range elems {
 		keys[i] = e.Key
 	}
+	outcomes := make([]Outcome, len(elems))
+	var there []Element // that would expire sooner
 	// Between the lookup and the transaction another login can add an element,
-	// or renew one for longer. So elements that were missing are created, which
-	// fails if they exist by now; and a transaction that renews any names the
-	// generation of the lookup, and the kernel refuses it on another. Changes of
-	// other sets have it refused too, so it is retried until the deadline.
-	for {
-		there, generation, err := c.lookup(s, keys)
+	// or renew one for longer. So the transaction creates what was missing, which
+	// fails if it exists by now; and if it renews any, it names the generation of
+	// the lookup, and the kernel refuses it on another.
+	err := c.retry(s, func() error {
+		found, generation, err := c.lookup(s, keys)
 		if err != nil {
-			return nil, nil, err
+			return err
 		}
-		outcomes, renewed = make([]Outcome, len(elems)), nil
 		var create, renew, replace []Element
+		there = nil
+		first := make(map[Key]int, len(elems))
 		for i, e := range elems {
-			old, ok := there[e.Key]
-			if ok && comment != nil {
-				e.Comment = comment(old.Comment, e.Comment)
+			if j, twice := first[e.Key]; twice {
+				outcomes[i] = outcomes[j]
+				continue
 			}
-			switch kept := ok && old.Outlives(e, slack); {
-			case !ok:
+			first[e.Key] = i
+			old, ok := found[e.Key]
+			if !ok {
 				outcomes[i] = Added
 				create = append(create, e)
 				continue
+			}
+			if comment != nil {
+				e.Comment = comment(old.Comment, e.Comment)
+			}
+			switch kept := old.Outlives(e, slack); {
 			case kept && (comment == nil || old.Permanent() || old.Comment == e.Comment):
+				outcomes[i] = Unchanged
 				continue
 			case kept && old.Outlives(e, 0): // it gets the comment alone
 				e.Timeout, e.Expires = old.Timeout, old.Expires
 			}
 			outcomes[i] = Renewed
-			if !inPlace || e.Permanent() || old.Comment != e.Comment {
+			there = append(there, elems[i])
+			if c.renews && !e.Permanent() && old.Comment == e.Comment {
+				e.Expires = e.left()
+				renew = append(renew, e)
+			} else {
 				replace = append(replace, e)
-				continue
 			}
-			// The kernel renews an element whose expiration is given. See Conn
-			// for what a deletion costs.
-			renewed = &old
-			e.Expires = e.left()
-			renew = append(renew, e)
 		}
-		if len(renew)+len(replace) == 0 {
+		if len(there) == 0 {
 			generation = 0
 		}
 		batch := c.BatchAt(generation)
@@ -160,14 +113,16 @@ func (c *Conn) extend(s *Set, elems []Element, slack time.Duration, comment func
 			batch.Add(s, e)
 		}
 		batch.Replace(s, replace)
-		err = batch.Commit()
-		if !errors.Is(err, ErrGeneration) && !errors.Is(err, ErrExists) {
-			return outcomes, renewed, err
-		}
-		if c.late() {
-			return nil, nil, s.error(ErrBusy)
-		}
+		return batch.Commit()
+	})
+	if errors.Is(err, ErrFull) && len(there) > 0 && len(there) < len(elems) {
+		// The error that counts is the first.
+		_, _ = c.Extend(s, there, slack, comment)
 	}
+	if err != nil {
+		return nil, err
+	}
+	return outcomes, nil
 }
 
 // Outlives reports whether an element of a set expires no sooner than another
@@ -204,20 +159,17 @@ func (b *Batch) Replace(s *Set, elems []Element) {
 // Remove deletes those of some elements that are in the set and that match
 // accepts; a nil match accepts all. It returns those that it deleted. If they keep
 // changing until the deadline, it fails with ErrBusy.
-func (c *Conn) Remove(s *Set, keys []Key, match func(Element) bool) ([]Element, error) {
-	if s.Constant {
-		return nil, s.error(ErrConstant)
-	}
-	for {
+func (c *Conn) Remove(s *Set, keys []Key, match func(Element) bool) (removed []Element, err error) {
+	err = c.retry(s, func() error {
 		there, generation, err := c.lookup(s, keys)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		if match == nil {
 			generation = 0
 		}
 		batch := c.BatchAt(generation)
-		var removed []Element
+		removed = nil
 		for _, k := range keys {
 			if e, ok := there[k]; ok && (match == nil || match(e)) {
 				batch.Delete(s, k)
@@ -225,157 +177,126 @@ func (c *Conn) Remove(s *Set, keys []Key, match func(Element) bool) ([]Element, 
 				delete(there, k) // a key given twice is deleted once
 			}
 		}
-		err = batch.Commit()
-		switch {
-		case errors.Is(err, ErrNotFound), errors.Is(err, ErrGeneration):
-			// One expired, was deleted or got another comment in between.
-			if c.late() {
-				return nil, s.error(ErrBusy)
-			}
-		case err != nil:
-			return nil, err
-		default:
-			return removed, nil
-		}
+		return batch.Commit()
+	})
+	if err != nil {
+		return nil, err
 	}
+	return removed, nil
 }
 
 // Elements returns the elements of a set, each once, ordered by key, with the
 // time left that they have when it returns.
 //
 // A dump during which the set changed can lack elements; see Dump. Then Elements
-// dumps again and unites what it got, until it is unlikely that each dump lacks
-// the same element.
+// dumps again and unites what it got, until a dump has nothing that the earlier
+// ones lack.
 func (c *Conn) Elements(s *Set) ([]Element, error) {
+	const dumps = 8 // at most
 	start := time.Now()
-	all, err := c.dump(s)
-	if !errors.Is(err, ErrInterrupted) {
-		return all, err
-	}
-	// How many are missing from each dump is estimated as animals are counted
-	// that were caught twice: of n, a dump that lacks m lacks each with the
-	// probability m/n.
-	const attempts, unlikely = 8, 1e-3
-	missing := 1.0
-	for attempt := 2; ; attempt++ {
-		at := time.Now()
+	all, err := c.dump(s, start)
+	for n := 1; errors.Is(err, ErrInterrupted) && n < dumps; n++ {
 		// Elements go missing where one buffer ends and the next begins, so each
 		// dump has buffers of another size. The kernel remembers the largest that
 		// a socket has had, so each has a socket of its own.
-		other, err := Dial()
-		if err != nil {
-			return nil, err
+		other, e := Dial()
+		if e != nil {
+			return nil, e
 		}
-		other.buf = make([]byte, dumpBuffer-(attempt-1)<<10)
+		other.buf = make([]byte, dumpBuffer-n<<10)
 		other.deadline, other.timeout = c.deadline, c.timeout
-		one, err := other.dump(s)
+		one, e := other.dump(s, start)
 		c.deadline = other.deadline
 		other.Close()
-		if err == nil {
-			return one, nil
+		if errors.Is(e, ErrInterrupted) {
+			one, e = c.unite(s, all, one, start)
 		}
-		if !errors.Is(err, ErrInterrupted) {
-			return nil, err
-		}
-		var before, now int
-		if all, before, now, err = c.union(s, all, one, time.Since(at), time.Since(start)); err != nil {
-			return nil, err
-		}
-		if attempt == 2 {
-			missing = float64(before + 1)
-		}
-		missing *= float64(now+1) / float64(len(all)+1)
-		if missing < unlikely || attempt == attempts {
-			return all, nil
-		}
+		all, err = one, e
 	}
-}
-
-// dump returns the elements of a dump, each once, ordered by key, with the time
-// left that they have when it returns; with ErrInterrupted, those that did arrive.
-//
-// An element that came twice is a sign, too, that others are missing: the kernel
-// resizes the hash table some time after many elements were added.
-func (c *Conn) dump(s *Set) (elems []Element, err error) {
-	start := time.Now()
-	elems = make([]Element, 0, s.Count)
-	err = c.Dump(s, func(e Element) error {
-		// Counted from the start until the end is known.
-		e.Expires += time.Since(start)
-		elems = append(elems, e)
-		return nil
-	})
 	if err != nil && !errors.Is(err, ErrInterrupted) {
 		return nil, err
 	}
-	slices.SortFunc(elems, func(a, b Element) int { return a.Key.Compare(b.Key) })
-	kept := elems[:0]
-	for _, e := range elems {
-		if last := len(kept) - 1; last >= 0 && kept[last].Key == e.Key {
-			err = s.error(ErrInterrupted)
-			// The one that was read later has no less time left.
-			if e.Expires > kept[last].Expires {
-				kept[last] = e
+	passed := time.Since(start)
+	left := all[:0]
+	for _, e := range all {
+		if !e.Permanent() {
+			if e.Expires = min(e.Expires-passed, e.Timeout); e.Expires <= 0 {
+				continue
 			}
-			continue
 		}
-		kept = append(kept, e)
+		left = append(left, e)
 	}
-	return age(kept, time.Since(start)), err
+	return left, nil
 }
 
-// age subtracts time that has passed, and leaves out what has expired.
-func age(elems []Element, passed time.Duration) []Element {
-	kept := elems[:0]
-	for _, e := range elems {
-		if e.Permanent() {
-			e.Expires = 0
-		} else if e.Expires = min(e.Expires-passed, e.Timeout); e.Expires <= 0 {
-			continue
+// dump returns the elements of a dump, each once, ordered by key, with their time
+// left counted from start; with ErrInterrupted, those that did arrive.
+//
+// An element that came twice is a sign, too, that others are missing: the kernel
+// resizes the hash table some time after many elements were added.
+func (c *Conn) dump(s *Set, start time.Time) ([]Element, error) {
+	elems := make([]Element, 0, s.Count)
+	err := c.Dump(s, func(e Element) error {
+		elems = append(elems, e.countedFrom(start, time.Now()))
+		return nil
+	})
+	slices.SortFunc(elems, func(a, b Element) int {
+		if c := a.Compare(b.Key); c != 0 {
+			return c
 		}
-		kept = append(kept, e)
+		return cmp.Compare(b.Expires, a.Expires) // it can be renewed in between
+	})
+	n := len(elems)
+	elems = slices.CompactFunc(elems, func(a, b Element) bool { return a.Key == b.Key })
+	if err == nil && len(elems) < n {
+		err = s.error(ErrInterrupted)
 	}
-	return kept
+	return elems, err
 }
 
-// union returns what is in a set of what earlier dumps have and one later dump
-// has. It looks up what only one of the two has. Of that, before is how many the
-// earlier ones lack that were there since they began, and now how many the later
-// one lacks.
-func (c *Conn) union(s *Set, all, one []Element, later, since time.Duration) (union []Element, before, now int, err error) {
-	all = age(all, later)
+// countedFrom returns an element that was read at some time, with its time left
+// counted from an earlier start.
+func (e Element) countedFrom(start, read time.Time) Element {
+	if !e.Permanent() {
+		e.Expires += read.Sub(start)
+	}
+	return e
+}
+
+// unite returns what is in a set of what earlier dumps have and one later dump
+// has. It looks up what only one of the two has. If the later one has elements
+// that the earlier ones lack and that were there at start, it returns them all
+// with ErrInterrupted: both may lack others.
+func (c *Conn) unite(s *Set, all, one []Element, start time.Time) (both []Element, err error) {
+	in := func(list []Element, k Key) bool {
+		_, ok := slices.BinarySearchFunc(list, k, func(e Element, k Key) int { return e.Compare(k) })
+		return ok
+	}
 	var odd []Key
-	inAll := make(map[Key]bool) // of odd
-	for len(all) > 0 || len(one) > 0 {
-		order := -1
-		if len(all) == 0 {
-			order = 1
-		} else if len(one) > 0 {
-			order = all[0].Key.Compare(one[0].Key)
-		}
-		switch {
-		case order < 0:
-			inAll[all[0].Key] = true
-			odd, all = append(odd, all[0].Key), all[1:]
-		case order > 0:
-			odd, one = append(odd, one[0].Key), one[1:]
-		default:
-			union, all, one = append(union, one[0]), all[1:], one[1:]
+	for _, e := range all {
+		if !in(one, e.Key) {
+			odd = append(odd, e.Key)
 		}
 	}
+	for _, e := range one {
+		if in(all, e.Key) {
+			both = append(both, e)
+		} else {
+			odd = append(odd, e.Key)
+		}
+	}
+	now := time.Now()
 	found, err := c.Lookup(s, odd...)
 	if err != nil {
-		return nil, 0, 0, err
+		return nil, err
 	}
-	for _, e := range found {
-		union = append(union, e)
-		switch {
-		case inAll[e.Key]:
-			now++
-		case e.Permanent() || e.Timeout-e.Expires > since:
-			before++
+	for k, e := range found {
+		old := e.Permanent() || e.Timeout-e.Expires > now.Sub(start)
+		if old && !in(all, k) {
+			err = s.error(ErrInterrupted)
 		}
+		both = append(both, e.countedFrom(start, now))
 	}
-	slices.SortFunc(union, func(a, b Element) int { return a.Key.Compare(b.Key) })
-	return union, before, now, nil
+	slices.SortFunc(both, func(a, b Element) int { return a.Compare(b.Key) })
+	return both, err
 }

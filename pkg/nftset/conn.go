@@ -14,14 +14,14 @@ import (
 // thread that dialled it. It is for one goroutine at a time.
 //
 // Close takes some 10 ms, a grace period of RCU, after elements were deleted:
-// nft_rcv_nl_event() waits until they are gone. That is why Extend deletes
-// nothing if the kernel renews elements in place.
+// nft_rcv_nl_event() waits until they are gone.
 type Conn struct {
 	fd       int
 	seq      uint32
 	deadline time.Time     // zero: none
 	timeout  time.Duration // by which an answer to a dump moves the deadline; 0: it stays
 	buf      []byte
+	renews   bool // the kernel renews an element whose expiration is given, without a deletion
 }
 
 const (
@@ -46,7 +46,18 @@ func DialAs(m Meaning) (*Conn, error) {
 	// An error's reply then carries the header of the message alone, not all
 	// of its elements. Kernels before 4.3 refuse, and cut their replies.
 	_ = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_CAP_ACK, 1)
-	return &Conn{fd: fd, buf: make([]byte, smallBuffer)}, nil
+	return &Conn{fd: fd, buf: make([]byte, smallBuffer), renews: since(6, 12)}, nil
+}
+
+// since reports whether the kernel is of that release or a later one.
+func since(major, minor int) bool {
+	var name unix.Utsname
+	if unix.Uname(&name) != nil {
+		return false
+	}
+	var a, b int
+	_, err := fmt.Sscanf(unix.ByteSliceToString(name.Release[:]), "%d.%d", &a, &b)
+	return err == nil && (a > major || a == major && b >= minor)
 }
 
 // Close closes the connection.
@@ -330,7 +341,7 @@ func (c *Conn) Lookup(s *Set, keys ...Key) (map[Key]Element, error) {
 func (c *Conn) lookup(s *Set, keys []Key) (found map[Key]Element, generation uint32, err error) {
 	for _, k := range keys {
 		if !k.CatchAll() && k.Addr.Is6() != s.Key.IPv6 || k.Port != 0 && !s.Key.Port {
-			return nil, 0, &Error{Table: s.Table, Set: s.Name, Type: s.Key.String(), Key: k, Err: ErrKeyType}
+			return nil, 0, s.unfit(fmt.Sprintf("has keys of type %s, which %s is not", s.Key, k))
 		}
 	}
 	found = make(map[Key]Element, len(keys))

@@ -109,7 +109,6 @@ table inet filter {
 	set v6     { type ipv6_addr; flags timeout; counter; }
 	set none   { type ipv4_addr . inet_service; }
 	set small  { type ipv4_addr . inet_service; flags dynamic,timeout; size 2; }
-	set const  { type ipv4_addr . inet_service; flags constant; elements = { 192.0.2.1 . 1 }; }
 	set macs   { type ether_addr; flags timeout; }
 	set turned { type inet_service . ipv4_addr; flags timeout; }
 	set typed  { typeof ip6 saddr . tcp dport; flags timeout; }
@@ -126,7 +125,6 @@ func TestSet(t *testing.T) {
 		{Name: "v4", Timeouts: true, Timeout: time.Hour},
 		{Name: "v6", Key: KeyType{IPv6: true}, Timeouts: true, Counter: true},
 		{Name: "none", Key: KeyType{Port: true}},
-		{Name: "const", Key: KeyType{Port: true}, Constant: true, Size: 1},
 		{Name: "typed", Key: KeyType{IPv6: true, Port: true}, Timeouts: true},
 	} {
 		want.Table = filter
@@ -149,11 +147,11 @@ func TestSetErrors(t *testing.T) {
 		{filter, "missing", ErrNoSet, "set missing does not exist in table inet filter"},
 		{Table{INet, "missing"}, "v4", ErrNoTable, "table inet missing does not exist"},
 		{Table{IPv4, "filter"}, "v4", ErrNoTable, "table ip filter does not exist"},
-		{filter, "macs", ErrKeyType, "keys of type ether_addr,"},
-		{filter, "turned", ErrKeyType, "keys of type inet_service . ipv4_addr,"},
-		{filter, "range", ErrInterval, "set range is an interval set"},
-		{filter, "crange", ErrInterval, "set crange is an interval set"},
-		{filter, "amap", ErrMap, "set amap is a map"},
+		{filter, "macs", ErrUnfit, "keys of type ether_addr,"},
+		{filter, "turned", ErrUnfit, "keys of type inet_service . ipv4_addr,"},
+		{filter, "range", ErrUnfit, "set range is an interval set"},
+		{filter, "crange", ErrUnfit, "set crange is an interval set"},
+		{filter, "amap", ErrUnfit, "set amap is a map"},
 	} {
 		_, err := c.Set(test.table, test.set)
 		if !errors.Is(err, test.err) || !strings.Contains(fmt.Sprint(err), test.words) {
@@ -313,21 +311,23 @@ func TestExtend(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			c := dial(t, rules)
-			nstest.Nft(t, "add element inet filter v4port { "+k+" "+test.there+" }")
-			s := describe(t, c, "v4port")
-			test.e.Key = key(k)
-			// A second element, new, goes with it.
-			second := Element{Key: key("192.0.2.7 . 465"), Timeout: time.Hour}
-			o, err := c.Extend(s, []Element{test.e, second}, 0, nil)
-			if err != nil || !slices.Equal(o, []Outcome{test.outcome, Added}) {
-				t.Fatalf("outcomes %v, %v", o, err)
-			}
-			got := nftList(t, "v4port")
-			if e := got[k]; e.Expires < test.expires || e.Timeout != test.timeout || e.Comment != test.comment {
-				t.Errorf("nft has %+v, want %+v", e, test)
-			}
-			if e := got["192.0.2.7 . 465"]; e.Expires < 3590 {
-				t.Errorf("nft has %+v for the new one", e)
+			for _, c.renews = range []bool{c.renews, false} { // false before Linux 6.12
+				nstest.Nft(t, "flush set inet filter v4port; add element inet filter v4port { "+k+" "+test.there+" }")
+				s := describe(t, c, "v4port")
+				test.e.Key = key(k)
+				// A second element, new, goes with it.
+				second := Element{Key: key("192.0.2.7 . 465"), Timeout: time.Hour}
+				o, err := c.Extend(s, []Element{test.e, second}, 0, nil)
+				if err != nil || !slices.Equal(o, []Outcome{test.outcome, Added}) {
+					t.Fatalf("outcomes %v, %v", o, err)
+				}
+				got := nftList(t, "v4port")
+				if e := got[k]; e.Expires < test.expires || e.Timeout != test.timeout || e.Comment != test.comment {
+					t.Errorf("nft has %+v, want %+v", e, test)
+				}
+				if e := got["192.0.2.7 . 465"]; e.Expires < 3590 {
+					t.Errorf("nft has %+v for the new one", e)
+				}
 			}
 		})
 	}
@@ -346,17 +346,20 @@ func TestRenewalDeletesNothing(t *testing.T) {
 	if err := batch.Commit(); err != nil {
 		t.Fatal(err)
 	}
-	capable := nftList(t, "v4port")[k].Expires > 3000 // from Linux 6.12 on
-
-	nstest.Nft(t, "delete element inet filter v4port { "+k+" }; add element inet filter v4port { "+k+" timeout 1h expires 10m }")
-	before := c.seq
-	if _, err := c.Extend(s, []Element{{Key: key(k), Timeout: time.Hour}}, 0, nil); err != nil {
-		t.Fatal(err)
+	if renews := nftList(t, "v4port")[k].Expires > 3000; renews != c.renews {
+		t.Errorf("this kernel renews: %v, not %v", renews, c.renews)
 	}
-	// The generation and a lookup, begin, add, end, and again the first two,
-	// which tell whether it helped.
-	if n := c.seq - before; (n == 7) != capable {
-		t.Errorf("%d messages, and the kernel renews: %v", n, capable)
+	for _, renews := range []bool{c.renews, false} {
+		c.renews = renews
+		nstest.Nft(t, "delete element inet filter v4port { "+k+" }; add element inet filter v4port { "+k+" timeout 1h expires 10m }")
+		before := c.seq
+		if _, err := c.Extend(s, []Element{{Key: key(k), Timeout: time.Hour}}, 0, nil); err != nil {
+			t.Fatal(err)
+		}
+		// The generation, a lookup, begin, add, end; or add, delete, add.
+		if n, want := c.seq-before, map[bool]uint32{true: 5, false: 7}[renews]; n != want {
+			t.Errorf("%d messages, want %d", n, want)
+		}
 	}
 }
 
@@ -505,11 +508,10 @@ func TestWriteErrors(t *testing.T) {
 		err   error
 		words string
 	}{
-		{"none", e("192.0.2.7 . 1"), ErrNoTimeout, "set none has no timeout flag"},
-		{"const", e("192.0.2.7 . 1"), ErrConstant, "set const is constant"},
-		{"v4port", e("2001:db8::7 . 1"), ErrKeyType, "2001:db8::7 . 1 is not"},
-		{"v6port", e("192.0.2.7 . 1"), ErrKeyType, "192.0.2.7 . 1 is not"},
-		{"v4", e("192.0.2.7 . 1"), ErrKeyType, "192.0.2.7 . 1 is not"},
+		{"none", e("192.0.2.7 . 1"), ErrUnfit, "set none has no timeout flag"},
+		{"v4port", e("2001:db8::7 . 1"), ErrUnfit, "2001:db8::7 . 1 is not"},
+		{"v6port", e("192.0.2.7 . 1"), ErrUnfit, "192.0.2.7 . 1 is not"},
+		{"v4", e("192.0.2.7 . 1"), ErrUnfit, "192.0.2.7 . 1 is not"},
 		{"small", append(append(e("192.0.2.1 . 1"), e("192.0.2.2 . 1")...), e("192.0.2.3 . 1")...), ErrFull, "set small is full (2 elements)"},
 	} {
 		_, err := c.Extend(describe(t, c, test.set), test.elems, 0, nil)
@@ -566,7 +568,7 @@ func TestDeleteMissing(t *testing.T) {
 func TestCreate(t *testing.T) {
 	c := dial(t, rules)
 	var sets []*Set
-	for _, name := range []string{"v4port", "v6port", "v4", "v6", "none", "small", "const"} {
+	for _, name := range []string{"v4port", "v6port", "v4", "v6", "none", "small"} {
 		sets = append(sets, describe(t, c, name))
 	}
 	nstest.Nft(t, "flush ruleset")
@@ -591,9 +593,8 @@ func TestCreate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// nft lists the elements of the constant set, which were not copied.
-	if w := strings.Replace(string(want), "\t\telements = { 192.0.2.1 . 1 }\n", "", 1); string(got) != w {
-		t.Errorf("nft lists\n%s\nwant\n%s", got, w)
+	if string(got) != string(want) {
+		t.Errorf("nft lists\n%s\nwant\n%s", got, want)
 	}
 }
 
@@ -776,16 +777,16 @@ func TestCreateExisting(t *testing.T) {
 	}
 }
 
-// Elements of one call with the same key.
+// Of elements of one call with the same key, the first counts.
 func TestExtendTwice(t *testing.T) {
 	c := dial(t, rules)
 	s := describe(t, c, "v4port")
 	k := key("192.0.2.7 . 993")
 	both := func(old, new string) string { return old + "+" + new }
-	for round, want := range []string{"a+b+c", "a+b+c+a+b+c"} {
+	for round, want := range []string{"a", "a+a"} {
 		outcomes, err := c.Extend(s, []Element{
-			{Key: k, Timeout: time.Hour, Comment: "a"},
-			{Key: k, Timeout: time.Duration(round+2) * time.Hour, Comment: "b"},
+			{Key: k, Timeout: time.Duration(round+2) * time.Hour, Comment: "a"},
+			{Key: k, Timeout: 9 * time.Hour, Comment: "b"},
 			{Key: k, Timeout: time.Minute, Comment: "c"},
 		}, 0, both)
 		if err != nil || outcomes[0] != outcomes[1] || outcomes[1] != outcomes[2] || outcomes[0] != []Outcome{Added, Renewed}[round] {
