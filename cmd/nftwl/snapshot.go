@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -148,7 +147,7 @@ func (s *session) restore(paths []string) (snapshot.Result, error) {
 	}
 	// From now on, because a file may have taken long to arrive.
 	s.conn.SetTimeout(patience)
-	return snapshot.Restore(s.conn, files, time.Now)
+	return snapshot.Restore(s.conn, files)
 }
 
 // parse reads a file, and prints what of it will not be restored.

@@ -3,6 +3,7 @@ package nftset
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -49,6 +50,10 @@ func (c *Conn) BatchAt(generation uint32) *Batch {
 	endMessage(b.buf, 0)
 	return b
 }
+
+// Grow makes room for n further elements with short comments. Without it, a large
+// batch is copied again and again while it grows.
+func (b *Batch) Grow(n int) { b.buf = slices.Grow(b.buf, 100*n) }
 
 // message begins a message about a set.
 func (b *Batch) message(typ, flags uint16, s *Set) {

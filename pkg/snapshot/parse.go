@@ -76,13 +76,11 @@ func Parse(text string) (*File, error) {
 		return nil, r.error(err)
 	}
 	// First, so that a file that was cut short is reported as that.
-	body := strings.TrimSuffix(r.rest, "\n")
-	i := strings.LastIndexByte(body, '\n') + 1
-	want, ok := parseTrailer(body[i:])
-	if !ok {
-		return nil, fmt.Errorf("line %d: %w", strings.Count(text, "\n")+1, errCutShort)
+	body, want, err := parseTrailer(r.rest)
+	if err != nil {
+		return nil, fmt.Errorf("line %d: %w", strings.Count(text, "\n")+1, err)
 	}
-	r.rest = body[:i]
+	r.rest = body
 	elements := 0
 	for r.rest != "" {
 		s, err := r.set()
@@ -130,57 +128,45 @@ func unknown(line string) error {
 func (r *reader) set() (s Section, err error) {
 	text := r.rest
 	line := r.next()
-	name, ok := strings.CutPrefix(line, "table ")
-	name, ok2 := strings.CutSuffix(name, " {")
-	if s.Table, err = nftset.ParseTable(name); !ok || !ok2 || err != nil {
+	if s.Table, err = nftset.ParseTable(strings.TrimSuffix(strings.TrimPrefix(line, "table "), " {")); err != nil {
 		return s, unknown(line)
 	}
 	line = r.next()
-	name, ok = strings.CutPrefix(line, "\tset ")
-	s.Name, ok2 = strings.CutSuffix(name, " {")
-	if !ok || !ok2 || nftset.CheckName(s.Name) != nil {
+	if s.Name = strings.TrimSuffix(strings.TrimPrefix(line, "\tset "), " {"); nftset.CheckName(s.Name) != nil {
 		return s, unknown(line)
 	}
-	const list, ends = "\t\telements = {", "\t}"
-	for line = r.next(); line != list && line != ends; line = r.next() {
+	const list, end = "\t\telements = {", "\t}"
+	last := line
+	for line = r.next(); line != list && line != end; line = r.next() {
 		if !define(&s.Set, strings.TrimPrefix(line, "\t\t")) {
 			return s, unknown(line)
 		}
+		last = line
 	}
-	definition := text[:len(text)-len(r.rest)-len(line)-len("\n")]
-	if string(appendSet(nil, &s.Set)) != definition {
-		return s, unknown(definition[strings.LastIndexByte(definition[:len(definition)-1], '\n')+1 : len(definition)-1])
+	if written := string(appendSet(nil, &s.Set)); written != text[:len(text)-len(r.rest)-len(line)-len("\n")] {
+		return s, unknown(last)
 	}
+	ends := []string{"}"}
 	if line == list {
-		n := strings.Count(r.rest[:max(0, strings.Index(r.rest, "\n\t\t}\n"))], "\n") + 1
-		if n > maxElements {
-			return s, fmt.Errorf("more than %d elements", maxElements)
-		}
+		ends = []string{"\t\t}", end, "}"}
 		// Room for all at once: grown bit by bit, they would take twice as much.
-		s.Elements = make([]nftset.Element, 0, n)
+		s.Elements = make([]nftset.Element, 0, strings.Count(r.rest[:max(0, strings.Index(r.rest, elementsEnd))], "\n")+1)
 		var written []byte
-		for i := range n {
+		for more := true; more; {
 			line = r.next()
-			text, comma := line, ""
-			if i < n-1 {
-				text, comma = strings.TrimSuffix(line, ","), ","
-			}
+			text, more = strings.CutSuffix(line, ",")
 			e, ok := parseElement(&s.Set, strings.TrimPrefix(text, "\t\t\t"))
-			written = append(appendElement(written[:0], &s.Set, e, false), comma...)
-			if !ok || string(written[len(",\n"):]) != line {
+			written = appendElement(written[:0], &s.Set, e)
+			if !ok || string(written) != text {
 				return s, unknown(line)
 			}
 			s.Elements = append(s.Elements, e)
 		}
-		if line = r.next(); line != "\t\t}" {
-			return s, unknown(line)
-		}
-		if line = r.next(); line != ends {
-			return s, unknown(line)
-		}
 	}
-	if line = r.next(); line != "}" {
-		return s, unknown(line)
+	for _, want := range ends {
+		if line = r.next(); line != want {
+			return s, unknown(line)
+		}
 	}
 	return s, nil
 }

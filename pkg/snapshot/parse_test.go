@@ -72,10 +72,12 @@ func (f *File) text() string {
 	n := 0
 	for _, s := range f.Sets {
 		b = appendSet(b, &s.Set)
-		for i, e := range s.Elements {
-			b = appendElement(b, &s.Set, e, i == 0)
+		before, after := elementsStart, ""
+		for _, e := range s.Elements {
+			b = appendElement(append(b, before...), &s.Set, e)
+			before, after = elementsNext, elementsEnd
 		}
-		b = appendSetEnd(b, len(s.Elements))
+		b = append(b, after+setEnd...)
 		n += len(s.Elements)
 	}
 	return string(b) + trailer(n)
@@ -98,8 +100,8 @@ func TestWriteParse(t *testing.T) {
 // than its timeout. nft would refuse the whole file for it.
 func TestWriteRenewed(t *testing.T) {
 	s := &nftset.Set{Table: filter, Name: "trusted_ipv4", Timeouts: true}
-	got := string(appendElement(nil, s, element("192.0.2.7", time.Hour, 2*time.Hour, ""), false))
-	if want := ",\n\t\t\t192.0.2.7 timeout 1h expires 1h"; got != want {
+	got := string(appendElement(nil, s, element("192.0.2.7", time.Hour, 2*time.Hour, "")))
+	if want := "\t\t\t192.0.2.7 timeout 1h expires 1h"; got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
 }

@@ -7,9 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
-	"nftwl/pkg/nftset"
 	"nftwl/pkg/nstest"
 )
 
@@ -26,15 +24,6 @@ func TestReadTooLarge(t *testing.T) {
 	}
 	if _, err := Read(t.TempDir()); err == nil {
 		t.Error("a directory was read")
-	}
-}
-
-func TestParseTooMany(t *testing.T) {
-	start := "table inet filter {\n\tset trusted_ipv4 {\n\t\ttype ipv4_addr\n\t\telements = {\n"
-	text := header(time.Now(), nftset.Instance{}) + start + strings.Repeat("1\n", maxElements+1) + "\t\t}\n\t}\n}\n" + trailer(maxElements+1)
-	_, err := Parse(text)
-	if err == nil || err.Error() != "line 5: more than 16777216 elements" {
-		t.Errorf("%v", err)
 	}
 }
 

@@ -60,24 +60,24 @@ func RestoreSnapshot(path string, conn *nftset.Conn, sets Sets, anyone bool) (r 
 	// The table can be missing before, or be replaced meanwhile. The elements are
 	// in it if it is the same before and after.
 	table, _ := conn.Instance(sets.Table)
-	const attempts = 10
-	for attempt := range attempts {
+	for range attempts {
 		before := table
-		result, err := Restore(conn, []*File{f}, time.Now)
+		result, err := Restore(conn, []*File{f})
 		if err != nil {
 			return r, fmt.Errorf("%s: %w", path, err)
 		}
-		if attempt == 0 {
+		if r.Result == (Result{}) {
 			r.Result = result
 		}
-		if table, r.NotNoted = conn.Instance(sets.Table); r.NotNoted != nil {
+		table, r.NotNoted = conn.Instance(sets.Table)
+		switch {
+		case r.NotNoted != nil:
 			return r, nil
-		}
-		if table == before {
+		case table == before && notLocked != nil:
 			r.NotNoted = notLocked
-			if notLocked == nil {
-				r.NotNoted = note(path, text, f, table)
-			}
+			return r, nil
+		case table == before:
+			r.NotNoted = note(path, text, f, table)
 			return r, nil
 		}
 	}
@@ -85,23 +85,24 @@ func RestoreSnapshot(path string, conn *nftset.Conn, sets Sets, anyone bool) (r 
 	return r, nil
 }
 
+// attempts is how often a save or a restore is repeated if the table is replaced
+// meanwhile.
+const attempts = 10
+
 // note writes a snapshot again, with another table in its header.
 func note(path, text string, f *File, table nftset.Instance) error {
 	if f.Saved.IsZero() || f.Table == table {
 		return nil // there is no header; or nothing to change
 	}
 	_, rest, _ := strings.Cut(text, "\n")
-	d, err := create(path)
+	d, err := draft(path)
 	if err != nil {
 		return err
 	}
-	defer d.discard()
-	_, err = io.WriteString(d, header(f.Saved, table))
+	defer discard(d)
+	_, err = io.Copy(d, io.MultiReader(strings.NewReader(header(f.Saved, table)), strings.NewReader(rest)))
 	if err == nil {
-		_, err = io.WriteString(d, rest)
-	}
-	if err == nil {
-		_, err = d.replace(path, "")
+		_, err = replace(d, path, "")
 	}
 	return err
 }
@@ -121,60 +122,42 @@ type target struct {
 // the time that they have left. From that of a snapshot it subtracts the time
 // since; if the clock went backwards, nothing. It never shortens the time left of
 // an element that the kernel has.
-//
-// now tells the time. Restore asks it again when it has to retry.
-func Restore(conn *nftset.Conn, files []*File, now func() time.Time) (Result, error) {
+func Restore(conn *nftset.Conn, files []*File) (r Result, err error) {
 	// Between the dump of the sets and the transaction, a login can renew an
 	// element. So the transaction names the generation that it is for. If others
 	// keep changing the ruleset, small transactions extend what has less time
 	// left, and the last one only creates elements, which fails only if a login
 	// adds one of them in the same moment.
-	const guarded, attempts = 3, 20
-	for attempt := 1; ; attempt++ {
-		r, err := restore(conn, files, now, attempt <= guarded)
-		switch {
-		case !errors.Is(err, nftset.ErrGeneration) && !errors.Is(err, nftset.ErrExists):
+	const guarded, most = 3, 20
+	for attempt := range most {
+		r, err = restore(conn, files, attempt < guarded)
+		if !errors.Is(err, nftset.ErrGeneration) && !errors.Is(err, nftset.ErrExists) {
 			return r, err
-		case attempt == attempts:
-			return Result{}, fmt.Errorf("table %s: %w", files[0].Sets[0].Table, nftset.ErrBusy)
 		}
 	}
+	return Result{}, fmt.Errorf("table %s: %w", files[0].Sets[0].Table, nftset.ErrBusy)
 }
 
 // restore is an attempt of Restore's.
-func restore(conn *nftset.Conn, files []*File, now func() time.Time, guarded bool) (r Result, err error) {
+func restore(conn *nftset.Conn, files []*File, guarded bool) (r Result, err error) {
 	generation, err := conn.Generation()
 	if err != nil {
 		return r, err
 	}
 	var targets []*target // in the order of the files, in which the kernel lists them
-	index := func(s Section) int {
-		return slices.IndexFunc(targets, func(t *target) bool { return t.set.Table == s.Table && t.set.Name == s.Name })
-	}
 	for _, f := range files {
-		for _, s := range f.Sets {
-			i := index(s)
-			if i < 0 {
+		for i := range f.Sets {
+			s := &f.Sets[i]
+			n := slices.IndexFunc(targets, func(t *target) bool { return t.set.Table == s.Table && t.set.Name == s.Name })
+			if n < 0 {
 				t, err := find(conn, &s.Set)
 				if err != nil {
 					return r, err
 				}
-				i = len(targets)
+				n = len(targets)
 				targets = append(targets, t)
 			}
-			if key := targets[i].set.Key; key != s.Key {
-				return r, fmt.Errorf("set %s has keys of type %s, and of type %s in the file", s.Name, key, s.Key)
-			}
-		}
-	}
-	for _, f := range files {
-		elapsed := time.Duration(0)
-		if !f.Saved.IsZero() {
-			// By wall clock, because the machine may have been down.
-			elapsed = max(0, now().Round(0).Sub(f.Saved))
-		}
-		for _, s := range f.Sets {
-			if err := targets[index(s)].take(s.Elements, elapsed, &r); err != nil {
+			if err := targets[n].take(s, f.Saved, &r); err != nil {
 				return r, err
 			}
 		}
@@ -197,7 +180,7 @@ func restore(conn *nftset.Conn, files []*File, now func() time.Time, guarded boo
 	}
 	batch := conn.BatchAt(generation)
 	for _, t := range targets {
-		if t.missing == nftset.ErrNoTable {
+		if errors.Is(t.missing, nftset.ErrNoTable) {
 			batch.CreateTable(t.set.Table)
 		}
 		if t.missing != nil {
@@ -205,6 +188,7 @@ func restore(conn *nftset.Conn, files []*File, now func() time.Time, guarded boo
 		}
 	}
 	for _, t := range targets {
+		batch.Grow(len(t.create))
 		for _, e := range t.create {
 			batch.Create(t.set, e)
 		}
@@ -220,10 +204,8 @@ func restore(conn *nftset.Conn, files []*File, now func() time.Time, guarded boo
 func find(conn *nftset.Conn, s *nftset.Set) (*target, error) {
 	set, err := conn.Set(s.Table, s.Name)
 	switch {
-	case errors.Is(err, nftset.ErrNoTable):
-		return &target{set: s, missing: nftset.ErrNoTable}, nil
-	case errors.Is(err, nftset.ErrNoSet):
-		return &target{set: s, missing: nftset.ErrNoSet}, nil
+	case errors.Is(err, nftset.ErrNoTable), errors.Is(err, nftset.ErrNoSet):
+		return &target{set: s, missing: err}, nil
 	case err != nil:
 		return nil, err
 	}
@@ -231,20 +213,28 @@ func find(conn *nftset.Conn, s *nftset.Set) (*target, error) {
 	return &target{set: set, there: elems}, err
 }
 
-// take adds the elements of a file with the time that they have left.
-func (t *target) take(elems []nftset.Element, elapsed time.Duration, r *Result) error {
-	t.files = slices.Grow(t.files, len(elems))
-	for _, e := range elems {
+// take adds the elements of a file that was saved at some time.
+func (t *target) take(s *Section, saved time.Time, r *Result) error {
+	if t.set.Key != s.Key {
+		return fmt.Errorf("set %s has keys of type %s, and of type %s in the file", s.Name, t.set.Key, s.Key)
+	}
+	passed := time.Duration(0)
+	if !saved.IsZero() {
+		// By wall clock, because the machine may have been down.
+		passed = max(0, time.Now().Round(0).Sub(saved))
+	}
+	t.files = slices.Grow(t.files, len(s.Elements))
+	for _, e := range s.Elements {
 		if !e.Permanent() {
 			if e.Expires == 0 {
 				e.Expires = e.Timeout
 			}
-			if e.Expires -= elapsed; e.Expires <= 0 {
+			if e.Expires -= passed; e.Expires <= 0 {
 				r.Expired++
 				continue
 			}
-			if !t.set.Timeouts {
-				return t.set.Writable()
+			if err := t.set.Writable(); err != nil {
+				return err
 			}
 		}
 		t.files = append(t.files, e)
@@ -255,23 +245,20 @@ func (t *target) take(elems []nftset.Element, elapsed time.Duration, r *Result) 
 // compare finds which elements of the files the set lacks, and which it has with
 // less time left. Of those with the same key, the one that expires last counts.
 func (t *target) compare(r *Result) {
-	byKey := func(a, b nftset.Element) int { return a.Key.Compare(b.Key) }
-	if !slices.IsSortedFunc(t.files, byKey) {
-		slices.SortFunc(t.files, byKey)
-	}
+	slices.SortFunc(t.files, func(a, b nftset.Element) int {
+		switch c := a.Key.Compare(b.Key); {
+		case c != 0:
+			return c
+		case !a.Outlives(b, 0):
+			return 1
+		case !b.Outlives(a, 0):
+			return -1
+		}
+		return 0
+	})
+	t.files = slices.CompactFunc(t.files, func(a, b nftset.Element) bool { return a.Key == b.Key })
 	there := t.there
-	for i, e := range t.files {
-		if i > 0 && t.files[i-1].Key == e.Key {
-			continue
-		}
-		for _, twin := range t.files[i+1:] {
-			if twin.Key != e.Key {
-				break
-			}
-			if !e.Outlives(twin, 0) {
-				e = twin
-			}
-		}
+	for _, e := range t.files {
 		for len(there) > 0 && there[0].Key.Compare(e.Key) < 0 {
 			there = there[1:]
 		}

@@ -54,7 +54,6 @@ func Save(path string, conn *nftset.Conn, sets Sets) (Saved, error) {
 		return Saved{}, err
 	}
 	defer unlock()
-	const attempts = 10 // the table can be replaced while it is read
 	for range attempts {
 		r, err := save(path, conn, sets)
 		if !errors.Is(err, errReplaced) {
@@ -76,20 +75,21 @@ func save(path string, conn *nftset.Conn, sets Sets) (r Saved, err error) {
 	if err != nil {
 		return r, err
 	}
-	old, err := inspect(path)
-	if err != nil {
+	text, err := Read(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return r, err
 	}
+	old := inspect(text)
 	if old.table != table && (old.elements > 0 || old.damage != nil) {
-		if r.First, err = restoreFirst(path, conn, sets); err != nil {
+		if r.First, err = restoreFirst(path, text, conn, sets); err != nil {
 			return r, &NotRestoredError{path, sets.Table, err}
 		}
 	}
-	f, err := create(path)
+	f, err := draft(path)
 	if err != nil {
 		return r, err
 	}
-	defer f.discard()
+	defer discard(f)
 	elements, err := write(f, conn, all, table)
 	if err != nil {
 		return r, err
@@ -106,24 +106,20 @@ func save(path string, conn *nftset.Conn, sets Sets) (r Saved, err error) {
 	case old.elements == 0:
 		keep = ""
 	}
-	r.NotKept, err = f.replace(path, keep)
+	r.NotKept, err = replace(f, path, keep)
 	return r, err
 }
 
 // restoreFirst restores a file of another table.
-func restoreFirst(path string, conn *nftset.Conn, sets Sets) (*Restored, error) {
+func restoreFirst(path, text string, conn *nftset.Conn, sets Sets) (*Restored, error) {
 	if err := CheckOwner(path); err != nil {
-		return nil, err
-	}
-	text, err := Read(path)
-	if err != nil {
 		return nil, err
 	}
 	f, err := ParseSets(text, sets)
 	if err != nil {
 		return nil, err
 	}
-	result, err := Restore(conn, []*File{f}, time.Now)
+	result, err := Restore(conn, []*File{f})
 	if err != nil {
 		return nil, err
 	}
@@ -144,54 +140,28 @@ func (e *NotRestoredError) Error() string {
 	return fmt.Sprintf("%s is from before table %s was loaded, and cannot be restored: %v; it is left as it is", e.Path, e.Table, e.Err)
 }
 
-// state is what the ends of a file tell of it.
+// state is what the first and the last line of a file tell.
 type state struct {
 	table    nftset.Instance // zero if it names none
 	elements int             // at least 1 if it is no snapshot
 	damage   error           // of a snapshot
 }
 
-// inspect reads the ends of a file. The state of one that does not exist, or is
-// empty, is zero.
-func inspect(path string) (s state, err error) {
-	f, err := os.Open(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return s, nil
+func inspect(text string) state {
+	if text == "" {
+		return state{}
 	}
-	if err != nil {
-		return s, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil || info.Size() == 0 {
-		return s, err
-	}
-	const most = 300 // longer than a header or a trailer
-	start, err := io.ReadAll(io.NewSectionReader(f, 0, most))
-	if err != nil {
-		return s, err
-	}
-	end, err := io.ReadAll(io.NewSectionReader(f, max(0, info.Size()-most), most))
-	if err != nil {
-		return s, err
-	}
-	first, _, _ := strings.Cut(string(start), "\n")
+	first, rest, _ := strings.Cut(text, "\n")
 	saved, table, err := parseHeader(first)
-	if err != nil {
-		return state{damage: err}, nil
+	switch {
+	case err != nil:
+		return state{damage: err}
+	case saved.IsZero():
+		return state{elements: 1}
 	}
-	if saved.IsZero() {
-		return state{elements: 1}, nil
-	}
-	last := strings.TrimSuffix(string(end), "\n")
-	elements, ok := parseTrailer(last[strings.LastIndexByte(last, '\n')+1:])
-	if !ok {
-		return state{table: table, damage: errCutShort}, nil
-	}
-	return state{table: table, elements: elements}, nil
+	_, elements, err := parseTrailer(rest)
+	return state{table, elements, err}
 }
-
-var errCutShort = errors.New("it was cut short: its last line is missing")
 
 // write writes a snapshot of the sets as they are when all have been read.
 func write(w io.Writer, conn *nftset.Conn, sets []*nftset.Set, table nftset.Instance) (elements int, err error) {
@@ -208,19 +178,20 @@ func write(w io.Writer, conn *nftset.Conn, sets []*nftset.Set, table nftset.Inst
 	var b []byte
 	for i, s := range sets {
 		out.Write(appendSet(b[:0], s))
-		n := 0
+		before, after := elementsStart, ""
 		for _, e := range lists[i] {
 			if !e.Permanent() {
 				if e.Expires -= saved.Sub(read[i]); e.Expires <= 0 {
 					continue
 				}
 			}
-			b = appendElement(b[:0], s, e, n == 0)
+			out.WriteString(before)
+			b = appendElement(b[:0], s, e)
 			out.Write(b)
-			n++
+			before, after = elementsNext, elementsEnd
+			elements++
 		}
-		out.Write(appendSetEnd(b[:0], n))
-		elements += n
+		out.WriteString(after + setEnd)
 	}
 	out.WriteString(trailer(elements))
 	return elements, out.Flush()

@@ -8,6 +8,7 @@
 package snapshot
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"strconv"
@@ -89,10 +90,16 @@ func parseHeader(line string) (saved time.Time, table nftset.Instance, err error
 	return saved, table, nil
 }
 
-// parseTrailer returns how many elements a whole snapshot has.
-func parseTrailer(line string) (elements int, ok bool) {
-	elements, err := strconv.Atoi(strings.TrimSuffix(strings.TrimPrefix(line, trailerStart), " elements"))
-	return elements, err == nil && elements >= 0 && trailer(elements) == line+"\n"
+// parseTrailer returns what is before the last line of a snapshot, and how many
+// elements that line says it has. A file that was cut short lacks the line.
+func parseTrailer(text string) (before string, elements int, err error) {
+	text = strings.TrimSuffix(text, "\n")
+	i := strings.LastIndexByte(text, '\n') + 1
+	elements, err = strconv.Atoi(strings.TrimSuffix(strings.TrimPrefix(text[i:], trailerStart), " elements"))
+	if err != nil || elements < 0 || trailer(elements) != text[i:]+"\n" {
+		return "", 0, errors.New("it was cut short: its last line is missing")
+	}
+	return text[:i], elements, nil
 }
 
 // appendSet writes the definition of a set, up to its elements.
@@ -127,22 +134,17 @@ func appendSet(b []byte, s *nftset.Set) []byte {
 	return b
 }
 
-// appendElement writes an element, which is the first of its set or not.
-func appendElement(b []byte, s *nftset.Set, e nftset.Element, first bool) []byte {
-	if first {
-		b = append(b, "\t\telements = {\n\t\t\t"...)
-	} else {
-		b = append(b, ",\n\t\t\t"...)
-	}
-	switch {
-	case e.CatchAll():
+// appendElement writes an element.
+func appendElement(b []byte, s *nftset.Set, e nftset.Element) []byte {
+	b = append(b, "\t\t\t"...)
+	if e.CatchAll() {
 		b = append(b, '*')
-	case s.Key.Port:
+	} else {
 		b = e.Addr.AppendTo(b)
-		b = append(b, " . "...)
-		b = strconv.AppendUint(b, uint64(e.Port), 10)
-	default:
-		b = e.Addr.AppendTo(b)
+		if s.Key.Port {
+			b = append(b, " . "...)
+			b = strconv.AppendUint(b, uint64(e.Port), 10)
+		}
 	}
 	switch {
 	case !e.Permanent():
@@ -164,10 +166,10 @@ func appendElement(b []byte, s *nftset.Set, e nftset.Element, first bool) []byte
 	return b
 }
 
-// appendSetEnd ends a set with that many elements.
-func appendSetEnd(b []byte, elements int) []byte {
-	if elements > 0 {
-		b = append(b, "\n\t\t}\n"...)
-	}
-	return append(b, "\t}\n}\n"...)
-}
+// What stands before, between and after the elements of a set, and at its end.
+const (
+	elementsStart = "\t\telements = {\n"
+	elementsNext  = ",\n"
+	elementsEnd   = "\n\t\t}\n"
+	setEnd        = "\t}\n}\n"
+)

@@ -468,7 +468,7 @@ func TestRestoreBesideManyLogins(t *testing.T) {
 		must(t, b.Commit())
 		since[0].Store(0)
 		c.SetDeadline(time.Now().Add(20 * time.Second))
-		if _, err := Restore(c, []*File{of("trusted_ipv4", time.Now(), elems...)}, time.Now); err != nil {
+		if _, err := Restore(c, []*File{of("trusted_ipv4", time.Now(), elems...)}); err != nil {
 			t.Error(err)
 		}
 		for i := 1; i < n; i++ {
@@ -488,26 +488,16 @@ func TestRestoreBesideManyLogins(t *testing.T) {
 	}
 }
 
-// Nobody else can hold a save up: neither by a lock on the directory, nor by one
-// on a file of their own.
+// Nobody else can hold a save up by a lock on the directory.
 func TestSaveNotBlocked(t *testing.T) {
 	c := dial(t, empty)
 	dir := t.TempDir()
-	path := filepath.Join(dir, "sets.nft")
 	held, err := os.Open(dir)
 	must(t, err)
 	defer held.Close()
 	must(t, unix.Flock(int(held.Fd()), unix.LOCK_EX))
-	must(t, os.WriteFile(path+".lock", nil, 0o666))
-	if err := os.Chown(path+".lock", 1234, 1234); err != nil {
-		nstest.Skip(t, "%v: run the tests as root", err)
-	}
-	theirs, err := os.Open(path + ".lock")
-	must(t, err)
-	defer theirs.Close()
-	must(t, unix.Flock(int(theirs.Fd()), unix.LOCK_EX))
 	start := time.Now()
-	mustSave(t, c, path)
+	mustSave(t, c, filepath.Join(dir, "sets.nft"))
 	if took := time.Since(start); took > lockTime/2 {
 		t.Errorf("took %v", took)
 	}
@@ -542,24 +532,12 @@ func TestSaveKeepsRoots(t *testing.T) {
 	}
 }
 
-// A pipe that nobody writes into is no file of sets, and is not waited for.
+// A pipe that nobody writes into is not waited for.
 func TestReadPipe(t *testing.T) {
 	pipe := filepath.Join(t.TempDir(), "pipe")
 	must(t, unix.Mkfifo(pipe, 0o600))
-	if text, err := Read(pipe); err != nil || text != "" {
-		t.Errorf("%q, %v", text, err)
-	}
-	r, w, err := os.Pipe()
-	must(t, err)
-	defer r.Close()
-	go func() {
-		defer w.Close()
-		for range 100 {
-			fmt.Fprintln(w, strings.Repeat("x", 1000))
-		}
-	}()
-	if text, err := Read(fmt.Sprintf("/proc/self/fd/%d", r.Fd())); err != nil || len(text) != 100100 {
-		t.Errorf("%d bytes, %v", len(text), err)
+	if _, err := Read(pipe); err == nil || err.Error() != pipe+" is not a regular file" {
+		t.Errorf("%v", err)
 	}
 }
 
