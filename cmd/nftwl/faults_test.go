@@ -64,7 +64,7 @@ func faults() []fault {
 
 		{group: "configuration", name: "named and missing", config: "none", says: "no such file or directory"},
 		{name: "not readable", config: "mode 000", wrap: bounded, says: "permission denied"},
-		{name: "a directory", config: ".", says: "is a directory, not a file"},
+		{name: "a directory", config: ".", says: "is not a regular file"},
 		{name: "of 0 bytes", config: "empty", says: "is empty; remove the file to use the defaults"},
 		{name: "10 MB long", config: "large", says: "is larger than 32 KiB"},
 		{name: "not UTF-8", config: "latin1", says: "latin1:2: not UTF-8"},

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -148,16 +149,13 @@ func Load(path string) (*Config, error) {
 	return c, nil
 }
 
-// read returns the contents of a regular file. It does not wait for the
-// writer of a pipe, and does not fill the memory from a device.
+// read returns the contents of a regular file. It does not wait for the writer of a
+// pipe, and does not fill the memory from a device.
 //
-// It makes the system calls itself: os.OpenFile starts Go's poller, which
-// ends the process where fewer than three descriptors are left. A login must
-// survive that.
+// It makes the system calls itself: os.OpenFile starts Go's poller, which ends the
+// process if fewer than three descriptors are left. A login must survive that.
 func read(path string) ([]byte, error) {
-	fd, err := ignoringEINTR(func() (int, error) {
-		return unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-	})
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
 	}
@@ -166,43 +164,26 @@ func read(path string) ([]byte, error) {
 	if err := unix.Fstat(fd, &stat); err != nil {
 		return nil, &fs.PathError{Op: "stat", Path: path, Err: err}
 	}
-	switch stat.Mode & unix.S_IFMT {
-	case unix.S_IFREG:
-	case unix.S_IFDIR:
-		return nil, fmt.Errorf("%s is a directory, not a file", path)
-	default:
+	if stat.Mode&unix.S_IFMT != unix.S_IFREG {
 		return nil, fmt.Errorf("%s is not a regular file", path)
 	}
 	// The size in stat can be that of a moment ago.
 	data := make([]byte, maxFile+1)
 	n := 0
-	for {
-		more, err := ignoringEINTR(func() (int, error) { return unix.Read(fd, data[n:]) })
-		n += max(more, 0)
-		switch {
-		case err != nil:
+	for more := 1; more > 0; n += more {
+		if more, err = unix.Read(fd, data[n:]); err != nil {
 			return nil, &fs.PathError{Op: "read", Path: path, Err: err}
-		case n > maxFile:
-			return nil, fmt.Errorf("%s is larger than %d KiB", path, maxFile>>10)
-		case more > 0:
-			continue
-		case n == 0:
-			// An editor can leave the file so for an instant, before it
-			// writes. The defaults would trust an address in ignore.
-			return nil, fmt.Errorf("%s is empty; remove the file to use the defaults", path)
-		}
-		return data[:n], nil
-	}
-}
-
-// ignoringEINTR repeats a system call that a signal interrupted.
-func ignoringEINTR(call func() (int, error)) (int, error) {
-	for {
-		n, err := call()
-		if err != unix.EINTR {
-			return n, err
 		}
 	}
+	switch n {
+	case 0:
+		// An editor can leave the file so for an instant, before it writes. The
+		// defaults would trust an address in ignore.
+		return nil, fmt.Errorf("%s is empty; remove the file to use the defaults", path)
+	case len(data):
+		return nil, fmt.Errorf("%s is larger than %d KiB", path, maxFile>>10)
+	}
+	return data[:n], nil
 }
 
 // Parse reads the text of a configuration. An error begins with the number
@@ -216,25 +197,37 @@ func Parse(data []byte) (*Config, error) {
 	if root == nil {
 		return c, nil
 	}
-	if err := mapping(root,
-		key{"table", value(&c.Table, nftset.ParseTable)},
-		key{"trusted", c.Trusted.read},
-		key{"banned", c.Banned.read},
-		key{"ports", list(&c.Ports, ParsePort)},
-		key{"timeout", value(&c.Timeout, nftset.ParseTimeout)},
-		key{"ban_timeout", value(&c.BanTimeout, nftset.ParseTimeout)},
-		key{"ipv6_prefix", value(&c.IPv6Prefix, number(128))},
-		key{"ignore", list(&c.Ignore, parsePrefix)},
-		key{"comment", value(&c.Comment, parseBool)},
-		key{"deadline", value(&c.Deadline, atMost(maxDeadline))},
-		key{"snapshot", value(&c.Snapshot, parsePath)},
-		key{"policy", c.readPolicy},
-		key{"failures", c.readFailures},
-		key{"cluster", c.readCluster},
+	if err := mapping("", root,
+		entry{"table", value(&c.Table, nftset.ParseTable)},
+		entry{"trusted", c.Trusted.read},
+		entry{"banned", c.Banned.read},
+		entry{"ports", c.readPorts},
+		entry{"timeout", value(&c.Timeout, nftset.ParseTimeout)},
+		entry{"ban_timeout", value(&c.BanTimeout, nftset.ParseTimeout)},
+		entry{"ipv6_prefix", value(&c.IPv6Prefix, number(128))},
+		entry{"ignore", list(&c.Ignore, parsePrefix)},
+		entry{"comment", value(&c.Comment, parseBool)},
+		entry{"deadline", value(&c.Deadline, atMost(maxDeadline))},
+		entry{"snapshot", value(&c.Snapshot, parsePath)},
+		entry{"policy", c.readPolicy},
+		entry{"failures", c.readFailures},
+		entry{"cluster", c.readCluster},
 	); err != nil {
-		return nil, at(root, err)
+		return nil, err
 	}
-	return c, c.check(root)
+	// A set that two lists share would trust who is banned.
+	sets := c.Sets()
+	for i, name := range sets {
+		if !slices.Contains(sets[:i], name) {
+			continue
+		}
+		for j := 0; j < len(root.Content); j += 2 {
+			if key := root.Content[j]; key.Value == "trusted" || key.Value == "banned" {
+				return nil, fail(key, key.Value, "set %s is named twice; the four sets must differ", name)
+			}
+		}
+	}
+	return c, nil
 }
 
 const (
@@ -246,74 +239,66 @@ const (
 	maxWithin = 7 * 24 * time.Hour
 )
 
-// check reports a lack of ports, and ports and sets that stand twice. A set that
-// two lists share would trust who is banned.
-func (c *Config) check(root *yaml.Node) error {
+func (c *Config) readPorts(key string, v *yaml.Node) error {
+	if err := list(&c.Ports, ParsePort)(key, v); err != nil {
+		return err
+	}
 	if len(c.Ports) == 0 {
-		return within(root, errors.New("at least one port is needed"), "ports")
+		return fail(v, key, "at least one port is needed")
 	}
-	ports := make(map[uint16]bool)
-	for _, p := range c.Ports {
-		if ports[p] {
-			return within(root, fmt.Errorf("port %d stands twice", p), "ports")
+	for i, p := range c.Ports {
+		if slices.Contains(c.Ports[:i], p) {
+			return fail(v.Content[i], key, "port %d stands twice", p)
 		}
-		ports[p] = true
-	}
-	sets := make(map[string]bool)
-	for _, name := range c.Sets() {
-		if sets[name] {
-			return within(root, fmt.Errorf("set %s is named twice; the four sets must differ", name), "trusted", "banned")
-		}
-		sets[name] = true
 	}
 	return nil
 }
 
-func (n *Names) read(v *yaml.Node) error {
-	return mapping(v, key{"ipv4", value(&n.IPv4, parseSet)}, key{"ipv6", value(&n.IPv6, parseSet)})
+func (n *Names) read(key string, v *yaml.Node) error {
+	return mapping(key, v, entry{"ipv4", value(&n.IPv4, parseSet)}, entry{"ipv6", value(&n.IPv6, parseSet)})
 }
 
-func (c *Config) readPolicy(v *yaml.Node) error {
+func (c *Config) readPolicy(key string, v *yaml.Node) error {
 	p := DefaultPolicy
 	c.Policy = &p
-	return mapping(v, key{"listen", value(&p.Listen, parseListen)}, key{"key_file", value(&p.KeyFile, parsePath)})
+	return mapping(key, v, entry{"listen", value(&p.Listen, parseListen)}, entry{"key_file", value(&p.KeyFile, parsePath)})
 }
 
-func (c *Config) readFailures(v *yaml.Node) error {
+func (c *Config) readFailures(key string, v *yaml.Node) error {
 	f := defaultFailures
 	c.Failures = &f
-	err := mapping(v,
-		key{"limit", value(&f.Limit, number(maxFailures))},
-		key{"within", value(&f.Within, atMost(maxWithin))},
-		key{"ban", value(&f.Ban, nftset.ParseTimeout)},
-		key{"longest", value(&f.Longest, nftset.ParseTimeout)},
-		key{"trusted_limit", value(&f.TrustedLimit, number(maxFailures))},
+	err := mapping(key, v,
+		entry{"limit", value(&f.Limit, number(maxFailures))},
+		entry{"within", value(&f.Within, atMost(maxWithin))},
+		entry{"ban", value(&f.Ban, nftset.ParseTimeout)},
+		entry{"longest", value(&f.Longest, nftset.ParseTimeout)},
+		entry{"trusted_limit", value(&f.TrustedLimit, number(maxFailures))},
 	)
 	switch {
 	case err != nil:
 		return err
 	case f.Longest < f.Ban:
-		return fmt.Errorf("longest (%s) is shorter than ban (%s)", nftset.FormatTimeout(f.Longest), nftset.FormatTimeout(f.Ban))
+		return fail(v, key, "longest (%s) is shorter than ban (%s)", nftset.FormatTimeout(f.Longest), nftset.FormatTimeout(f.Ban))
 	case f.TrustedLimit < f.Limit:
-		return fmt.Errorf("trusted_limit (%d) is less than limit (%d)", f.TrustedLimit, f.Limit)
+		return fail(v, key, "trusted_limit (%d) is less than limit (%d)", f.TrustedLimit, f.Limit)
 	}
 	return nil
 }
 
-func (c *Config) readCluster(v *yaml.Node) error {
+func (c *Config) readCluster(name string, v *yaml.Node) error {
 	cluster := Cluster{Name: "mail", Send: []string{"trusted", "banned"}, Take: []string{"trusted", "banned"}}
 	c.Cluster = &cluster
-	err := mapping(v,
-		key{"server", value(&cluster.Server, parseServer)},
-		key{"name", value(&cluster.Name, parseName)},
-		key{"node", value(&cluster.Node, parseName)},
-		key{"send", list(&cluster.Send, parseList)},
-		key{"take", list(&cluster.Take, parseList)},
-		key{"password_file", value(&cluster.PasswordFile, parsePath)},
-		key{"ca_file", value(&cluster.CAFile, parsePath)},
+	err := mapping(name, v,
+		entry{"server", value(&cluster.Server, parseServer)},
+		entry{"name", value(&cluster.Name, parseName)},
+		entry{"node", value(&cluster.Node, parseName)},
+		entry{"send", list(&cluster.Send, parseList)},
+		entry{"take", list(&cluster.Take, parseList)},
+		entry{"password_file", value(&cluster.PasswordFile, parsePath)},
+		entry{"ca_file", value(&cluster.CAFile, parsePath)},
 	)
 	if err == nil && cluster.Server == "" {
-		err = errors.New("server is missing, such as rediss://nftwl@redis.example:6380")
+		return fail(v, name, "server is missing, such as rediss://nftwl@redis.example:6380")
 	}
 	return err
 }

@@ -107,7 +107,7 @@ func TestEmptyIsDefault(t *testing.T) {
 		}
 		want := Default()
 		if text == "ignore: []\n" {
-			want.Ignore = nil
+			want.Ignore = []netip.Prefix{}
 		}
 		if !reflect.DeepEqual(c, want) {
 			t.Errorf("%q: got %+v", text, c)
@@ -230,7 +230,7 @@ func TestLoad(t *testing.T) {
 	}
 	for path, words := range map[string]string{
 		filepath.Join(dir, "missing"): "no such file",
-		dir:                           "is a directory",
+		dir:                           "not a regular file",
 		pipe:                          "not a regular file",
 		"/dev/zero":                   "not a regular file",
 		// A regular file of 0 bytes, by stat, of which a read gives a part.

@@ -19,9 +19,9 @@ import (
 // document returns the root of a text's only YAML document: nil if there is
 // nothing but comments.
 func document(data []byte) (*yaml.Node, error) {
-	for i, line := range slices.Collect(bytes.Lines(data)) {
+	for i, line := range bytes.Split(data, []byte("\n")) {
 		if !utf8.Valid(line) {
-			return nil, &nodeError{line: i + 1, err: errors.New("not UTF-8")}
+			return nil, fmt.Errorf("%d: not UTF-8", i+1)
 		}
 	}
 	d := yaml.NewDecoder(bytes.NewReader(data))
@@ -34,7 +34,7 @@ func document(data []byte) (*yaml.Node, error) {
 	}
 	switch err := d.Decode(&second); {
 	case err == nil:
-		return nil, at(&second, errors.New("a second YAML document begins; there must be one"))
+		return nil, fail(&second, "", "a second YAML document begins; there must be one")
 	case err != io.EOF:
 		return nil, syntaxError(err)
 	}
@@ -45,9 +45,9 @@ func document(data []byte) (*yaml.Node, error) {
 	return root, nil
 }
 
-// syntaxError takes the line out of the text of yaml.v3's error, which has none
-// for line 1. The library counts the lines of its scanner from 1, and those of
-// its parser from 0 (yaml.go, func fail; parserc.go).
+// syntaxError puts the line first in yaml.v3's error, which has none for line 1.
+// The library counts the lines of its scanner from 1, and those of its parser from
+// 0 (yaml.go, func fail; parserc.go).
 func syntaxError(err error) error {
 	text, line := strings.TrimPrefix(err.Error(), "yaml: "), 1
 	if number, rest, ok := strings.Cut(strings.TrimPrefix(text, "line "), ": "); ok {
@@ -58,7 +58,7 @@ func syntaxError(err error) error {
 			}
 		}
 	}
-	return &nodeError{line: line, err: errors.New(text)}
+	return fmt.Errorf("%d: %s", line, text)
 }
 
 var parserErrors = []string{
@@ -66,111 +66,80 @@ var parserErrors = []string{
 	"did not find expected key", "did not find expected ',' or ']'", "did not find expected ',' or '}'",
 }
 
-// nodeError is an error with the place of its cause.
-type nodeError struct {
-	line int
-	key  string // such as trusted.ipv4; "" for the whole file
-	err  error
-}
-
-func (e *nodeError) Error() string {
-	if e.key == "" {
-		return fmt.Sprintf("%d: %v", e.line, e.err)
+// fail returns an error about a node of the key's value, or about the whole file
+// if the key is empty.
+func fail(n *yaml.Node, key, format string, args ...any) error {
+	text := fmt.Sprintf(format, args...)
+	if key != "" {
+		text = key + ": " + text
 	}
-	return fmt.Sprintf("%d: %s: %v", e.line, e.key, e.err)
+	return fmt.Errorf("%d: %s", max(n.Line, 1), text)
 }
 
-func (e *nodeError) Unwrap() error { return e.err }
+// reader reads the value of a key, such as trusted.ipv4. Its errors are fail's.
+type reader func(key string, v *yaml.Node) error
 
-// at adds the line of a node to an error that has none.
-func at(n *yaml.Node, err error) error {
-	if e := (*nodeError)(nil); err == nil || errors.As(err, &e) {
-		return err
-	}
-	return &nodeError{line: max(n.Line, 1), err: err}
-}
-
-// under adds the name and the line of a key to the error of its value.
-func under(name *yaml.Node, err error) error {
-	if err == nil {
-		return nil
-	}
-	e := *at(name, err).(*nodeError)
-	e.key = strings.TrimSuffix(name.Value+"."+e.key, ".")
-	return &e
-}
-
-// within is under for the first key of a mapping that has one of the names.
-func within(m *yaml.Node, err error, names ...string) error {
-	for i := 0; i < len(m.Content); i += 2 {
-		if slices.Contains(names, m.Content[i].Value) {
-			return under(m.Content[i], err)
-		}
-	}
-	return at(m, err)
-}
-
-// key is a key that a mapping may have, and what reads its value.
-type key struct {
+// entry is a key that a mapping may have.
+type entry struct {
 	name string
-	read func(*yaml.Node) error
+	read reader
 }
 
-// mapping reads the keys of a node.
-func mapping(n *yaml.Node, known ...key) error {
+// mapping reads a mapping with some of the keys, each at most once.
+func mapping(key string, n *yaml.Node, known ...entry) error {
 	if n.Kind != yaml.MappingNode {
-		return errors.New("keys with values are needed, such as timeout: 1d")
+		return fail(n, key, "keys with values are needed, such as timeout: 1d")
 	}
 	seen := make(map[string]bool)
 	for i := 0; i < len(n.Content); i += 2 {
 		name, v := n.Content[i], n.Content[i+1]
 		if _, err := scalar(name); err != nil {
-			return at(name, errors.New("a key must be a plain word"))
+			return fail(name, key, "a key must be a plain word")
 		}
-		k := slices.IndexFunc(known, func(k key) bool { return k.name == name.Value })
+		k := slices.IndexFunc(known, func(e entry) bool { return e.name == name.Value })
 		switch {
 		case k < 0:
 			var names []string
-			for _, k := range known {
-				names = append(names, k.name)
+			for _, e := range known {
+				names = append(names, e.name)
 			}
-			last := len(names) - 1
-			return at(name, fmt.Errorf("unknown key %q; the keys are %s and %s", name.Value, strings.Join(names[:last], ", "), names[last]))
+			return fail(name, key, "unknown key %q; the keys are %s", name.Value, strings.Join(names, ", "))
 		case seen[name.Value]:
-			return at(name, fmt.Errorf("key %q stands twice", name.Value))
+			return fail(name, key, "key %q stands twice", name.Value)
 		}
 		seen[name.Value] = true
-		if err := known[k].read(v); err != nil {
-			return under(name, err)
+		if err := known[k].read(strings.TrimPrefix(key+"."+name.Value, "."), v); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
 // value returns a reader of a single value.
-func value[T any](to *T, parse func(string) (T, error)) func(*yaml.Node) error {
-	return func(n *yaml.Node) error {
-		s, err := scalar(n)
+func value[T any](to *T, parse func(string) (T, error)) reader {
+	return func(key string, v *yaml.Node) error {
+		s, err := scalar(v)
 		if err == nil {
 			*to, err = parse(s)
 		}
-		return err
+		if err != nil {
+			return fail(v, key, "%v", err)
+		}
+		return nil
 	}
 }
 
-// list returns a reader of a list. An error names the item's line.
-func list[T any](to *[]T, parse func(string) (T, error)) func(*yaml.Node) error {
-	return func(n *yaml.Node) error {
-		if n.Kind != yaml.SequenceNode {
-			return errors.New("a list is needed, such as [a, b]")
+// list returns a reader of a list.
+func list[T any](to *[]T, parse func(string) (T, error)) reader {
+	return func(key string, v *yaml.Node) error {
+		if v.Kind != yaml.SequenceNode {
+			return fail(v, key, "a list is needed, such as [a, b]")
 		}
-		*to = nil
-		for _, item := range n.Content {
-			var v T
-			if err := value(&v, parse)(item); err != nil {
-				return at(item, err)
+		*to = make([]T, len(v.Content))
+		for i, item := range v.Content {
+			if err := value(&(*to)[i], parse)(key, item); err != nil {
+				return err
 			}
-			*to = append(*to, v)
 		}
 		return nil
 	}
