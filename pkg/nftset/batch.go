@@ -15,12 +15,11 @@ import (
 // Elements of one set that follow each other share messages: an IPv4 element
 // takes about 40 bytes. The zero value is not ready for use; call Conn.Batch.
 type Batch struct {
-	conn   *Conn
-	first  uint32 // number of the message that begins the batch
-	buf    []byte
-	last   int     // where the last message starts; 0 while there is none
-	about  []about // the messages, to name the set in an error
-	setIDs uint32  // of the sets that this batch creates
+	conn  *Conn
+	first uint32 // number of the message that begins the batch; the others follow
+	buf   []byte
+	last  int    // where the last message starts
+	sets  []*Set // that the messages are about, to name it in an error
 
 	// The message of elements that further ones join.
 	open  *Set
@@ -29,14 +28,7 @@ type Batch struct {
 	list  int // where its list starts
 }
 
-// about tells which set the messages from one number on are about.
-type about struct {
-	seq uint32
-	set *Set
-}
-
-// Batch begins a batch. The connection must not be used for anything else until
-// it is committed or dropped.
+// Batch begins a batch.
 func (c *Conn) Batch() *Batch { return c.BatchAt(0) }
 
 // BatchAt begins a batch that fails with ErrGeneration unless the ruleset is of
@@ -59,11 +51,8 @@ func (b *Batch) Grow(n int) { b.buf = slices.Grow(b.buf, 100*n) }
 func (b *Batch) message(typ, flags uint16, s *Set) {
 	b.finish()
 	b.last = len(b.buf)
-	seq := b.conn.next()
-	if len(b.about) == 0 || b.about[len(b.about)-1].set != s {
-		b.about = append(b.about, about{seq, s})
-	}
-	b.buf = appendMessage(b.buf, subsystem|typ, unix.NLM_F_REQUEST|flags, seq, s.Table.Family, 0)
+	b.sets = append(b.sets, s)
+	b.buf = appendMessage(b.buf, subsystem|typ, unix.NLM_F_REQUEST|flags, b.first+uint32(len(b.sets)), s.Table.Family, 0)
 }
 
 // put adds a message about a set, which has no elements.
@@ -124,25 +113,26 @@ func (b *Batch) CreateTable(t Table) {
 // CreateSet creates a set. If one of that name exists with another definition,
 // the whole batch fails.
 func (b *Batch) CreateSet(s *Set) {
-	b.setIDs++
-	b.put(unix.NFT_MSG_NEWSET, unix.NLM_F_CREATE, s, appendSet(nil, s, b.setIDs))
+	id := len(b.sets) + 1 // any that no other set of the batch has
+	b.put(unix.NFT_MSG_NEWSET, unix.NLM_F_CREATE, s, appendSet(nil, s, uint32(id)))
 }
 
 // Commit carries the batch out, and returns when the kernel has. An empty batch
 // does nothing.
 func (b *Batch) Commit() error {
 	b.finish()
-	if b.last == 0 {
+	if len(b.sets) == 0 {
 		return nil
 	}
 	c := b.conn
 	// The last message asks for an acknowledgement, so that silence is never
 	// success. The kernel sends it after the commit (nfnetlink_rcv_batch).
-	last := native.Uint32(b.buf[b.last+8:])
+	last := b.first + uint32(len(b.sets))
+	c.seq = max(c.seq, last+1)
 	flags := native.Uint16(b.buf[b.last+6:])
 	native.PutUint16(b.buf[b.last+6:], flags|unix.NLM_F_ACK)
 	end := len(b.buf)
-	b.buf = appendMessage(b.buf, unix.NFNL_MSG_BATCH_END, unix.NLM_F_REQUEST, c.next(), 0, unix.NFNL_SUBSYS_NFTABLES)
+	b.buf = appendMessage(b.buf, unix.NFNL_MSG_BATCH_END, unix.NLM_F_REQUEST, last+1, 0, unix.NFNL_SUBSYS_NFTABLES)
 	endMessage(b.buf, end)
 
 	c.grow(len(b.buf))
@@ -161,8 +151,6 @@ func (b *Batch) Commit() error {
 			if m.err != nil && failed.err == nil {
 				failed = m
 			}
-			// An error of the whole transaction has the number of its first
-			// message.
 			return m.seq == last || m.seq == b.first, nil
 		})
 	}
@@ -184,14 +172,10 @@ func (b *Batch) Commit() error {
 	return nil
 }
 
-// error names the set that the message with the number was about.
+// error names the set that the message with the number was about. An error of the
+// whole transaction has the number of its beginning.
 func (b *Batch) error(seq uint32, err error) error {
-	s := b.about[0].set
-	for _, a := range b.about {
-		if a.seq-b.first <= seq-b.first {
-			s = a.set
-		}
-	}
+	s := b.sets[max(seq-b.first, 1)-1]
 	if errors.Is(err, unix.ENOENT) {
 		if s.Name == "" {
 			return s.Table.error(ErrNoTable)

@@ -64,16 +64,13 @@ func since(major, minor int) bool {
 func (c *Conn) Close() error { return unix.Close(c.fd) }
 
 // SetDeadline limits how long later calls wait for the kernel's answers and
-// retry; after it they fail with ErrDeadline or ErrBusy. With the zero time they
-// wait for ever.
-//
-// It does not limit how long the kernel takes to carry out a request, which
-// includes waiting for another process's transaction.
+// retry; after it they fail with ErrDeadline or ErrBusy. The zero time is no
+// limit. A request that waits in the kernel for another process's transaction
+// takes as long as that does.
 func (c *Conn) SetDeadline(t time.Time) { c.deadline, c.timeout = t, 0 }
 
-// SetTimeout sets the deadline to d from now. Each answer to a dump moves it to
-// d after that answer, because a set can be larger than can be read in any fixed
-// time.
+// SetTimeout sets the deadline to d from now. Each answer to a dump, which can be
+// of any size, moves it to d after that answer.
 func (c *Conn) SetTimeout(d time.Duration) { c.deadline, c.timeout = time.Now().Add(d), d }
 
 func (c *Conn) late() bool { return !c.deadline.IsZero() && time.Now().After(c.deadline) }
@@ -384,12 +381,11 @@ func (c *Conn) lookup(s *Set, keys []Key) (found map[Key]Element, generation uin
 // Dump calls f for every element of the set, in the kernel's order, while
 // they arrive, until f fails.
 //
-// In each buffer, the kernel finds where it was by counting elements in a hash
-// table that may have changed since. So elements can be missing or come twice.
-// It marks other dumps of which that is true (NLM_F_DUMP_INTR), but not this one.
-// Dump returns ErrInterrupted, after f saw what did arrive, if the ruleset's
-// generation changed, or if the set has fewer elements than before because the
-// kernel has collected expired ones.
+// For each buffer, the kernel finds where it was by counting elements in a hash
+// table that may have changed since, so elements can be missing or come twice. It
+// does not mark such a dump of elements (NLM_F_DUMP_INTR). Dump returns
+// ErrInterrupted, after f saw what did arrive, if the ruleset's generation
+// changed, or if the kernel has collected expired elements.
 func (c *Conn) Dump(s *Set, f func(Element) error) error {
 	before, err := c.Set(s.Table, s.Name)
 	if err != nil {

@@ -100,10 +100,7 @@ const MaxTimeout = 100 * 365 * 24 * time.Hour
 // than 0 and at most MaxTimeout.
 func ParseTimeout(s string) (time.Duration, error) {
 	bad := func(why string) (time.Duration, error) {
-		if len(s) > 40 {
-			s = s[:40] + "…"
-		}
-		return 0, fmt.Errorf("%q is not a timeout: %s", s, why)
+		return 0, fmt.Errorf("%.40q is not a timeout: %s", s, why)
 	}
 	var sum time.Duration
 	for rest, from := s, 0; rest != "" || from == 0; {
