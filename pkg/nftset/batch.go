@@ -9,11 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Batch gathers changes that the kernel makes in one transaction: all of
-// them, or none.
-//
-// Elements of one set that follow each other share messages: an IPv4 element
-// takes about 40 bytes. The zero value is not ready for use; call Conn.Batch.
+// Batch collects changes that the kernel makes in one transaction: all of them, or
+// none. The zero value is not ready for use; call Conn.Batch.
 type Batch struct {
 	conn  *Conn
 	first uint32 // number of the message that begins the batch; the others follow
@@ -21,7 +18,7 @@ type Batch struct {
 	last  int    // where the last message starts
 	sets  []*Set // that the messages are about, to name it in an error
 
-	// The message of elements that further ones join.
+	// The message of elements that the next element joins, if it can.
 	open  *Set
 	typ   uint16
 	flags uint16
@@ -117,7 +114,7 @@ func (b *Batch) CreateSet(s *Set) {
 	b.put(unix.NFT_MSG_NEWSET, unix.NLM_F_CREATE, s, appendSet(nil, s, uint32(id)))
 }
 
-// Commit carries the batch out, and returns when the kernel has. An empty batch
+// Commit carries the batch out, and returns after the kernel did. An empty batch
 // does nothing.
 func (b *Batch) Commit() error {
 	b.finish()

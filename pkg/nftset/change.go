@@ -19,9 +19,8 @@ const (
 
 func (o Outcome) String() string { return [...]string{"unchanged", "added", "renewed"}[o] }
 
-// retry repeats a change, which is a lookup and then a transaction, as long as
-// somebody else's transaction comes between the two. After the deadline it fails
-// with ErrBusy.
+// retry repeats a change, which is a lookup and then a transaction, while other
+// transactions come between the two. After the deadline it fails with ErrBusy.
 func (c *Conn) retry(s *Set, change func() error) error {
 	for {
 		err := change()
@@ -142,7 +141,7 @@ func (e Element) left() time.Duration {
 	return e.Timeout
 }
 
-// Replace gives elements a new timeout and comment, on every kernel: it adds them,
+// Replace gives elements a new timeout and comment on every kernel: it adds them,
 // so that no deletion fails, deletes them, and adds them again.
 func (b *Batch) Replace(s *Set, elems []Element) {
 	for _, e := range elems {
@@ -158,7 +157,7 @@ func (b *Batch) Replace(s *Set, elems []Element) {
 
 // Remove deletes those of some elements that are in the set and that match
 // accepts; a nil match accepts all. It returns those that it deleted. If they keep
-// changing until the deadline, it fails with ErrBusy.
+// changing until the deadline, Remove fails with ErrBusy.
 func (c *Conn) Remove(s *Set, keys []Key, match func(Element) bool) (removed []Element, err error) {
 	err = c.retry(s, func() error {
 		there, generation, err := c.lookup(s, keys)
@@ -232,8 +231,8 @@ func (c *Conn) Elements(s *Set) ([]Element, error) {
 // dump returns the elements of a dump, each once, ordered by key, with their time
 // left counted from start; with ErrInterrupted, those that did arrive.
 //
-// An element that came twice is a sign, too, that others are missing: the kernel
-// resizes the hash table some time after many elements were added.
+// An element that came twice is another sign that some are missing: the kernel
+// resizes the hash table a while after many elements were added.
 func (c *Conn) dump(s *Set, start time.Time) ([]Element, error) {
 	elems := make([]Element, 0, s.Count)
 	err := c.Dump(s, func(e Element) error {
@@ -263,10 +262,10 @@ func (e Element) countedFrom(start, read time.Time) Element {
 	return e
 }
 
-// unite returns what is in a set of what earlier dumps have and one later dump
-// has. It looks up what only one of the two has. If the later one has elements
-// that the earlier ones lack and that were there at start, it returns them all
-// with ErrInterrupted: both may lack others.
+// unite returns those elements of earlier dumps (all) and of a later one that are
+// in the set; it looks up what only one of the two has. If the later dump has
+// elements that the earlier ones lack, though they were there at start, both may
+// lack others: then it returns ErrInterrupted as well.
 func (c *Conn) unite(s *Set, all, one []Element, start time.Time) (both []Element, err error) {
 	in := func(list []Element, k Key) bool {
 		_, ok := slices.BinarySearchFunc(list, k, func(e Element, k Key) int { return e.Compare(k) })

@@ -107,8 +107,7 @@ type message struct {
 }
 
 // replies calls f for each reply to the messages numbered first to last, in
-// order, until f is done or fails. It skips replies to an earlier call that gave
-// up.
+// order, until f is done or fails. It skips late replies to earlier calls.
 func (c *Conn) replies(first, last uint32, f func(m message) (done bool, err error)) error {
 	for {
 		ours, done := false, false
@@ -170,8 +169,8 @@ func (c *Conn) receive(f func(m message) error) error {
 	return nil
 }
 
-// read fills the buffer, waiting at most until the deadline. It reads an answer
-// that is there already even after the deadline.
+// read fills the buffer, waiting at most until the deadline. Even after that, it
+// reads an answer that is already there.
 func (c *Conn) read() (int, error) {
 	for {
 		n, _, err := unix.Recvfrom(c.fd, c.buf, unix.MSG_DONTWAIT|unix.MSG_TRUNC)
@@ -227,8 +226,8 @@ func (c *Conn) get(typ uint16, family Family, attrs []byte) (reply message, err 
 	return reply, err
 }
 
-// list asks for a dump, and calls f for each message of it. After an error of
-// f's, the rest of the dump is left unread.
+// list asks for a dump and calls f for each message of it. If f fails, the rest of
+// the dump stays unread.
 func (c *Conn) list(typ uint16, family Family, attrs []byte, f func(m message) error) error {
 	c.enlarge()
 	if err := c.send(c.request(nil, typ, unix.NLM_F_DUMP, family, attrs)); err != nil {
@@ -242,7 +241,7 @@ func (c *Conn) list(typ uint16, family Family, attrs []byte, f func(m message) e
 	})
 }
 
-// enlarge makes the buffer large enough for what is more than a reply.
+// enlarge makes the buffer large enough for dumps and notifications.
 func (c *Conn) enlarge() {
 	if len(c.buf) == smallBuffer {
 		c.buf = make([]byte, dumpBuffer)
@@ -279,16 +278,16 @@ func (c *Conn) Generation() (uint32, error) {
 	return beUint32(Attribute(m.body, unix.NFTA_GEN_ID)), nil
 }
 
-// Instance tells a table from an earlier one of the same name, from before the
-// ruleset was flushed and loaded again: no two tables of a machine have the same.
-// The zero value is no table's.
+// Instance distinguishes a table from an earlier one of the same name, before the
+// ruleset was flushed and loaded again. No two tables of a machine have the same
+// Instance, and none has the zero value.
 type Instance struct {
 	Boot      string // the boot's random id, a UUID; see random(4)
 	Namespace uint64 // the network namespace's cookie; its inode before Linux 5.14
-	Handle    uint64 // the table's; a namespace gives each number once
+	Handle    uint64 // the table's, which its namespace never uses again
 }
 
-// Instance returns the instance that has the table's name now.
+// Instance returns the Instance of the table that has the name now.
 func (c *Conn) Instance(table Table) (Instance, error) {
 	handle, err := c.handle(table)
 	if err != nil {
@@ -327,8 +326,8 @@ func (c *Conn) handle(table Table) (uint64, error) {
 // the socket's buffer of 208 KiB, in which each takes about 1 KiB.
 const lookupChunk = 64
 
-// Lookup returns those of some elements that are in the set, by their keys. It
-// asks for each alone, and so takes no longer for a large set.
+// Lookup returns those elements that are in the set, by key. It asks for each
+// separately, so it is as fast in a large set.
 func (c *Conn) Lookup(s *Set, keys ...Key) (map[Key]Element, error) {
 	found, _, err := c.lookup(s, keys)
 	return found, err
@@ -362,7 +361,7 @@ func (c *Conn) lookup(s *Set, keys []Key) (found map[Key]Element, generation uin
 				}
 				return nil
 			case m.err == unix.ENOENT:
-				return nil // the element is missing; or the set, which a change will tell
+				return nil // the element is missing; or the set, which a change will report
 			case m.ack:
 				return m.err
 			}
@@ -394,7 +393,7 @@ func (c *Conn) Dump(s *Set, f func(Element) error) error {
 	var (
 		changed    bool
 		generation uint16
-		stop       error // the rest is read all the same, so that the next call finds no leftovers
+		stop       error // the rest is read too, so that the next call does not find it
 	)
 	err = c.list(unix.NFT_MSG_GETSETELEM, s.Table.Family, appendListOf(nil, s), func(m message) error {
 		if c.timeout > 0 {

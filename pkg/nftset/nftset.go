@@ -64,12 +64,12 @@ type KeyType struct {
 // String returns the type as nft writes it: "ipv4_addr . inet_service".
 func (k KeyType) String() string { return typeName(k.magic()) }
 
-// KeyTypes are all types that a set of ours can have.
+// KeyTypes are the key types that nftwl supports.
 var KeyTypes = []KeyType{{}, {Port: true}, {IPv6: true}, {IPv6: true, Port: true}}
 
-// magic is the number that nft keeps in the kernel for the type
-// (NFTA_SET_KEY_TYPE): six bits for each part, of enum datatypes in nft's
-// include/datatype.h. The kernel itself only compares lengths.
+// magic is the number that nft stores for the type (NFTA_SET_KEY_TYPE): six bits
+// for each part, of enum datatypes in nft's include/datatype.h. The kernel itself
+// only compares lengths.
 func (k KeyType) magic() uint32 {
 	m := uint32(typeIPv4Addr)
 	if k.IPv6 {
@@ -127,8 +127,8 @@ func (k Key) Compare(other Key) int {
 type Element struct {
 	Key
 	// Timeout is for how long the element was added; 0 for a permanent element,
-	// also in a set with a default timeout. One longer than a time.Duration can
-	// be, 292 years, is read as that.
+	// also in a set with a default timeout. At most 292 years are read, which is
+	// the longest time.Duration.
 	Timeout time.Duration
 	// Expires is the time left, at most Timeout. For an element that is written,
 	// 0 stands for the whole Timeout.
@@ -156,8 +156,8 @@ type Set struct {
 	Memory     bool          // nft's "policy memory"
 	Comment    string
 
-	// Count is how many elements the set has, with expired ones that the kernel
-	// has not collected yet; 0 before Linux 6.16, which does not tell.
+	// Count is how many elements the set has, including expired ones that the
+	// kernel has not collected yet; 0 before Linux 6.16, which does not report it.
 	Count uint32
 }
 

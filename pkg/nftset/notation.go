@@ -10,8 +10,7 @@ import (
 
 // What nft writes and reads: names, types, times and comments.
 
-// ParseTable reads a table as nft writes it. The family is ip if there is none, as
-// in nft.
+// ParseTable reads a table as nft writes it. Without a family it is ip, as in nft.
 func ParseTable(s string) (Table, error) {
 	words := strings.Fields(s)
 	if len(words) == 1 {
@@ -34,8 +33,8 @@ func ParseTable(s string) (Table, error) {
 // maxName is NFT_NAME_MAXLEN less the final NUL.
 const maxName = 255
 
-// CheckName reports why a string cannot be the name of a table or set. It accepts
-// what nft's scanner does (src/scanner.l).
+// CheckName reports why a string cannot be the name of a table or set, or nil. It
+// accepts what nft's scanner does (src/scanner.l).
 func CheckName(s string) error {
 	if s == "" {
 		return fmt.Errorf("the name of a table or set is empty")
@@ -158,8 +157,8 @@ func AppendTimeout(b []byte, d time.Duration) []byte {
 // (NFTNL_UDATA_COMMENT_MAXLEN).
 const MaxComment = 128
 
-// CheckComment reports why a comment cannot be stored so that nft can list
-// it and load it again: nft knows no escapes inside its quotes.
+// CheckComment reports why nft could not list a comment and load it again, or nil:
+// nft has no escapes inside quotes.
 func CheckComment(s string) error {
 	switch {
 	case len(s) > MaxComment:
@@ -173,7 +172,7 @@ func CheckComment(s string) error {
 }
 
 // CleanComment makes s a comment that CheckComment accepts: a quote becomes an
-// apostrophe, and what does not print a question mark; what is too long is cut.
+// apostrophe, and what does not print, a question mark; what is too long is cut.
 func CleanComment(s string) string {
 	odd := func(r rune) bool { return r < ' ' || r > '~' || r == '"' }
 	if len(s) <= MaxComment && !strings.ContainsFunc(s, odd) {
@@ -184,7 +183,7 @@ func CleanComment(s string) string {
 		switch {
 		case r == '"':
 			r = '\''
-		// Also what changes the direction of text, or does not show: a terminal
+		// IsGraphic also excludes what changes the direction of text: a terminal
 		// would print something else than what is stored.
 		case r == utf8.RuneError || !strconv.IsGraphic(r):
 			r = '?'

@@ -2,11 +2,10 @@ package nftset
 
 import "golang.org/x/sys/unix"
 
-// Object is a table, chain, rule, set or whatever else nf_tables has, in the
-// kernel's own encoding. What one network namespace lists, another of the same
-// kernel takes.
+// Object is a table, chain, rule, set or anything else that nf_tables has, in the
+// kernel's encoding. What one network namespace lists can be put into another.
 type Object struct {
-	Type   uint16 // of the message that makes it: unix.NFT_MSG_NEWTABLE, …
+	Type   uint16 // of the message that creates it: unix.NFT_MSG_NEWTABLE, …
 	Family Family
 	Attrs  []byte // the attributes of that message
 }
@@ -16,9 +15,9 @@ func (m message) object() Object {
 }
 
 // Objects sends a message (unix.NFT_MSG_GETTABLE, …) with some attributes for a
-// family, or for all if it is 0, and calls f for the object that it gets, or for
-// each if dump. It returns the kernel's errno as it is. After an error of f's, the
-// connection must be closed.
+// family (0 for all), and calls f for the object that it gets, or for each object
+// of a dump. It returns the kernel's errno as it is. If f fails, close the
+// connection.
 func (c *Conn) Objects(get uint16, dump bool, family Family, attrs []byte, f func(Object) error) error {
 	if dump {
 		return c.list(get, family, attrs, func(m message) error { return f(m.object()) })
@@ -30,18 +29,17 @@ func (c *Conn) Objects(get uint16, dump bool, family Family, attrs []byte, f fun
 	return f(m.object())
 }
 
-// Put adds the making of an object in a table to the batch. It ignores the
-// object's own Family.
+// Put creates an object in a table. It ignores the object's own Family.
 func (b *Batch) Put(t Table, o Object) {
 	b.put(o.Type, unix.NLM_F_CREATE|unix.NLM_F_APPEND, &Set{Table: t}, o.Attrs)
 }
 
-// Subscribe has the connection receive what the kernel sends to a group of
+// Subscribe makes the connection receive what the kernel sends to a group of
 // NETLINK_NETFILTER: unix.NFNLGRP_*.
 func (c *Conn) Subscribe(group int) error {
 	c.enlarge()
-	// A ruleset of hundreds of rules sends as many messages about one packet. Root
-	// of a user namespace may not have more than there is.
+	// In a ruleset of hundreds of rules, one packet causes as many messages. Root
+	// of a user namespace is refused; the buffer stays as it is then.
 	_ = unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 8<<20)
 	return unix.Bind(c.fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: 1 << (group - 1)})
 }

@@ -19,8 +19,8 @@ const (
 	tableHandle   = 4    // NFTA_TABLE_HANDLE
 	elemCatchAll  = 0x2  // NFT_SET_ELEM_CATCHALL
 
-	// Of libnftnl's include/libnftnl/udata.h: what nft keeps for itself in a
-	// set's and an element's user data.
+	// Of libnftnl's include/libnftnl/udata.h: what nft stores for itself in the
+	// user data of sets and elements.
 	udataSetKeyByteOrder = 0
 	udataSetComment      = 7
 	udataElemComment     = 0
@@ -194,8 +194,8 @@ func appendSet(b []byte, s *Set, id uint32) []byte {
 	return b
 }
 
-// milliseconds is the kernel's unit. A part of one rounds up, because 0 time
-// left means the whole timeout.
+// milliseconds converts to the kernel's unit. It rounds up, because 0 time left
+// means the whole timeout.
 func milliseconds(d time.Duration) uint64 {
 	ms := uint64(d / time.Millisecond)
 	if d%time.Millisecond > 0 {
@@ -213,8 +213,8 @@ func fromMilliseconds(ms uint64) time.Duration {
 
 var errTruncated = errors.New("a truncated netlink message")
 
-// Attributes calls f for each attribute in b, with its type less the flags, until
-// f fails.
+// Attributes calls f for each attribute in b, with its type without the flags,
+// until f fails.
 func Attributes(b []byte, f func(typ uint16, data []byte) error) error {
 	for len(b) >= attrHeader {
 		n := int(native.Uint16(b))
@@ -372,8 +372,7 @@ func decodeElement(s *Set, b []byte) (Element, error) {
 	if !expires {
 		e.Timeout = 0
 	}
-	// The kernel reads the two one after the other, and a renewal can come in
-	// between.
+	// The kernel reads one after the other, and a renewal can come in between.
 	e.Expires = min(e.Expires, e.Timeout)
 	return e, err
 }
