@@ -16,13 +16,13 @@ func Create(path string, data []byte, mode fs.FileMode) error {
 	return write(path, data, mode, os.Link) // a rename would replace it
 }
 
-// Replace makes a file in the place of the one at path, if there is one.
+// Replace makes a file, and replaces the one at path if there is one.
 func Replace(path string, data []byte, mode fs.FileMode) error {
 	return write(path, data, mode, os.Rename)
 }
 
 func write(path string, data []byte, mode fs.FileMode, move func(from, to string) error) error {
-	// Programs that read a directory of configuration pass over hidden files.
+	// Programs that read a directory of configuration files skip hidden ones.
 	f, err := os.CreateTemp(filepath.Dir(path), ".nftwl-*")
 	if err != nil {
 		return err

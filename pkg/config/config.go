@@ -1,5 +1,4 @@
-// Package config reads /etc/nftwl.yaml. It is the only package that knows
-// YAML.
+// Package config reads /etc/nftwl.yaml. Only this package uses YAML.
 package config
 
 import (
@@ -42,12 +41,11 @@ func (n Names) For(addr netip.Addr) string {
 // Both returns the two names, that of IPv4 first.
 func (n Names) Both() []string { return []string{n.IPv4, n.IPv6} }
 
-// Limited are the sets of those who exceed the limit of the shipped rules, which
-// alone have them, in the configured table.
+// Limited are the sets of addresses that exceed the limit of the shipped rules.
+// Only these rules have them, in the configured table.
 var Limited = Names{"limited_ipv4", "limited_ipv6"}
 
-// Config is the whole configuration, with the defaults where the file has
-// nothing.
+// Config is the configuration, with defaults for what the file does not have.
 type Config struct {
 	Table      nftset.Table
 	Trusted    Names
@@ -60,18 +58,18 @@ type Config struct {
 	Comment    bool           // note the user's name on the element
 	Deadline   time.Duration  // the longest wait for the kernel; more than 0
 	Snapshot   string         // path of the snapshot file
-	Policy     *Policy        // nil where nftwld takes no reports
-	Failures   *Failures      // nil where failed logins ban nobody
-	Cluster    *Cluster       // nil where no other machine shares the sets
+	Policy     *Policy        // nil if nftwld takes no reports
+	Failures   *Failures      // nil if failed logins ban no address
+	Cluster    *Cluster       // nil if no other machine shares the sets
 }
 
-// Policy is where nftwld takes Dovecot's reports.
+// Policy configures how nftwld takes Dovecot's reports.
 type Policy struct {
 	Listen  netip.AddrPort // with a port
 	KeyFile string         // path of the file with the key of the reports
 }
 
-// Failures is what it takes to be banned for failed logins, and for how long.
+// Failures configures the bans for failed logins.
 type Failures struct {
 	Limit        int           // different failures that ban an address; 1 or more
 	Within       time.Duration // in which they must come; more than 0
@@ -96,7 +94,7 @@ func (c *Cluster) Same(other *Cluster) bool {
 		c.PasswordFile == other.PasswordFile && c.CAFile == other.CAFile
 }
 
-// DefaultPolicy and defaultFailures stand for an empty mapping.
+// DefaultPolicy and defaultFailures are the values of an empty mapping.
 var (
 	DefaultPolicy   = Policy{netip.MustParseAddrPort("127.0.0.1:8085"), "/etc/nftwl/policy.key"}
 	defaultFailures = Failures{Limit: 10, Within: 10 * time.Minute, Ban: time.Hour, Longest: 7 * 24 * time.Hour, TrustedLimit: 100}
@@ -123,13 +121,12 @@ func Default() *Config {
 	}
 }
 
-// maxFile is more than any sane configuration, and little enough to read
-// before every login.
+// maxFile is the size of the largest file that is read, in bytes. Every login
+// reads it.
 const maxFile = 32 << 10
 
-// Load reads a configuration. An empty path stands for Path, which need not
-// exist; a file that is named must. A file of 0 bytes is an error: it may be one
-// that an editor is about to write.
+// Load reads a configuration. An empty path means Path, which need not exist. A
+// file of 0 bytes is an error: an editor may be about to write it.
 func Load(path string) (*Config, error) {
 	named := path != ""
 	if !named {
@@ -235,7 +232,7 @@ const (
 	maxDeadline = 30 * time.Second
 	// maxFailures bounds what nftwld must remember of one address.
 	maxFailures = 1000
-	// maxWithin is a week. Who guesses more slowly does no harm.
+	// maxWithin is a week: slower guessing does no harm.
 	maxWithin = 7 * 24 * time.Hour
 )
 
@@ -303,8 +300,8 @@ func (c *Config) readCluster(name string, v *yaml.Node) error {
 	return err
 }
 
-// ReadKey returns the key in a file such as Policy.KeyFile: one word, without the
-// white space around it.
+// ReadKey returns the key in a file such as Policy.KeyFile: one word, without white
+// space around it.
 func ReadKey(path string) (string, error) {
 	b, err := os.ReadFile(path)
 	if err != nil {
@@ -415,7 +412,7 @@ func parseListen(s string) (netip.AddrPort, error) {
 	return a, nil
 }
 
-// parsePrefix reads a prefix, or an address as the prefix that it alone is in.
+// parsePrefix reads a prefix, or an address as a prefix of its full length.
 func parsePrefix(s string) (netip.Prefix, error) {
 	if addr, err := netip.ParseAddr(s); err == nil && addr.Zone() == "" {
 		addr = addr.Unmap()

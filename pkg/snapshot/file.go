@@ -16,9 +16,9 @@ import (
 // lockTime is how long a save waits for another one to end.
 const lockTime = 30 * time.Second
 
-// lock keeps other saves and restores from the snapshot at path, until unlock. So
-// whatever a killed one left behind can be removed. The lock is on a file that
-// only its owner can open, and ends with the process.
+// lock keeps other saves and restores from the snapshot at path until unlock, so
+// that a file which a killed one left behind can be removed. The lock is on a file
+// that only its owner can open, and ends with the process.
 func lock(path string) (unlock func(), err error) {
 	name := path + ".lock"
 	for deadline := time.Now().Add(lockTime); ; time.Sleep(5 * time.Millisecond) {
@@ -45,10 +45,10 @@ func lock(path string) (unlock func(), err error) {
 	}
 }
 
-// create opens a file of mode 0600, which it makes if it does not exist. In the
-// directory of a service, root makes the file the service's, which has to restore
-// it. Otherwise it does not change the owner, because a service's sandbox may forbid
-// that system call. A sticky directory, such as /tmp, is no service's.
+// create opens a file, and makes it with mode 0600 if it does not exist. In the
+// directory of a service, root gives the file to the service, which must be able to
+// restore it. A service does not: its sandbox may forbid that system call. A sticky
+// directory, such as /tmp, is no service's.
 func create(name string, flags int) (*os.File, error) {
 	dir, err := os.Stat(filepath.Dir(name))
 	if err != nil {
@@ -79,15 +79,15 @@ func discard(f *os.File) {
 	f.Close()
 }
 
-// replace puts a file at path, whole and on disk, and what was there at keep; an
-// empty keep discards it. notKept is why keep failed, which leaves the new file in
-// place.
+// replace puts a file at path, whole and on disk, and moves what was there to keep;
+// an empty keep discards it. notKept is why that failed; the new file is in place
+// then.
 func replace(f *os.File, path, keep string) (notKept, err error) {
 	if err := f.Sync(); err != nil {
 		return nil, err
 	}
-	// The two change places at once, so that there is always a file at path. A
-	// second link to the old one would not do: fs.protected_hardlinks may forbid it.
+	// The two change places at once, so that there is always a file at path.
+	// fs.protected_hardlinks may forbid a second link to the old one.
 	err = unix.Renameat2(unix.AT_FDCWD, f.Name(), unix.AT_FDCWD, path, unix.RENAME_EXCHANGE)
 	switch {
 	case err == nil && keep == "": // discard removes the old one
@@ -113,8 +113,8 @@ func replace(f *os.File, path, keep string) (notKept, err error) {
 	return notKept, dir.Sync()
 }
 
-// maxFile is the size of the largest file that is read, in bytes: many times that
-// of a mail server's sets.
+// maxFile is the size of the largest file that is read, in bytes: many times the
+// sets of a mail server.
 const maxFile = 1 << 30
 
 // Read returns the text of a regular file; "-" is standard input. More than 1 GiB
@@ -150,16 +150,16 @@ func Read(path string) (string, error) {
 	return text.String(), err
 }
 
-// OwnerError says why others can have written a file.
+// OwnerError is why others can have written a file.
 type OwnerError struct{ Path, Why string }
 
 func (e *OwnerError) Error() string { return e.Path + " " + e.Why }
 
 func uid(info fs.FileInfo) uint32 { return info.Sys().(*syscall.Stat_t).Uid }
 
-// CheckOwner returns an *OwnerError if others than root, this user and the owner of
-// the directory can have written a file, or put it there: whoever writes the
-// snapshot decides whom the firewall trusts.
+// CheckOwner returns an *OwnerError if anyone but root, this user and the owner of
+// the directory can have written a file or put it there: whoever writes the
+// snapshot decides which addresses the firewall trusts.
 func CheckOwner(path string) error {
 	dir, err := os.Stat(filepath.Dir(path))
 	if err != nil {

@@ -16,10 +16,9 @@ import (
 	"nftwl/pkg/nftset"
 )
 
-// load has nft load a file in a network namespace of its own, and returns the sets
-// that are there then. So nft alone decides what its language means and what is an
-// error in it; and whatever else the file does ends with the namespace. It needs
-// root.
+// load makes nft load a file in a network namespace of its own, and returns the
+// sets that are there then. So nft alone decides what the file means, and whatever
+// else it does ends with the namespace. load needs root.
 func load(text string, table nftset.Table, names []string) (*File, error) {
 	if strings.HasPrefix(strings.TrimSpace(text), "{") {
 		return nil, errors.New("this is JSON; restore reads what nft lists without --json")
@@ -60,8 +59,8 @@ func load(text string, table nftset.Table, names []string) (*File, error) {
 	return &f, nil
 }
 
-// makeDevices makes the interfaces that a file names, in the network namespace
-// of this thread. If one cannot be made, nft reports that it is missing.
+// makeDevices makes the interfaces that a file names in the network namespace of
+// this thread. nft reports any that cannot be made.
 func makeDevices(text string) (remove func()) {
 	// Of iif, oif, chains and flowtables, one or a list.
 	ofDevices := regexp.MustCompile(`\b(?:[io]if|devices?)\b[ !=]+(?:\{[^}]*\}|[^\s;]+)`)

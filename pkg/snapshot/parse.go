@@ -16,7 +16,7 @@ type File struct {
 	Saved time.Time       // zero if the file is no snapshot
 	Table nftset.Instance // that it was saved from; zero if the file does not say
 	Sets  []Section
-	// Refused are the sets and addresses that ParseSets left out, and why.
+	// Refused is why ParseSets left out sets and addresses.
 	Refused []error
 }
 
@@ -26,9 +26,9 @@ type Section struct {
 	Elements []nftset.Element
 }
 
-// ParseSets reads a file: a snapshot, or any other that nft -f loads. It takes
-// those of the sets, less the addresses that they refuse. If the file has none of
-// the sets, that is an error.
+// ParseSets reads a file, a snapshot or any other that nft -f loads, and returns
+// those of the sets that it has, without the addresses that they refuse. A file
+// that has none of the sets is an error.
 func ParseSets(text string, sets Sets) (f *File, err error) {
 	if strings.HasPrefix(text, headerStart) {
 		f, err = Parse(text)
@@ -75,7 +75,7 @@ func Parse(text string) (*File, error) {
 	if f.Saved, f.Table, err = parseHeader(r.next()); err != nil {
 		return nil, r.error(err)
 	}
-	// First, so that a file that was cut short is reported as that.
+	// First, so that the error of a truncated file is that it was cut short.
 	body, want, err := parseTrailer(r.rest)
 	if err != nil {
 		return nil, fmt.Errorf("line %d: %w", strings.Count(text, "\n")+1, err)

@@ -26,19 +26,18 @@ func (r Result) String() string {
 // Restored is what became of a snapshot.
 type Restored struct {
 	Result
-	Refused []error // the sets and addresses that were left out, and why
+	Refused []error // why sets and addresses were left out
 	// NotNoted is why the file does not name the present table, so that the next
-	// Save restores it again; nil if it does.
+	// Save will restore it again; nil if it does.
 	NotNoted error
 }
 
 // RestoreSnapshot restores the snapshot at path, and notes in it that it is of
 // the present table: otherwise the next Save would bring back what was removed
-// from the sets meanwhile. Unless anyone may have written it, it returns an
-// *OwnerError for a file that others than root, this user and the owner of the
-// directory can have written.
+// from the sets meanwhile. Unless anyone may have written it, the file must pass
+// CheckOwner.
 func RestoreSnapshot(path string, conn *nftset.Conn, sets Sets, anyone bool) (r Restored, err error) {
-	// If nothing can be written, it is restored all the same.
+	// A snapshot that cannot be written is restored too.
 	unlock, notLocked := lock(path)
 	if notLocked == nil {
 		defer unlock()
@@ -57,8 +56,8 @@ func RestoreSnapshot(path string, conn *nftset.Conn, sets Sets, anyone bool) (r 
 		return r, fmt.Errorf("%s: %w", path, err)
 	}
 	r.Refused = f.Refused
-	// The table can be missing before, or be replaced meanwhile. The elements are
-	// in it if it is the same before and after.
+	// The table can be missing before, or be replaced meanwhile. If it is the same
+	// before and after, it has the elements.
 	table, _ := conn.Instance(sets.Table)
 	for range attempts {
 		before := table
@@ -119,15 +118,15 @@ type target struct {
 
 // Restore merges files into the kernel in one transaction: it creates the tables
 // and sets that are missing as the files define them, and adds the elements with
-// the time that they have left. From that of a snapshot it subtracts the time
-// since; if the clock went backwards, nothing. It never shortens the time left of
+// their time left. From that of a snapshot it subtracts the time since it was
+// saved, or nothing if the clock went backwards. It never shortens the time left of
 // an element that the kernel has.
 func Restore(conn *nftset.Conn, files []*File) (r Result, err error) {
 	// Between the dump of the sets and the transaction, a login can renew an
 	// element. So the transaction names the generation that it is for. If others
 	// keep changing the ruleset, small transactions extend what has less time
-	// left, and the last one only creates elements, which fails only if a login
-	// adds one of them in the same moment.
+	// left, and the last one only creates elements: it fails only if a login adds
+	// one of them at the same moment.
 	const guarded, most = 3, 20
 	for attempt := range most {
 		r, err = restore(conn, files, attempt < guarded)

@@ -27,13 +27,12 @@ func Write(w io.Writer, conn *nftset.Conn, sets Sets) error {
 	return err
 }
 
-// Saved is what Save did besides.
+// Saved is what Save did besides saving.
 type Saved struct {
 	// First is what Save restored first, because the file was of another table
-	// than there is now; nil if it was not.
+	// than the present one; nil for nothing.
 	First *Restored
-	// NotKept is why the previous file is not kept as path.old; nil if it is, or
-	// need not be.
+	// NotKept is why the previous file could not be kept as path.old, or nil.
 	NotKept error
 }
 
@@ -126,8 +125,8 @@ func restoreFirst(path, text string, conn *nftset.Conn, sets Sets) (*Restored, e
 	return &Restored{Result: result, Refused: f.Refused}, nil
 }
 
-// NotRestoredError is why Save left a file as it is: it may have elements that the
-// kernel lacks, and cannot be restored.
+// NotRestoredError is why Save left a file as it is: the file may have elements that
+// the kernel lacks, and cannot be restored.
 type NotRestoredError struct {
 	Path  string
 	Table nftset.Table
@@ -163,7 +162,7 @@ func inspect(text string) state {
 	return state{table, elements, err}
 }
 
-// write writes a snapshot of the sets as they are when all have been read.
+// write writes a snapshot of the sets as they are after all have been read.
 func write(w io.Writer, conn *nftset.Conn, sets []*nftset.Set, table nftset.Instance) (elements int, err error) {
 	lists, read := make([][]nftset.Element, len(sets)), make([]time.Time, len(sets))
 	for i, s := range sets {

@@ -1,10 +1,9 @@
 // Package snapshot keeps nftables sets in a file over restarts.
 //
-// The file is text that nft -f loads as it is: a line with the version of the
-// format, the time, and the table that it was saved from; the definition of each
-// set with its elements, ordered by address; and a last line that a file lacks
-// that was cut short. Restore also reads what nft list set and nft list ruleset
-// print.
+// The file is text that nft -f loads as it is: a line with the format's version,
+// the time, and the table that was saved; the definition of each set with its
+// elements, ordered by address; and a last line with the number of elements.
+// Restore also reads what nft list set and nft list ruleset print.
 package snapshot
 
 import (
@@ -22,8 +21,8 @@ import (
 type Sets struct {
 	Table nftset.Table
 	Names []string
-	// Refuse says why an address must not be restored, or returns nil. A nil
-	// Refuse refuses none.
+	// Refuse returns why an address must not be restored, or nil. If Refuse is nil,
+	// every address is restored.
 	Refuse func(netip.Addr) error
 }
 
@@ -49,7 +48,7 @@ const (
 	// timeout: nft before 1.1.1 has no word for it, and gives an element without
 	// a timeout the default.
 	permanent = nftset.MaxTimeout
-	// longest is written for a longer timeout, which would stand for permanent.
+	// longest is the longest other timeout. It is written for any that is longer.
 	longest = permanent - time.Millisecond
 )
 
@@ -66,7 +65,7 @@ func trailer(elements int) string {
 }
 
 // parseHeader returns when a snapshot was saved, and from which table. The time is
-// zero if the line is no header of ours, the table if the header names none.
+// zero if the line is not a snapshot's, the table if the line names none.
 func parseHeader(line string) (saved time.Time, table nftset.Instance, err error) {
 	rest, ok := strings.CutPrefix(line, headerStart)
 	if !ok {

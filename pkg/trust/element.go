@@ -19,9 +19,9 @@ var nat64 = []netip.Prefix{
 	netip.MustParsePrefix("64:ff9b:1::/48"),
 }
 
-// NetworkOf returns the network of that many bits that an IPv6 address is in. For
-// an IPv4 address it is the address alone, and for a network with NAT64 addresses
-// too, because that can be all of IPv4 rather than one client.
+// NetworkOf returns the network of that many bits that has an IPv6 address. Of an
+// IPv4 address it is the address alone. So it is if the network has NAT64 addresses
+// in it, because it can be all of IPv4 then.
 func NetworkOf(addr netip.Addr, bits int) netip.Prefix {
 	single := netip.PrefixFrom(addr, addr.BitLen())
 	if addr.Is4() {
@@ -40,9 +40,9 @@ func Network(c *config.Config, addr netip.Addr) netip.Addr {
 	return NetworkOf(addr, c.IPv6Prefix).Addr()
 }
 
-// BanPrefix is how many bits the networks have that the rules look up in the banned
-// and limited sets, besides addresses. Those in the trusted sets have c.IPv6Prefix.
-// See nftwl_ipv6_network in contrib/nftables.
+// BanPrefix returns the bits of the networks that the rules look up in the banned
+// and limited sets, besides addresses; see nftwl_ipv6_network in contrib/nftables.
+// Networks in the trusted sets have c.IPv6Prefix.
 func BanPrefix(c *config.Config) int {
 	if c.IPv6Prefix == 128 {
 		return 64
@@ -68,8 +68,8 @@ func ParseElement(s string, bits int) (netip.Addr, error) {
 	return p.Addr(), err
 }
 
-// Name is the address of an element, or the network of that many bits that the
-// rules take it for.
+// Name returns the address of an element, or the network of that many bits if the
+// address stands for one.
 func Name(addr netip.Addr, bits int) string {
 	if n := NetworkOf(addr, bits); n.IsValid() && n.Addr() == addr && !n.IsSingleIP() {
 		return n.String()
@@ -101,8 +101,8 @@ func Keys(set *nftset.Set, addr netip.Addr, ports []uint16) []nftset.Key {
 	return keys
 }
 
-// CheckPorts returns an error if there are ports and the set's keys have none: a
-// change would be one on every port.
+// CheckPorts returns an error if there are ports and the set's keys have none: the
+// change would be for every port.
 func CheckPorts(set *nftset.Set, ports []uint16) error {
 	if len(ports) > 0 && !set.Key.Port {
 		return fmt.Errorf("set %s has addresses without ports, and cannot take some ports alone", set.Name)
@@ -110,9 +110,9 @@ func CheckPorts(set *nftset.Set, ports []uint16) error {
 	return nil
 }
 
-// LookupKeys returns the keys by which the rules look up an address in a set, if
-// they look up networks of that many bits: first its own, then those of its
-// network, unless that is the address.
+// LookupKeys returns the keys with which rules that look up networks of that many
+// bits find an address: its own, then those of its network, unless that is the
+// address.
 func LookupKeys(set *nftset.Set, addr netip.Addr, bits int, ports []uint16) []nftset.Key {
 	keys := Keys(set, addr, ports)
 	if network := NetworkOf(addr, bits).Addr(); network != addr {
@@ -121,8 +121,8 @@ func LookupKeys(set *nftset.Set, addr netip.Addr, bits int, ports []uint16) []nf
 	return keys
 }
 
-// Find looks up an address by its LookupKeys. For each port it returns the element
-// that expires last, or the port among those that are missing.
+// Find looks up an address by its LookupKeys. For each port, it returns either the
+// element that expires last, or the port as missing.
 func Find(conn *nftset.Conn, set *nftset.Set, addr netip.Addr, bits int, ports []uint16) (there []nftset.Element, missing []uint16, err error) {
 	keys := LookupKeys(set, addr, bits, ports)
 	found, err := conn.Lookup(set, keys...)

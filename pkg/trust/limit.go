@@ -12,9 +12,9 @@ import (
 // rates are the sets in which the shipped rules count connections.
 var rates = config.Names{IPv4: "submission_rate_ipv4", IPv6: "submission_rate_ipv6"}
 
-// Unlimit removes addresses of one family, and their networks, from what the limit
-// of the shipped rules bans, on some ports; no ports means all. It returns the
-// elements that it removed: none if the rules are others.
+// Unlimit removes addresses of one family, and their networks, from the sets of
+// what the shipped rules limit, on some ports; no ports means all. It returns the
+// elements that it removed: none if the rules are not the shipped ones.
 func Unlimit(conn *nftset.Conn, c *config.Config, addrs []netip.Addr, ports []uint16) ([]nftset.Element, error) {
 	set, err := conn.Set(c.Table, config.Limited.For(addrs[0]))
 	if errors.Is(err, nftset.ErrNoSet) {

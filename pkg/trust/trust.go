@@ -1,6 +1,6 @@
-// Package trust decides, from what Dovecot says of a login, whom the firewall
-// trusts, for how long and with which comment, and writes that to the sets. It
-// also knows which elements stand for an address.
+// Package trust decides from a login that Dovecot reports which address the
+// firewall trusts, for how long and with which comment, and writes that to the
+// sets. It also knows which elements stand for an address.
 package trust
 
 import (
@@ -14,13 +14,13 @@ import (
 	"nftwl/pkg/nftset"
 )
 
-// Login is what Dovecot says of a login. All of it comes from outside: the
+// Login is what Dovecot reports of a login. All of it comes from outside: the
 // address from the client or a proxy, the rest from the user database.
 type Login struct {
 	IP      string // empty if the client came over a Unix socket
 	LocalIP string // the server's own address; empty if unknown
 	User    string
-	Trust   string // nftwl_trust of the user: "no" to trust nobody; empty for yes
+	Trust   string // nftwl_trust of the user: "no" not to trust; empty for yes
 	Timeout string // nftwl_timeout of the user; empty for the configured one
 }
 
@@ -44,9 +44,9 @@ func Decide(c *config.Config, l Login) (*Grant, error) {
 	if Refuse(c, addr) != nil {
 		return nil, nil
 	}
-	// A client at the server's own address is webmail, or a proxy that does not
-	// forward the client's: to trust it is to trust everyone behind it. So is a
-	// network that has the server's address in it.
+	// A client with the server's own address is webmail, or a proxy that does not
+	// forward the client's address: to trust it is to trust everyone behind it. The
+	// same goes for a network that has the server's address in it.
 	if local, err := ParseAddr(l.LocalIP); err == nil && NetworkOf(addr, c.IPv6Prefix).Contains(local) {
 		return nil, nil
 	}
@@ -71,17 +71,16 @@ func Decide(c *config.Config, l Login) (*Grant, error) {
 	return g, nil
 }
 
-// Apply trusts the addresses of grants, which are of one family, for every
-// configured port: in one transaction, or none if all are trusted for long enough
-// already. It returns an outcome for each grant: Added if its address was missing
-// on a port, else Renewed if it was renewed on one.
+// Apply trusts the addresses of grants on every configured port, in one
+// transaction, or in none if all are trusted for long enough already. The addresses
+// differ and are of one family. It returns an outcome for each grant: Added if its
+// address was missing on a port, else Renewed if it was renewed on one.
 func Apply(conn *nftset.Conn, c *config.Config, grants ...*Grant) ([]nftset.Outcome, error) {
 	set, err := conn.Set(c.Table, c.Trusted.For(grants[0].Addr))
 	if err != nil {
 		return nil, err
 	}
-	// A mail client opens several connections in the same moment; the first
-	// of them renews.
+	// A mail client opens several connections at once; the first of them renews.
 	slack := time.Second
 	var elems []nftset.Element
 	for _, g := range grants {
@@ -131,7 +130,7 @@ func HasName(comment, text string) bool {
 }
 
 // ParseAddr reads a client's address. An IPv4-mapped one becomes IPv4, and a zone
-// is dropped, because no set can hold it.
+// is left out, because no set can hold it.
 func ParseAddr(s string) (netip.Addr, error) {
 	addr, err := netip.ParseAddr(s)
 	if err != nil {
@@ -140,13 +139,13 @@ func ParseAddr(s string) (netip.Addr, error) {
 	return addr.Unmap().WithZone(""), nil
 }
 
-// Refuse says why an address must not be trusted, or returns nil.
+// Refuse returns why an address must not be trusted, or nil.
 func Refuse(c *config.Config, addr netip.Addr) error { return refuse(c, addr, c.IPv6Prefix) }
 
-// RefuseBan says why an address must not be banned, or returns nil.
+// RefuseBan returns why an address must not be banned, or nil.
 func RefuseBan(c *config.Config, addr netip.Addr) error { return refuse(c, addr, BanPrefix(c)) }
 
-// refuse is Refuse for sets in which the rules look up networks of that many bits.
+// refuse is Refuse for a set in which the rules look up networks of that many bits.
 func refuse(c *config.Config, addr netip.Addr, bits int) error {
 	switch {
 	case addr.IsUnspecified():
@@ -157,7 +156,7 @@ func refuse(c *config.Config, addr netip.Addr, bits int) error {
 		return fmt.Errorf("%s is the broadcast address", addr)
 	}
 	network := NetworkOf(addr, c.IPv6Prefix)
-	// The rule that masks an address takes this one for the whole network.
+	// To a rule that masks addresses, this one is the whole network.
 	if cut, _ := addr.Prefix(bits); addr.Is6() && addr == cut.Addr() {
 		if network = NetworkOf(addr, bits); network != cut {
 			return fmt.Errorf("%s stands for all of %s, which has NAT64 addresses in it", addr, cut)
@@ -177,7 +176,7 @@ func refuse(c *config.Config, addr netip.Addr, bits int) error {
 // broadcast is the limited broadcast address (RFC 919).
 var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 
-// Quote makes a value from outside fit for a log line.
+// Quote quotes a value from outside for a log line, and cuts it if it is long.
 func Quote(s string) string {
 	const most = 60
 	if len(s) > most {
