@@ -101,22 +101,19 @@ func appendElement(b []byte, s *Set, e *Element, bare bool) []byte {
 	} else {
 		b = appendKey(b, s, e.Key)
 	}
-	if !bare {
-		if s.Timeouts {
-			// Also if it is 0, for a permanent element: without a timeout the
-			// kernel takes the set's default.
-			b = appendUint64(b, unix.NFTA_SET_ELEM_TIMEOUT, milliseconds(e.Timeout))
-			if e.Expires > 0 && e.Timeout > 0 {
-				// The kernel refuses more than the timeout (ERANGE).
-				b = appendUint64(b, unix.NFTA_SET_ELEM_EXPIRATION, milliseconds(min(e.Expires, e.Timeout)))
-			}
+	if s.Timeouts && !bare {
+		// Also if it is 0, for a permanent element: without a timeout the kernel
+		// takes the set's default.
+		b = appendUint64(b, unix.NFTA_SET_ELEM_TIMEOUT, milliseconds(e.Timeout))
+		if e.Expires > 0 && e.Timeout > 0 {
+			// The kernel refuses more than the timeout (ERANGE).
+			b = appendUint64(b, unix.NFTA_SET_ELEM_EXPIRATION, milliseconds(min(e.Expires, e.Timeout)))
 		}
-		if e.Comment != "" {
-			b, start := beginAttr(b, unix.NFTA_SET_ELEM_USERDATA)
-			b = appendUserData(b, udataElemComment, e.Comment)
-			b = endAttr(b, start)
-			return endAttr(b, elem)
-		}
+	}
+	if e.Comment != "" && !bare {
+		var udata int
+		b, udata = beginAttr(b, unix.NFTA_SET_ELEM_USERDATA)
+		b = endAttr(appendUserData(b, udataElemComment, e.Comment), udata)
 	}
 	return endAttr(b, elem)
 }
@@ -165,10 +162,7 @@ func appendSet(b []byte, s *Set, id uint32) []byte {
 		b = appendUint32(b, unix.NFTA_SET_POLICY, unix.NFT_SET_POL_MEMORY)
 	}
 	if s.Size > 0 {
-		var desc int
-		b, desc = beginAttr(b, unix.NLA_F_NESTED|unix.NFTA_SET_DESC)
-		b = appendUint32(b, unix.NFTA_SET_DESC_SIZE, s.Size)
-		b = endAttr(b, desc)
+		b = AppendAttribute(b, unix.NLA_F_NESTED|unix.NFTA_SET_DESC, appendUint32(nil, unix.NFTA_SET_DESC_SIZE, s.Size))
 	}
 	if s.Timeout > 0 {
 		b = appendUint64(b, unix.NFTA_SET_TIMEOUT, milliseconds(s.Timeout))
@@ -176,20 +170,13 @@ func appendSet(b []byte, s *Set, id uint32) []byte {
 	if s.GCInterval > 0 {
 		b = appendUint32(b, unix.NFTA_SET_GC_INTERVAL, uint32(milliseconds(s.GCInterval)))
 	}
-	b, udata := beginAttr(b, unix.NFTA_SET_USERDATA)
-	b = append(b, udataSetKeyByteOrder, 4)
-	b = native.AppendUint32(b, byteOrderBig)
+	udata := native.AppendUint32([]byte{udataSetKeyByteOrder, 4}, byteOrderBig)
 	if s.Comment != "" {
-		b = appendUserData(b, udataSetComment, s.Comment)
+		udata = appendUserData(udata, udataSetComment, s.Comment)
 	}
-	b = endAttr(b, udata)
+	b = AppendAttribute(b, unix.NFTA_SET_USERDATA, udata)
 	if s.Counter {
-		var expr, name int
-		b, expr = beginAttr(b, unix.NLA_F_NESTED|setExpression)
-		b, name = beginAttr(b, unix.NFTA_EXPR_NAME)
-		b = append(b, "counter\x00"...)
-		b = endAttr(b, name)
-		b = endAttr(b, expr)
+		b = AppendAttribute(b, unix.NLA_F_NESTED|setExpression, appendString(nil, unix.NFTA_EXPR_NAME, "counter"))
 	}
 	return b
 }

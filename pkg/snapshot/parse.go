@@ -116,11 +116,7 @@ func (r *reader) error(err error) error { return fmt.Errorf("line %d: %w", r.lin
 
 // unknown is the error of a line that Write does not write.
 func unknown(line string) error {
-	const most = 60
-	if len(line) > most {
-		return fmt.Errorf("%q… is not as nftwl writes it; %s", line[:most], byHand)
-	}
-	return fmt.Errorf("%q is not as nftwl writes it; %s", line, byHand)
+	return fmt.Errorf("%.60q is not as nftwl writes it; %s", line, byHand)
 }
 
 // set reads a set. It checks a definition or an element by writing what it read,
@@ -210,9 +206,9 @@ func parseElement(s *nftset.Set, text string) (e nftset.Element, ok bool) {
 	// Nothing before the comment has quotes.
 	text, comment, _ := strings.Cut(text, ` comment "`)
 	e.Comment = strings.TrimSuffix(comment, `"`)
-	key, life, _ := strings.Cut(text, " timeout ")
+	key, times, _ := strings.Cut(text, " timeout ")
 	addr, port, _ := strings.Cut(key, " . ")
-	timeout, expires, expiring := strings.Cut(life, " expires ")
+	timeout, expires, expiring := strings.Cut(times, " expires ")
 	var err error
 	if addr != "*" {
 		if e.Addr, err = netip.ParseAddr(addr); err != nil || e.Addr.Is6() != s.Key.IPv6 {

@@ -51,37 +51,42 @@ func RestoreSnapshot(path string, conn *nftset.Conn, sets Sets, anyone bool) (r 
 	if err != nil {
 		return r, err
 	}
-	f, err := ParseSets(text, sets)
-	if err != nil {
-		return r, fmt.Errorf("%s: %w", path, err)
-	}
-	r.Refused = f.Refused
 	// The table can be missing before, or be replaced meanwhile. If it is the same
 	// before and after, it has the elements.
 	table, _ := conn.Instance(sets.Table)
-	for range attempts {
+	for n := range attempts {
 		before := table
-		result, err := Restore(conn, []*File{f})
+		result, refused, err := restoreText(text, conn, sets)
 		if err != nil {
 			return r, fmt.Errorf("%s: %w", path, err)
 		}
-		if r.Result == (Result{}) {
-			r.Result = result
+		if n == 0 {
+			r.Result, r.Refused = result, refused
 		}
 		table, r.NotNoted = conn.Instance(sets.Table)
-		switch {
-		case r.NotNoted != nil:
-			return r, nil
-		case table == before && notLocked != nil:
-			r.NotNoted = notLocked
-			return r, nil
-		case table == before:
-			r.NotNoted = note(path, text, f, table)
-			return r, nil
+		if r.NotNoted == nil && table != before {
+			r.NotNoted = errReplaced
+			continue
 		}
+		if r.NotNoted == nil {
+			r.NotNoted = notLocked
+		}
+		if r.NotNoted == nil {
+			r.NotNoted = note(path, text, table)
+		}
+		break
 	}
-	r.NotNoted = errReplaced
 	return r, nil
+}
+
+// restoreText restores the sets of a file.
+func restoreText(text string, conn *nftset.Conn, sets Sets) (r Result, refused []error, err error) {
+	f, err := ParseSets(text, sets)
+	if err != nil {
+		return r, nil, err
+	}
+	r, err = Restore(conn, []*File{f})
+	return r, f.Refused, err
 }
 
 // attempts is how often a save or a restore is repeated if the table is replaced
@@ -89,17 +94,18 @@ func RestoreSnapshot(path string, conn *nftset.Conn, sets Sets, anyone bool) (r 
 const attempts = 10
 
 // note writes a snapshot again, with another table in its header.
-func note(path, text string, f *File, table nftset.Instance) error {
-	if f.Saved.IsZero() || f.Table == table {
-		return nil // there is no header; or nothing to change
+func note(path, text string, table nftset.Instance) error {
+	first, rest, _ := strings.Cut(text, "\n")
+	saved, of, err := parseHeader(first)
+	if err != nil || saved.IsZero() || of == table {
+		return err // there is no header; or nothing to change
 	}
-	_, rest, _ := strings.Cut(text, "\n")
 	d, err := draft(path)
 	if err != nil {
 		return err
 	}
 	defer discard(d)
-	_, err = io.Copy(d, io.MultiReader(strings.NewReader(header(f.Saved, table)), strings.NewReader(rest)))
+	_, err = io.Copy(d, io.MultiReader(strings.NewReader(header(saved, table)), strings.NewReader(rest)))
 	if err == nil {
 		_, err = replace(d, path, "")
 	}

@@ -78,10 +78,15 @@ func save(path string, conn *nftset.Conn, sets Sets) (r Saved, err error) {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return r, err
 	}
-	old := inspect(text)
-	if old.table != table && (old.elements > 0 || old.damage != nil) {
-		if r.First, err = restoreFirst(path, text, conn, sets); err != nil {
-			return r, &NotRestoredError{path, sets.Table, err}
+	was, had, damage := inspect(text)
+	if was != table && (had > 0 || damage != nil) {
+		err := CheckOwner(path)
+		if err == nil {
+			r.First = &Restored{}
+			r.First.Result, r.First.Refused, err = restoreText(text, conn, sets)
+		}
+		if err != nil {
+			return Saved{}, &NotRestoredError{path, sets.Table, err}
 		}
 	}
 	f, err := draft(path)
@@ -98,31 +103,15 @@ func save(path string, conn *nftset.Conn, sets Sets) (r Saved, err error) {
 	}
 	keep := path + ".old"
 	switch {
-	case old.damage != nil && elements == 0:
-		return r, fmt.Errorf("%s is damaged (%w) and the sets are empty: it is left as it is; remove it, or name another file", path, old.damage)
-	case old.damage != nil:
+	case damage != nil && elements == 0:
+		return r, fmt.Errorf("%s is damaged (%w) and the sets are empty: it is left as it is; remove it, or name another file", path, damage)
+	case damage != nil:
 		keep = path + ".bad"
-	case old.elements == 0:
+	case had == 0:
 		keep = ""
 	}
 	r.NotKept, err = replace(f, path, keep)
 	return r, err
-}
-
-// restoreFirst restores a file of another table.
-func restoreFirst(path, text string, conn *nftset.Conn, sets Sets) (*Restored, error) {
-	if err := CheckOwner(path); err != nil {
-		return nil, err
-	}
-	f, err := ParseSets(text, sets)
-	if err != nil {
-		return nil, err
-	}
-	result, err := Restore(conn, []*File{f})
-	if err != nil {
-		return nil, err
-	}
-	return &Restored{Result: result, Refused: f.Refused}, nil
 }
 
 // NotRestoredError is why Save left a file as it is: the file may have elements that
@@ -139,27 +128,23 @@ func (e *NotRestoredError) Error() string {
 	return fmt.Sprintf("%s is from before table %s was loaded, and cannot be restored: %v; it is left as it is", e.Path, e.Table, e.Err)
 }
 
-// state is what the first and the last line of a file tell.
-type state struct {
-	table    nftset.Instance // zero if it names none
-	elements int             // at least 1 if it is no snapshot
-	damage   error           // of a snapshot
-}
-
-func inspect(text string) state {
+// inspect returns what the first and the last line of a file tell: the table, zero
+// if they name none; how many elements it has, at least 1 if it is no snapshot; and
+// how a snapshot is damaged.
+func inspect(text string) (table nftset.Instance, elements int, damage error) {
 	if text == "" {
-		return state{}
+		return table, 0, nil
 	}
 	first, rest, _ := strings.Cut(text, "\n")
 	saved, table, err := parseHeader(first)
 	switch {
 	case err != nil:
-		return state{damage: err}
+		return table, 0, err
 	case saved.IsZero():
-		return state{elements: 1}
+		return table, 1, nil
 	}
-	_, elements, err := parseTrailer(rest)
-	return state{table, elements, err}
+	_, elements, err = parseTrailer(rest)
+	return table, elements, err
 }
 
 // write writes a snapshot of the sets as they are after all have been read.
