@@ -88,7 +88,7 @@ func TestDocsPrivileges(t *testing.T) {
 		blocks := nstest.Blocks(t, "docs/privileges.md", "`nftwl login`")
 
 		const unit = "etc/systemd/system/dovecot.service.d/10-test.conf"
-		m.write(unit, "[Service]\nCapabilityBoundingSet=~CAP_NET_ADMIN\n")
+		m.write(unit, "[Service]\nCapabilityBoundingSet=~CAP_NET_ADMIN\nRestrictAddressFamilies=AF_UNIX AF_INET AF_INET6\n")
 		m.run("sh", "-euc", "systemctl daemon-reload; systemctl restart dovecot")
 		m.logsIn(1)
 		if _, err := m.try("nftwl", "check", "-q", client(1)); err == nil {
