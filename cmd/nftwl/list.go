@@ -6,10 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"net/netip"
 	"os"
 	"slices"
 	"strings"
+	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -24,17 +24,12 @@ func newList(configPath *string) *cobra.Command {
 		Short: "List the addresses that are trusted, banned and limited",
 		Long: `Lists the addresses of all lists, or of one: a line for each address with its
 ports, the time left (the shortest and the longest, if its ports differ) and the
-comments. Each list begins with the address that was added or renewed last, and
-ends with the permanent ones.
+comments. limited are addresses that exceeded the limit of the shipped rules. An
+IPv6 element that the rules take for a network is shown as one
+(2001:db8:1:2::/64).
 
-limited are the addresses that exceeded the limit of the shipped rules. An IPv6
-element that the rules take for a network is shown as one (2001:db8:1:2::/64).
-
-On a terminal, lines are made to fit: comments are cut, and ports are counted
-("all 5" are the configured ones) or left out. NO_COLOR=1 turns colour off.
-
-For programs there is --json: an array with an object for each element, ordered
-by list, address and port; "expires" is the time left in seconds.
+--json prints an array with an object for each element, ordered by list, address
+and port; "expires" is the time left in seconds.
 
 'watch -n 5 nftwl list' shows the lists anew every five seconds.
 
@@ -51,12 +46,12 @@ Exit status: 0, or 1 if a set cannot be read; the others are still listed.`,
 				printError(err)
 			}
 			var err error
-			switch on := terminal(); {
+			switch {
 			case asJSON:
 				err = writeJSON(rows)
 			case len(rows) > 0:
-				_, err = fmt.Println(strings.Join(table(byAddress(rows), s.Ports, on.width, on.colour), "\n"))
-			case on.there && len(errs) == 0:
+				_, err = fmt.Println(strings.Join(table(rows), "\n"))
+			case terminal().there && len(errs) == 0:
 				printNote("no address is %s", cmp.Or(strings.Join(args, ""), "trusted, banned or limited"))
 			}
 			if err == nil && len(errs) > 0 {
@@ -127,32 +122,31 @@ func writeJSON(rows []row) error {
 // listed is what a list has of an address.
 type listed struct {
 	list  list
-	addr  netip.Addr
 	name  string
 	elems []nftset.Element // by port; never empty
-	ports []uint16         // none if the set's keys have none
-	age   time.Duration    // since an element was added or renewed last; the most for permanent ones
 }
 
-// byAddress groups rows by list and address, within a list the youngest first.
+// byAddress groups rows by list and address.
 func byAddress(rows []row) (all []listed) {
 	for i, r := range rows {
 		if i == 0 || r.list != rows[i-1].list || r.Addr != rows[i-1].Addr {
-			all = append(all, listed{list: r.list, addr: r.Addr, name: r.name, age: math.MaxInt64})
+			all = append(all, listed{list: r.list, name: r.name})
 		}
 		a := &all[len(all)-1]
 		a.elems = append(a.elems, r.Element)
-		if r.Port != 0 {
-			a.ports = append(a.ports, r.Port)
-		}
-		if !r.Permanent() {
-			a.age = min(a.age, r.Timeout-r.Expires)
+	}
+	return all
+}
+
+// ports are those of the elements; "all" if the set's keys have none.
+func (a *listed) ports() string {
+	var ports []uint16
+	for _, e := range a.elems {
+		if e.Port != 0 {
+			ports = append(ports, e.Port)
 		}
 	}
-	slices.SortFunc(all, func(a, b listed) int {
-		return cmp.Or(cmp.Compare(slices.Index(allLists, a.list), slices.Index(allLists, b.list)), cmp.Compare(a.age, b.age), a.addr.Compare(b.addr))
-	})
-	return all
+	return cmp.Or(joinPorts(ports), "all")
 }
 
 // comment joins the different comments of the elements, which any tool may have
@@ -167,8 +161,8 @@ func (a *listed) comment() string {
 	return strings.Join(comments, ", ")
 }
 
-// timeLeft is how long elements live: the shortest and the longest, if they differ
-// by a second or more.
+// timeLeft is that of elements: the shortest and the longest, if they differ by a
+// second or more.
 func timeLeft(elems []nftset.Element) string {
 	shortest, longest := time.Duration(math.MaxInt64), time.Duration(0)
 	for _, e := range elems {
@@ -184,68 +178,33 @@ func timeLeft(elems []nftset.Element) string {
 	return life(shortest) + " to " + life(longest)
 }
 
-// table lays addresses out in columns below a header. A width that is not 0 is a
-// terminal's: ports are counted or left out until comments have some room, and
-// longer lines are cut.
-func table(all []listed, configured []uint16, width int, colour bool) []string {
-	const least = 10 // columns for a comment
-	lists, addresses, times := []string{"LIST"}, []string{"ADDRESS"}, []string{"TIME LEFT"}
-	ports, counts, comments := []string{"PORTS"}, []string{"PORTS"}, []string{"COMMENT"}
-	for _, a := range all {
-		lists = append(lists, string(a.list))
-		addresses = append(addresses, a.name)
-		times = append(times, timeLeft(a.elems))
-		ports = append(ports, cmp.Or(joinPorts(a.ports), "all"))
-		counts = append(counts, countPorts(a.ports, configured))
-		comments = append(comments, a.comment())
+// life is the time left in words, no more exact than useful.
+func life(d time.Duration) string {
+	switch {
+	case d == math.MaxInt64:
+		return "permanent"
+	case d >= 24*time.Hour:
+		d = d.Truncate(time.Hour)
+	case d >= time.Hour:
+		d = d.Truncate(time.Minute)
+	case d >= time.Second:
+		d = d.Truncate(time.Second)
 	}
+	return nftset.FormatTimeout(d)
+}
+
+// table has a line for each address, below a header.
+func table(rows []row) []string {
+	var b strings.Builder
+	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "LIST\tADDRESS\tPORTS\tTIME LEFT\tCOMMENT")
+	for _, a := range byAddress(rows) {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", a.list, a.name, a.ports(), timeLeft(a.elems), a.comment())
+	}
+	_ = w.Flush() // a Builder takes everything
 	var lines []string
-	for _, ports := range [][]string{ports, counts, nil} {
-		lines = sideBySide(lists, addresses, ports, times)
-		if width == 0 || len(lines[0])+least <= width {
-			break
-		}
-	}
-	for i, line := range lines {
-		line = strings.TrimRight(line+comments[i], " ")
-		if width > 0 {
-			line = cut(line, width)
-		}
-		switch {
-		case !colour:
-		case i == 0:
-			line = "\x1b[1m" + line + "\x1b[0m" // bold
-		case lists[i] != string(trusted):
-			line = strings.Replace(line, lists[i], "\x1b[31m"+lists[i]+"\x1b[0m", 1) // red
-		}
-		lines[i] = line
+	for line := range strings.Lines(b.String()) {
+		lines = append(lines, strings.TrimRight(line, " \n"))
 	}
 	return lines
-}
-
-// sideBySide makes lines of columns, each two spaces wider than its widest cell.
-func sideBySide(columns ...[]string) []string {
-	lines := make([]string, len(columns[0]))
-	for _, cells := range columns {
-		wide := 0
-		for _, cell := range cells {
-			wide = max(wide, len(cell))
-		}
-		for i, cell := range cells {
-			lines[i] += fmt.Sprintf("%-*s", wide+2, cell)
-		}
-	}
-	return lines
-}
-
-// countPorts is short for a list of ports.
-func countPorts(ports, configured []uint16) string {
-	switch n := len(ports); {
-	case n < 2:
-		return cmp.Or(joinPorts(ports), "all")
-	case slices.Equal(ports, slices.Sorted(slices.Values(configured))):
-		return fmt.Sprintf("all %d", n)
-	default:
-		return fmt.Sprintf("%d ports", n)
-	}
 }

@@ -113,10 +113,23 @@ wrong.`,
 	)
 	root.InitDefaultCompletionCmd()
 	root.InitDefaultHelpCmd()
+	// By default, cobra completes with the files of the working directory.
+	root.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveNoFileComp)
+	_ = root.MarkPersistentFlagFilename("config", "yaml") // the flag is there
 	for _, cmd := range root.Commands() {
 		switch cmd.Name() {
 		case "login":
 			continue
+		case "save", "restore":
+			cmd.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveDefault)
+		case "remove":
+			cmd.ValidArgsFunction = completeAddresses(&configPath, trusted)
+		case "unban":
+			cmd.ValidArgsFunction = completeAddresses(&configPath, banned, limited)
+		case "check":
+			cmd.ValidArgsFunction = completeAddresses(&configPath, trusted, banned)
+		case "why":
+			cmd.ValidArgsFunction = completeAddresses(&configPath, allLists...)
 		case "help":
 			cmd.Args = func(_ *cobra.Command, args []string) error {
 				about, rest, _ := root.Find(args) // the error is that of about's Args
@@ -131,7 +144,6 @@ wrong.`,
 		}
 		cmd.Args = checkArgs
 	}
-	addCompletions(root, &configPath)
 	return root
 }
 

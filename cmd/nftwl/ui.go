@@ -3,18 +3,15 @@ package main
 import (
 	"errors"
 	"fmt"
-	"math"
 	"os"
 	"strconv"
 	"strings"
-	"time"
 	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 
 	"nftwl/pkg/firewall"
 	"nftwl/pkg/install"
-	"nftwl/pkg/nftset"
 	"nftwl/pkg/snapshot"
 )
 
@@ -83,26 +80,3 @@ func terminal() screen {
 // columns is how many columns of a terminal text takes. Wide characters count as
 // one.
 func columns(text string) int { return utf8.RuneCountInString(text) }
-
-// cut shortens text to columns of a terminal; at least 1.
-func cut(text string, most int) string {
-	if columns(text) <= most {
-		return text
-	}
-	return strings.TrimRight(string([]rune(text)[:most-1]), " ") + "…"
-}
-
-// life is the time left in words, no more exact than useful.
-func life(d time.Duration) string {
-	switch {
-	case d == math.MaxInt64:
-		return "permanent"
-	case d >= 24*time.Hour:
-		d = d.Truncate(time.Hour)
-	case d >= time.Hour:
-		d = d.Truncate(time.Minute)
-	case d >= time.Second:
-		d = d.Truncate(time.Second)
-	}
-	return nftset.FormatTimeout(d)
-}

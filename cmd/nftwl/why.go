@@ -137,6 +137,5 @@ func (s *session) holds(addr netip.Addr, ports []uint16) []string {
 	if len(rows) == 0 {
 		return []string{"", fmt.Sprintf("%s is neither trusted, banned nor limited on these ports", addr)}
 	}
-	on := terminal()
-	return append([]string{""}, table(byAddress(rows), s.Ports, on.width, on.colour)...)
+	return append([]string{""}, table(rows)...)
 }
