@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"nftwl/pkg/install"
 	"nftwl/pkg/snapshot"
 	"nftwl/pkg/trust"
 )
@@ -28,26 +29,17 @@ FILE first, so that nothing is lost. If that fails, FILE is left as it is.
 Exit status: 0, or 1 if a set cannot be read or FILE cannot be written; the
 existing file is kept.`,
 		Example: "  nftwl save\n  nftwl save /root/sets.nft",
-		Args:    cobra.MaximumNArgs(1),
-		RunE: func(_ *cobra.Command, args []string) error {
-			s, err := open(*configPath)
-			if err != nil {
-				return err
-			}
-			defer s.conn.Close()
+		RunE: withSession(configPath, func(s *session, args []string) error {
 			path := s.Snapshot
 			if len(args) == 1 {
 				path = args[0]
 			}
 			if path == "-" {
-				return failed(snapshot.Write(os.Stdout, s.conn, s.saved()))
+				return snapshot.Write(os.Stdout, s.conn, s.saved())
 			}
 			r, err := snapshot.Save(path, s.conn, s.saved())
-			dir := filepath.Dir(path)
-			if _, missing := os.Stat(dir); errors.Is(missing, fs.ErrNotExist) {
-				printError(err)
-				printHint("make the directory (install -d -m 700 " + dir + "), or name another file")
-				return &status{exitFailed, nil}
+			if errors.Is(err, fs.ErrNotExist) {
+				err = &install.Problem{Text: err.Error(), Remedy: "make the directory (install -d -m 700 " + filepath.Dir(path) + "), or name another file"}
 			}
 			if r.First != nil {
 				printNote("table %s was loaded anew since %s was saved: restored it first (%s)", s.Table, path, r.First)
@@ -56,8 +48,8 @@ existing file is kept.`,
 			if r.NotKept != nil {
 				printNote("the snapshot before is not kept as %s.old: %v", path, r.NotKept)
 			}
-			return failed(err)
-		},
+			return err
+		}),
 	}
 }
 
@@ -94,12 +86,7 @@ nothing if that does not exist yet. "-" is standard input.
 
 Exit status: 0, or 1 if something failed; nothing is changed then.`,
 		Example: "  nftwl restore -v\n  nft list ruleset | ssh mail2.example.org nftwl restore -",
-		RunE: func(_ *cobra.Command, args []string) error {
-			s, err := open(*configPath)
-			if err != nil {
-				return err
-			}
-			defer s.conn.Close()
+		RunE: withSession(configPath, func(s *session, args []string) (err error) {
 			var r snapshot.Result
 			switch {
 			case len(args) == 0:
@@ -116,10 +103,10 @@ Exit status: 0, or 1 if something failed; nothing is changed then.`,
 				}
 				return nil
 			case err == nil && verbose:
-				fmt.Println(r)
+				_, err = fmt.Println(r)
 			}
-			return failed(err)
-		},
+			return err
+		}),
 	}
 	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "print how many elements were restored")
 	return cmd

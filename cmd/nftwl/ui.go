@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"strconv"
@@ -10,15 +9,13 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"nftwl/pkg/firewall"
 	"nftwl/pkg/install"
-	"nftwl/pkg/snapshot"
 )
 
 // printError prints an error and, where there is one, its remedy.
 func printError(err error) {
 	fmt.Fprintln(os.Stderr, "nftwl: error:", printable(err.Error()))
-	if hint := hintFor(err); hint != "" {
+	if hint := install.Remedy(err); hint != "" {
 		printHint(hint)
 	}
 }
@@ -28,26 +25,6 @@ func printHint(text string) { fmt.Fprintln(os.Stderr, "nftwl: hint:", printable(
 // printNote says what the user did not ask for but should know.
 func printNote(format string, args ...any) {
 	fmt.Fprintln(os.Stderr, "nftwl:", printable(fmt.Sprintf(format, args...)))
-}
-
-// hintFor returns the remedy for an error, or "".
-func hintFor(err error) string {
-	var owner *snapshot.OwnerError
-	var old *snapshot.NotRestoredError
-	if errors.As(err, &owner) {
-		return "see who wrote it; 'nftwl restore " + owner.Path + "' restores it all the same"
-	}
-	switch {
-	case errors.Is(err, firewall.ErrPermission):
-		return "run it as root"
-	case errors.Is(err, firewall.ErrTUN):
-		return "load the kernel's module: modprobe tun"
-	}
-	hint := install.Remedy(err)
-	if hint == "" && errors.As(err, &old) {
-		hint = "repair it, or move it away (mv " + old.Path + " " + old.Path + ".bad), and save again"
-	}
-	return hint
 }
 
 // printable keeps text on one line of a terminal or log, and as it is: not

@@ -3,21 +3,41 @@ package install
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 
 	"nftwl/pkg/config"
+	"nftwl/pkg/firewall"
 	"nftwl/pkg/nftset"
+	"nftwl/pkg/snapshot"
 )
 
-// Remedy is what to do about an error of the kernel's or a Problem, or "".
+// Remedy is what to do about an error, or "".
 func Remedy(err error) string {
 	var problem *Problem
-	if errors.As(err, &problem) {
+	var owner *snapshot.OwnerError
+	var old *snapshot.NotRestoredError
+	switch {
+	case errors.As(err, &problem):
 		return problem.Remedy
+	case errors.As(err, &owner):
+		return "see who wrote it; 'nftwl restore " + owner.Path + "' restores it all the same"
+	case errors.Is(err, firewall.ErrPermission), errors.Is(err, fs.ErrPermission):
+		return "run it as root"
+	case errors.Is(err, firewall.ErrTUN):
+		return "load the kernel's module: modprobe tun"
 	}
 	var e *nftset.Error
-	if !errors.As(err, &e) {
-		return ""
+	hint := ""
+	if errors.As(err, &e) {
+		hint = kernelRemedy(e)
 	}
+	if hint == "" && errors.As(err, &old) {
+		hint = "repair it, or move it away (mv " + old.Path + " " + old.Path + ".bad), and save again"
+	}
+	return hint
+}
+
+func kernelRemedy(e *nftset.Error) string {
 	switch e.Err {
 	case nftset.ErrNoTable, nftset.ErrNoSet:
 		return "load the set definitions (" + LoadSets(e.Table) + "), or name the right table and sets in " + config.Path
