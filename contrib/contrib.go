@@ -6,7 +6,7 @@ import "embed"
 
 // Files are those that `nftwl setup` puts in their places.
 //
-//go:embed dovecot/*.conf dovecot/*.sh fail2ban/*/*.conf nftables/*.nft nftables/nftables.conf
+//go:embed dovecot/*.conf fail2ban/*/*.conf nftables/*.nft nftables/nftables.conf
 //go:embed systemd/nftwl*.service systemd/nftwl*.timer systemd/nftwl*.socket systemd/nftwl-.service.d/*.conf
 //go:embed systemd/standalone/*.service
 var Files embed.FS

@@ -3,12 +3,9 @@ package main
 import (
 	"bytes"
 	"cmp"
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -29,42 +26,33 @@ func newSetup(configPath *string) *cobra.Command {
 		Use:   "setup dovecot|policy|nftables|systemd|fail2ban",
 		Short: "Print or write the files that a part of the installation needs",
 		Long: `Prints the files for this machine and its configuration, each below the path
-where it belongs, and then, as comments, what to do next.
+where it belongs, then what to do next, and how to undo it.
 
   dovecot    the drop-in that has Dovecot run 'nftwl login' after each login
   policy     nftwld's key and units, and the drop-in that has Dovecot report
              each authentication to it: no program runs at a login
-  nftables   the sets and rules, to include into your own firewall, or a table
-             of their own if ufw, firewalld or iptables owns the firewall
+  nftables   the sets and rules, to include into your own firewall; with
+             "table: inet nftwl" in the configuration, a table of their own
   systemd    the units that keep the sets over restart, reload and reboot
   fail2ban   the action, the filters and the jails
 
-With --write, writes the files that are missing, and prints what to do next and
-how to undo it. It never overwrites a file: if one differs, it writes nothing.
-It enables and reloads nothing.
+With --write, it writes the files that are missing. It never overwrites a file:
+if one differs, it writes nothing. It enables and reloads nothing.
 
-Exit status: 0 on success, 1 when something failed, 2 when the command line was
-wrong.`,
-		ValidArgs: []string{"dovecot", "policy", "nftables", "systemd", "fail2ban"},
-		Args:      cobra.ExactArgs(1),
+Exit status: 0, or 1 if something failed, 2 if the command line was wrong.`,
 		RunE: func(_ *cobra.Command, args []string) error {
-			part := parts[args[0]]
-			if part == nil {
-				return fmt.Errorf("setup: %q is not one of dovecot, policy, nftables, systemd and fail2ban", args[0])
-			}
 			o, err := setupOptions(*configPath)
 			if err != nil {
 				return failed(err)
 			}
-			p, err := part(o)
-			switch {
-			case err != nil:
+			p, err := parts[args[0]](o)
+			if err != nil {
 				return failed(fmt.Errorf("setup: %w", err))
-			case write:
+			}
+			if write {
 				return writePlan(p)
 			}
-			_, err = os.Stdout.Write(planText(p))
-			return failed(err)
+			return printPlan(p)
 		},
 	}
 	cmd.Flags().BoolVar(&write, "write", false, "put the files in their places")
@@ -101,8 +89,8 @@ func setupOptions(configPath string) (*install.Options, error) {
 	return o, nil
 }
 
-// planText is the files, and as comments what to know and to do about them.
-func planText(p *install.Plan) []byte {
+// printPlan prints the files, and what to know and to do about them.
+func printPlan(p *install.Plan) error {
 	var b bytes.Buffer
 	secrets := false
 	for _, f := range p.Files {
@@ -111,48 +99,33 @@ func planText(p *install.Plan) []byte {
 	}
 	fmt.Fprintln(&b, "### What to do")
 	if secrets {
-		fmt.Fprintln(&b, "# KEY and SALT stand for secrets, which setup does not print: --write keeps those\n# that exist, or makes new ones.\n#")
+		fmt.Fprintln(&b, "\nKEY and SALT stand for secrets, which setup does not print: --write keeps those\nthat exist, or makes new ones.")
 	}
 	if len(p.Problems) > 0 {
-		fmt.Fprintln(&b, "# --write would write nothing:")
-		for _, problem := range p.Problems {
-			fmt.Fprintf(&b, "#   %s\n", printable(problem.Text))
-			if problem.Remedy != "" {
-				fmt.Fprintf(&b, "#     %s\n", printable(problem.Remedy))
-			}
+		fmt.Fprintln(&b, "\n--write would write nothing:")
+	}
+	for _, problem := range p.Problems {
+		fmt.Fprintf(&b, "  %s\n", printable(problem.Text))
+		if problem.Remedy != "" {
+			fmt.Fprintf(&b, "    %s\n", printable(problem.Remedy))
 		}
-		fmt.Fprintln(&b, "#")
 	}
-	for _, note := range p.Notes {
-		fmt.Fprintf(&b, "# %s\n#\n", printable(note))
-	}
-	fmt.Fprintln(&b, "# Once the files are in their places, where --write puts them:")
-	for _, line := range p.Next {
-		if words, ok := strings.CutPrefix(line, "# "); ok {
-			line = words
-		} else {
-			line = "  " + line
-		}
-		fmt.Fprintf(&b, "#   %s\n", printable(line))
-	}
-	return b.Bytes()
+	printSteps(&b, p)
+	_, err := os.Stdout.Write(b.Bytes())
+	return failed(err)
 }
 
 // writePlan writes the files, and prints what it did.
 func writePlan(p *install.Plan) error {
+	for _, problem := range p.Problems {
+		printError(fmt.Errorf("setup: %w", &problem))
+	}
 	if len(p.Problems) > 0 {
-		for _, problem := range p.Problems {
-			printError(fmt.Errorf("setup: %w", &problem))
-		}
 		return &status{code: exitFailed}
 	}
 	written, err := p.Write()
 	if err != nil {
-		printError(fmt.Errorf("setup: nothing is written: %w", err))
-		if errors.Is(err, fs.ErrPermission) {
-			printHint("run it as root")
-		}
-		return &status{code: exitFailed}
+		return failed(fmt.Errorf("setup: nothing is written: %w", err))
 	}
 	var b bytes.Buffer
 	for _, path := range written {
@@ -161,18 +134,22 @@ func writePlan(p *install.Plan) error {
 	if there := len(p.Files) - len(written); there > 0 {
 		fmt.Fprintf(&b, "there already, and the same: %d\n", there)
 	}
+	printSteps(&b, p)
+	_, err = os.Stdout.Write(b.Bytes())
+	return failed(err)
+}
+
+func printSteps(b *bytes.Buffer, p *install.Plan) {
 	for _, note := range p.Notes {
-		fmt.Fprintf(&b, "\n%s\n", printable(note))
+		fmt.Fprintf(b, "\n%s\n", printable(note))
 	}
 	for _, part := range []struct {
 		title string
 		lines []string
 	}{{"Next", p.Next}, {"To undo it", p.Undo}} {
-		fmt.Fprintf(&b, "\n%s:\n", part.title)
+		fmt.Fprintf(b, "\n%s:\n", part.title)
 		for _, line := range part.lines {
-			fmt.Fprintf(&b, "  %s\n", printable(line))
+			fmt.Fprintf(b, "  %s\n", printable(line))
 		}
 	}
-	_, err = os.Stdout.Write(b.Bytes())
-	return failed(err)
 }

@@ -65,7 +65,7 @@ func TestSetupPolicy(t *testing.T) {
 	before := h.tree()
 	contrib := filepath.Join(nstest.Root(t), "contrib")
 	plan := h.setup("policy")
-	if strings.Contains(plan, problems) || strings.Contains(plan, "does not include") || !strings.Contains(plan, "\n# KEY and SALT stand for secrets") {
+	if strings.Contains(plan, problems) || strings.Contains(plan, "does not include") || !strings.Contains(plan, "\nKEY and SALT stand for secrets") {
 		t.Errorf("a false alarm, or no word on the secrets:\n%s", plan)
 	}
 	want := map[string]string{

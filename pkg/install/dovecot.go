@@ -1,6 +1,7 @@
 package install
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os/exec"
@@ -11,7 +12,7 @@ import (
 	"nftwl/pkg/doveconf"
 )
 
-const setpriv = "/usr/bin/setpriv" // as mailUserFile has it
+const setpriv = "/usr/bin/setpriv"
 
 // Dovecot plans the drop-in, which is the same for 2.3 and 2.4.
 func Dovecot(o *Options) (*Plan, error) {
@@ -20,12 +21,7 @@ func Dovecot(o *Options) (*Plan, error) {
 	}
 	p := new(Plan)
 	p.needDir(DovecotDir, "Dovecot")
-	text, script := p.keepPostLogin(o, o.read("dovecot/"+filepath.Base(DropIn)))
-	p.add(DropIn, text)
-	if script != "" {
-		p.add(mailUserFile, script).Mode = 0o755
-		p.Next = []string{"chmod 755 " + mailUserFile}
-	}
+	p.add(DropIn, p.keepPostLogin(o, o.read("dovecot/"+filepath.Base(DropIn))))
 	read, after := Overriding(DovecotConf, DropIn)
 	if !read {
 		p.note("%s does not include conf.d/*.conf: without that Dovecot does not read the drop-in.", DovecotConf)
@@ -41,7 +37,7 @@ func Dovecot(o *Options) (*Plan, error) {
 		o.shell("nftwl")+" list",
 		o.shell("nftwl")+" doctor",
 	)
-	p.Undo = append(p.Undo, p.remove(), "doveadm reload")
+	p.Undo = append(p.Undo, remove(p.Files), "doveadm reload")
 	return p, nil
 }
 
@@ -62,164 +58,120 @@ func Overriding(main, dropIn string) (read bool, lines []string) {
 	return read || len(all) == 0, lines
 }
 
-// readDoveconf returns Dovecot's settings, or nil without an error if Dovecot is
-// not installed.
-func readDoveconf() (*doveconf.Settings, error) {
-	out, err := output("doveconf", doveconf.Arguments("mail_uid", "mail_gid", "mail_access_groups", "mail_privileged_group")...)
-	if errors.Is(err, exec.ErrNotFound) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	return doveconf.Parse(out), nil
-}
-
 // keepPostLogin edits the drop-in so that what Dovecot runs after a login today
-// runs after nftwl, as the same user. script is the text of mailUserFile; "" if it
-// is not needed.
-func (p *Plan) keepPostLogin(o *Options, dropIn string) (text, script string) {
-	dovecot, err := readDoveconf()
+// runs after nftwl, as the same user.
+func (p *Plan) keepPostLogin(o *Options, dropIn string) string {
+	out, err := output("doveconf", doveconf.Arguments()...)
+	if errors.Is(err, exec.ErrNotFound) {
+		return dropIn
+	}
 	if err != nil {
 		p.note("doveconf fails, so setup does not know whether there is a post-login script. The drop-in would replace it.")
+		return dropIn
 	}
-	if dovecot == nil {
-		return dropIn, ""
-	}
-	keep := map[string]string{} // service of today: the new one's name
+	dovecot := doveconf.Parse(out)
+	keep := map[string]string{} // the socket of a service of today: the new one's name
 	for _, m := range doveconf.MailServices {
-		service := dovecot.Section("service " + m.Service)
-		words := strings.Split(service.Values["executable"], " ")
-		asked, at := doveconf.SocketOf(service.Values["executable"])
+		executable := dovecot.Section("service " + m.Service).Values["executable"]
+		socket, at := doveconf.SocketOf(executable)
 		if !dovecot.Protocols()[m.Protocol] {
 			continue
 		}
 		name := "nftwl"
-		old, listener := dovecot.Listener(dovecot.Path(asked))
-		switch {
-		case at < 0:
-			at, words = len(words), append(words, "")
-		case old == nil:
-			p.note("Dovecot's %s asks %s after a login. The drop-in replaces that.", service.Name, asked)
-		case keep[old.Name] != "":
-			name = keep[old.Name]
-		default:
-			c, err := o.chain(dovecot, old)
-			if err != nil {
-				p.problem("remove "+asked+" from the executable of "+service.Name+" if you do not need it, or have its program execute nftwl login itself",
-					"%s asks %s after a login, and setup cannot keep that: %v", service.Name, old.Name, err)
+		words := strings.Split(executable, " ")
+		if at < 0 {
+			words = append(words, name)
+		} else {
+			if kept := keep[socket]; kept != "" {
+				name = kept
+			} else if c, err := findChain(dovecot, socket); err != nil {
+				p.problem("remove "+socket+" from that executable if you do not need it; or do without this drop-in: 'nftwl setup policy' leaves the script alone",
+					"service %s asks %s after a login, and setup cannot keep that: %v", m.Service, socket, err)
 				continue
-			}
-			if c != nil {
+			} else if c != nil {
 				name = "nftwl-" + m.Service
-				dropIn += c.service(o, name, dovecot, old, listener)
-				if c.mailUser {
-					script = o.mailUserScript(dovecot)
-				}
-				p.note("After a login, %s asks %s, which runs %s as %s. With the drop-in, service %s runs it after nftwl, as %s, and nothing asks %s any more.",
-					service.Name, old.Name, strings.Join(c.command, " "), c.user, name, c.user, old.Name)
+				dropIn += c.service(o, name)
+				p.note("After a login, service %s asks %s, which runs %s as %s. With the drop-in, service %s runs it after nftwl, as %[4]s, and nothing asks %[2]s any more.",
+					m.Service, socket, strings.Join(c.command, " "), c.user, name)
 			}
-			keep[old.Name] = name
+			keep[socket] = name
+			words[at] = name
 		}
-		words[at] = name
 		line := strings.Join(words, " ")
 		if !plain(line) {
-			p.problem("", "the executable of %s has a character that Dovecot would not read as it is: %s", service.Name, service.Values["executable"])
+			p.problem("", "the executable of service %s has a character that Dovecot would not read as it is: %s", m.Service, executable)
 			continue
 		}
 		dropIn = strings.Replace(dropIn, "\n  executable = "+m.Service+" nftwl\n", "\n  executable = "+line+"\n", 1)
 	}
-	return dropIn, script
+	return dropIn
 }
 
 // A chain is what a post-login service runs, and as which user.
 type chain struct {
 	command  []string
 	user     string
-	mailUser bool     // whose id only the login knows
 	drop     []string // a command that becomes that user, and executes its arguments
+	vsz      string
+	listener *doveconf.Settings
 }
 
-// chain returns a service's, or nil if it runs nothing but nftwl.
-func (o *Options) chain(dovecot, service *doveconf.Settings) (*chain, error) {
+// findChain returns that of the service that listens on a socket; nil if it runs
+// nothing but nftwl.
+func findChain(dovecot *doveconf.Settings, socket string) (*chain, error) {
+	service, listener := dovecot.Listener(dovecot.Path(socket))
+	if service == nil {
+		return nil, errors.New("no service of Dovecot's listens there")
+	}
 	login, err := ParsePostLogin(service.Values["executable"])
 	if err != nil {
 		return nil, err
 	}
-	c := &chain{command: login.Command}
-	if login.Nftwl != "" {
-		c.command = slices.Concat(login.Before, login.Command)
-	}
-	if len(c.command) == 0 {
+	command := slices.Concat(login.Before, login.Command)
+	if login.Nftwl != "" && len(command) == 0 {
 		return nil, nil
 	}
-	// script-login looks for its program in libexec_dir, nftwl in PATH.
-	if first := c.command[0]; !filepath.IsAbs(first) && (login.Nftwl == "" || len(login.Before) > 0) {
-		c.command = slices.Concat([]string{filepath.Join(dovecot.Values["libexec_dir"], first)}, c.command[1:])
+	if login.MailUser {
+		return nil, errors.New("script-login -d runs it as the mail user, who may not write to nftables")
 	}
-	if !plain(strings.Join(c.command, " ")) {
+	// script-login would look for it in libexec_dir, nftwl in PATH.
+	if !filepath.IsAbs(command[0]) {
+		return nil, fmt.Errorf("%s is not an absolute path", command[0])
+	}
+	if !plain(strings.Join(command, " ")) {
 		return nil, errors.New("its executable has a character that Dovecot would not read as it is")
 	}
-	refuse := func(s *doveconf.Settings, keys ...string) error {
-		for _, key := range keys {
-			if value := s.Values[key]; value != "" {
-				return fmt.Errorf("it has %s = %s", key, value)
-			}
+	for _, key := range []string{"chroot", "group", "extra_groups", "privileged_group"} {
+		if value := service.Values[key]; value != "" {
+			return nil, fmt.Errorf("it has %s = %s", key, value)
 		}
-		return nil
 	}
-	if err := refuse(service, "chroot", "privileged_group"); err != nil {
-		return nil, err
+	c := &chain{command: command, user: cmp.Or(service.Values["user"], "root"), vsz: "1G", listener: listener}
+	if written, limit, err := dovecot.VszLimit(service); err == nil && (limit == 0 || limit >= 2<<30) {
+		c.vsz = written
 	}
-
-	user, group, groups := service.Values["user"], service.Values["group"], service.Values["extra_groups"]
-	switch {
-	case login.MailUser:
-		if err := refuse(dovecot, "mail_access_groups", "mail_privileged_group"); err != nil {
-			return nil, fmt.Errorf("with script-login -d, %w", err)
-		}
-		c.user, c.mailUser, c.drop = "the mail user", true, []string{mailUserFile}
-	case (user == "" || user == "root" || user == "0") && group == "" && groups == "":
-		c.user = "root"
+	if c.user == "root" || c.user == "0" {
 		return c, nil
-	default:
-		if user == "" {
-			user = "root"
-		}
-		if group == "" { // the user's, as in service_create() of Dovecot's src/master/service.c
-			out, err := exec.Command("id", "-g", user).Output()
-			if err != nil {
-				return nil, fmt.Errorf("the group of its user = %s is not known", user)
-			}
-			group = strings.TrimSpace(string(out))
-		}
-		all := append([]string{group}, strings.FieldsFunc(groups, func(r rune) bool { return r == ' ' || r == ',' })...)
-		c.user = user
-		c.drop = []string{findSetpriv(), "--reuid=" + user, "--regid=" + group, "--groups=" + strings.Join(all, ",")}
+	}
+	// The user's group, as in service_create() of Dovecot's src/master/service.c.
+	group, err := output("id", "-g", c.user)
+	if err != nil {
+		return nil, fmt.Errorf("the group of its user = %s is not known", c.user)
 	}
 	// BusyBox's lacks the options for users.
-	if out, err := exec.Command(findSetpriv(), "--help").CombinedOutput(); err != nil || !strings.Contains(string(out), "--reuid") {
-		return nil, fmt.Errorf("running it as %s needs setpriv of util-linux, which is not installed", c.user)
+	if out, err := output(setpriv, "--help"); err != nil || !strings.Contains(out, "--reuid") {
+		return nil, fmt.Errorf("running it as %s needs %s of util-linux, which is not installed", c.user, setpriv)
 	}
+	group = strings.TrimSpace(group)
+	c.drop = []string{setpriv, "--reuid=" + c.user, "--regid=" + group, "--groups=" + group}
 	return c, nil
 }
 
-func findSetpriv() string {
-	if path, err := exec.LookPath("setpriv"); err == nil {
-		return path
-	}
-	return setpriv
-}
-
 // service is the block that runs the chain after nftwl.
-func (c *chain) service(o *Options, name string, dovecot, old, listener *doveconf.Settings) string {
-	vsz := "1G"
-	if written, limit, err := dovecot.VszLimit(old); err == nil && (limit == 0 || limit >= 2<<30) {
-		vsz = written
-	}
+func (c *chain) service(o *Options, name string) string {
 	var inner strings.Builder
 	for _, key := range []string{"user", "group", "mode"} {
-		if value := listener.Values[key]; value != "" {
+		if value := c.listener.Values[key]; value != "" {
 			fmt.Fprintf(&inner, "    %s = %s\n", key, value)
 		}
 	}
@@ -233,19 +185,8 @@ service %s {
   unix_listener %[1]s {
 %[5]s  }
 }
-`, name, o.command(), strings.Join(slices.Concat(c.drop, c.command), " "), vsz, &inner)
+`, name, o.command(), strings.Join(slices.Concat(c.drop, c.command), " "), c.vsz, &inner)
 }
-
-// mailUserScript is mailUserFile's text for this Dovecot.
-func (o *Options) mailUserScript(dovecot *doveconf.Settings) string {
-	return strings.NewReplacer(
-		"default_uid=''", "default_uid="+quote(dovecot.Values["mail_uid"]),
-		"default_gid=''", "default_gid="+quote(dovecot.Values["mail_gid"]),
-		setpriv, findSetpriv(),
-	).Replace(shipped("dovecot/" + filepath.Base(mailUserFile)))
-}
-
-func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
 // plain reports whether Dovecot reads a value as it is, without quotes.
 func plain(s string) bool {

@@ -24,21 +24,16 @@ func Fail2ban(o *Options) (*Plan, error) {
 	for _, name := range names {
 		p.add(filepath.Join(Fail2banDir, strings.TrimPrefix(name, "fail2ban/")), o.read(name))
 	}
-	if exists(local) {
-		p.Next = []string{"# Enable the jails that you need in " + local + "."}
-	} else {
-		p.Next = []string{
-			"# Enable the jails that you need, such as:",
-			`printf '[%s]\nenabled = true\n' postfix-sasl postfix-lost dovecot >` + local,
-		}
-	}
 	const restart = "fail2ban-client -t && systemctl restart fail2ban"
-	p.Next = append(p.Next,
+	p.Next = []string{
+		"# Enable the jails that you need in " + local + ", such as:",
+		"#   [postfix-sasl]",
+		"#   enabled = true",
 		`# Remove "action" and "port" of these jails from jail.local. Then restart`,
 		"# fail2ban: after a reload it does not ban a banned address anew.",
 		restart,
-		o.shell("nftwl")+" doctor",
-	)
+		o.shell("nftwl") + " doctor",
+	}
 	p.Undo = []string{
 		"# If another file than " + local + " enables postfix-lost,",
 		"# postfix-spam or dovecot-auth, remove that first.",

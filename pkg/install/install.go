@@ -37,7 +37,6 @@ const (
 	UnitDir        = "/etc/systemd/system"
 	Fail2banDir    = "/etc/fail2ban"
 
-	mailUserFile = DovecotDir + "/90-nftwl-mail-user.sh"
 	packageUnits = "/usr/lib/systemd/system"
 	stateDir     = "/var/lib/nftwl/" // StateDirectory= of the units
 	shareDir     = "/usr/share/nftwl/"
@@ -150,13 +149,4 @@ func output(program string, args ...string) (string, error) {
 func exists(path string) bool {
 	_, err := os.Lstat(path)
 	return err == nil
-}
-
-// share is where the administrator finds one of contrib's directories: where a
-// package has put it, or in the sources.
-func share(name string) string {
-	if dir := shareDir + name; exists(dir) {
-		return dir
-	}
-	return "contrib/" + name
 }

@@ -7,8 +7,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"nftwl/pkg/atomicfile"
 )
@@ -61,7 +62,7 @@ func (p *Plan) add(path, text string) *File {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
-		p.problem("", "%v", err)
+		p.problem(Remedy(err), "%v", err)
 	case !info.Mode().IsRegular():
 		p.problem("look at it, and move it away", "%s exists, and is not a regular file", path)
 	case string(old) == text:
@@ -91,56 +92,33 @@ func (p *Plan) needRoots(program, remedy string) {
 }
 
 // remove is the command that undoes a write.
-func (p *Plan) remove() string {
+func remove(files []File) string {
 	words := []string{"rm"}
-	for _, f := range p.Files {
+	for _, f := range files {
 		words = append(words, f.Path)
 	}
 	return strings.Join(words, " ")
 }
 
 // Write writes the files that are missing and returns their paths. It replaces
-// nothing. After an error it has written nothing.
+// nothing. After an error it has written none.
 func (p *Plan) Write() (written []string, err error) {
-	var made []string
-	defer func() {
-		if err == nil {
-			return
-		}
-		for _, path := range slices.Backward(append(made, written...)) {
-			_ = os.Remove(path) // the first error counts
-		}
-		written = nil
-	}()
+	defer unix.Umask(unix.Umask(0o022))
 	for _, f := range p.Files {
 		if f.There {
 			continue
 		}
-		dirs, err := makeDir(filepath.Dir(f.Path))
-		made = append(made, dirs...)
+		err := os.MkdirAll(filepath.Dir(f.Path), 0o755)
 		if err == nil {
 			err = atomicfile.Create(f.Path, []byte(f.Text), cmp.Or(f.Mode, 0o644))
 		}
 		if err != nil {
-			return written, err
+			for _, path := range written {
+				_ = os.Remove(path) // the first error counts
+			}
+			return nil, err
 		}
 		written = append(written, f.Path)
 	}
 	return written, nil
-}
-
-// makeDir makes a directory, and returns those that it had to make, the outermost
-// first.
-func makeDir(dir string) (made []string, err error) {
-	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
-	made, err = makeDir(filepath.Dir(dir))
-	if err == nil {
-		err = os.Mkdir(dir, 0o755)
-	}
-	if err != nil {
-		return made, err
-	}
-	return append(made, dir), os.Chmod(dir, 0o755) // whatever the umask
 }

@@ -1,6 +1,7 @@
 package install
 
 import (
+	"cmp"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -31,6 +32,7 @@ func Policy(o *Options) (*Plan, error) {
 	old, _ := os.ReadFile(PolicySettings) // add reports an error
 	key := p.addKey(policy.KeyFile, old)
 	units := p.addDaemon(o, &policy)
+	daemon := p.Files
 	p.addSettings(o, policy.Listen, key, old)
 
 	file := o.configPath()
@@ -52,17 +54,11 @@ func Policy(o *Options) (*Plan, error) {
 		o.shell("nftwl")+" list",
 	)
 
-	p.Undo = append(p.Undo, "rm "+PolicyDropIn+" "+PolicySettings, "doveadm reload")
+	p.Undo = []string{remove(p.Files[len(daemon):]), "doveadm reload"}
 	if units {
 		p.Undo = append(p.Undo, "systemctl disable --now nftwld.socket nftwld")
 	}
-	words := "rm " + policy.KeyFile
-	for _, f := range p.Files {
-		if filepath.Dir(f.Path) == UnitDir {
-			words += " " + f.Path
-		}
-	}
-	p.Undo = append(p.Undo, words, "rm -rf /var/lib/nftwld /var/lib/private/nftwld")
+	p.Undo = append(p.Undo, remove(daemon), "rm -rf /var/lib/nftwld /var/lib/private/nftwld")
 	if dir := filepath.Dir(policy.KeyFile); !exists(dir) {
 		p.Undo = append(p.Undo, "rmdir "+dir)
 	}
@@ -84,45 +80,34 @@ func (p *Plan) addSecret(path, text, shown string) {
 // addKey adds the file of the key, and returns the key: that of the file, or else
 // that of Dovecot's settings, or a new one.
 func (p *Plan) addKey(path string, settings []byte) string {
-	const shown = "KEY\n"
 	key, err := config.ReadKey(path)
-	if err == nil {
-		text, _ := os.ReadFile(path)
-		p.addSecret(path, string(text), shown)
-		if !plain(key) {
-			p.problem("use a key of letters and digits", "the key in %s has a character that Dovecot would not read as it is", path)
-		}
-		return key
+	text, _ := os.ReadFile(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		key = cmp.Or(value(settings, apiHeader), random(32))
+		text = []byte(key + "\n")
+	case errors.Is(err, fs.ErrPermission): // add reports it
+	case err != nil:
+		p.problem("move it away", "%v", err)
+	case !plain(key):
+		p.problem("use a key of letters and digits", "the key in %s has a character that Dovecot would not read as it is", path)
 	}
-	if key = value(settings, "auth_policy_server_api_header = X-API-Key:"); key == "" {
-		key = random(32)
-	}
-	if errors.Is(err, fs.ErrNotExist) {
-		p.addSecret(path, key+"\n", shown)
-		return key
-	}
-	remedy := "move it away"
-	if errors.Is(err, fs.ErrPermission) {
-		remedy = "run setup as root"
-	}
-	p.problem(remedy, "%v", err)
-	p.Files = append(p.Files, File{Path: path, Shown: shown})
+	p.addSecret(path, string(text), "KEY\n")
 	return key
 }
 
 // addDaemon adds nftwld's units, where systemd runs.
 func (p *Plan) addDaemon(o *Options, policy *config.Policy) (systemd bool) {
-	install := "install -m 755 " + o.daemon() + " " + filepath.Dir(Program) + ", beside nftwl"
 	if exists(o.daemon()) {
-		p.needRoots(o.daemon(), install)
+		p.needRoots(o.daemon(), "install -m 755 "+o.daemon()+" "+filepath.Dir(Program)+", beside nftwl")
 	} else {
 		p.problem("install nftwld beside nftwl", "%s does not exist", o.daemon())
 	}
-	if !exists("/run/systemd/system") {
+	if !exists(systemdRuns) {
 		p.note("systemd does not run here: keep nftwld running with a service of your own.")
 		return false
 	}
-	p.checkSandbox(o, o.daemon(), install)
+	p.checkSandbox(o, o.daemon())
 	p.addUnits([]string{"nftwld.service", "nftwld.socket"}, func(name string) string {
 		return strings.NewReplacer(
 			"policy.key:"+config.DefaultPolicy.KeyFile, "policy.key:"+policy.KeyFile,
@@ -132,7 +117,7 @@ func (p *Plan) addDaemon(o *Options, policy *config.Policy) (systemd bool) {
 	return true
 }
 
-// addSettings adds Dovecot's settings, with the key and the old ones' salt.
+// addSettings adds Dovecot's settings, with the key, and the salt that they have.
 func (p *Plan) addSettings(o *Options, listen netip.AddrPort, key string, old []byte) {
 	p.needDir(DovecotDir, "Dovecot")
 	version := "2.4"
@@ -144,21 +129,19 @@ func (p *Plan) addSettings(o *Options, listen netip.AddrPort, key string, old []
 	case !strings.HasPrefix(out, "2.4."):
 		p.problem("", "nftwl has settings for Dovecot 2.3 and 2.4, and none for %s", strings.TrimSpace(out))
 	}
-	text := strings.ReplaceAll(o.read("dovecot/91-nftwl-policy-"+version+".conf"), "http://"+config.DefaultPolicy.Listen.String()+"/", policyURL(listen))
-	oldKey, salt := value(old, "auth_policy_server_api_header = X-API-Key:"), value(old, "auth_policy_hash_nonce =")
-	if oldKey != "" && oldKey != key {
+	if its := value(old, apiHeader); its != "" && its != key {
 		p.problem("put the same key into both, or move one of them away", "the key in %s is not the one in nftwld's file", PolicySettings)
 	}
-	if salt == "" {
-		salt = random(16)
-	}
+	salt := cmp.Or(value(old, "auth_policy_hash_nonce ="), random(16))
+	text := strings.ReplaceAll(o.read("dovecot/91-nftwl-policy-"+version+".conf"), "http://"+config.DefaultPolicy.Listen.String()+"/", policyURL(listen))
 	p.addSecret(PolicySettings, strings.NewReplacer("X-API-Key: KEY\n", "X-API-Key: "+key+"\n", "_nonce = SALT\n", "_nonce = "+salt+"\n").Replace(text), text)
 	p.add(PolicyDropIn, o.read("dovecot/"+filepath.Base(PolicyDropIn)))
 
 	if read, _ := Overriding(DovecotConf, PolicyDropIn); !read {
 		p.note("%s does not include conf.d/*.conf: without that Dovecot does not read the drop-in.", DovecotConf)
 	}
-	if url := policyServer(); url != "" && url != policyURL(listen) {
+	out, _ := output("doveconf", doveconf.Arguments(doveconf.AuthPolicyNames...)...) // without settings, there is no other server
+	if url := doveconf.Parse(out).AuthPolicy().URL; url != "" && url != policyURL(listen) {
 		p.problem("remove the settings auth_policy_* from Dovecot's configuration, or do without nftwld",
 			"Dovecot reports to another policy server, %s, and can have only one", url)
 	}
@@ -179,18 +162,7 @@ func policyURL(listen netip.AddrPort) string {
 	return "http://" + listen.String() + "/"
 }
 
-// policyServer is the URL that Dovecot's settings have now, or "".
-func policyServer() string {
-	out, err := output("doveconf", "-n")
-	if err != nil {
-		return ""
-	}
-	settings := doveconf.Parse(out)
-	if url := settings.Values["auth_policy_server_url"]; url != "" {
-		return url
-	}
-	return settings.Section("auth_policy").Values["server_url"] // as 2.4 prints it
-}
+const apiHeader = "auth_policy_server_api_header = X-API-Key:"
 
 // value is the word after a setting's name, or "".
 func value(settings []byte, name string) string {

@@ -62,9 +62,17 @@ func ParsePostLogin(executable string) (*PostLogin, error) {
 		return nil, errors.New("script-login does not run it")
 	}
 	p := new(PostLogin)
-	words, err := p.options(words[1:])
-	if err != nil {
-		return nil, err
+	words = words[1:]
+	for len(words) > 0 && len(words[0]) > 1 && words[0][0] == '-' {
+		option := words[0]
+		words = words[1:]
+		if option == "--" {
+			break
+		}
+		if option != "-d" { // nobody needs the others, which all of Dovecot's programs have
+			return nil, fmt.Errorf("script-login's option %s is unknown", option)
+		}
+		p.MailUser = true
 	}
 	if len(words) == 0 {
 		return nil, errors.New("script-login has no program to run")
@@ -89,36 +97,4 @@ func ParsePostLogin(executable string) (*PostLogin, error) {
 		return nil, fmt.Errorf("%s has no word login after it", p.Nftwl)
 	}
 	return p, nil
-}
-
-// options parses script-login's options, and returns the words after them, as
-// getopt(3) does with "+d" (Dovecot's src/util/script-login.c) and "c:i:ko:OL"
-// (master_service_getopt_string() of its src/lib-master).
-func (p *PostLogin) options(words []string) ([]string, error) {
-	for len(words) > 0 && len(words[0]) > 1 && words[0][0] == '-' {
-		option := words[0][1:]
-		words = words[1:]
-		if option == "-" {
-			break
-		}
-		for option != "" {
-			switch option[0] {
-			case 'd':
-				p.MailUser = true
-			case 'k', 'O', 'L':
-			case 'c', 'i', 'o':
-				if len(option) == 1 {
-					if len(words) == 0 {
-						return nil, fmt.Errorf("script-login's option -%s has no value", option)
-					}
-					words = words[1:]
-				}
-				option = option[:1]
-			default:
-				return nil, fmt.Errorf("script-login has no option -%c", option[0])
-			}
-			option = option[1:]
-		}
-	}
-	return words, nil
 }

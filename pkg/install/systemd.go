@@ -3,14 +3,14 @@ package install
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
-
-	"nftwl/pkg/config"
 )
 
 const (
-	sandboxDir = "nftwl-.service.d"
-	variantDir = "standalone/" // in contrib, of units that take the place of others
+	systemdRuns = "/run/systemd/system" // sd_booted(3)
+	sandboxDir  = "nftwl-.service.d"
+	variantDir  = "standalone/" // in contrib, of units that take the place of others
 )
 
 // Systemd plans the units that keep the sets.
@@ -18,40 +18,31 @@ func Systemd(o *Options) (*Plan, error) {
 	if err := o.checkPaths(); err != nil {
 		return nil, err
 	}
-	loads := o.unitLoads()
-	names := []string{"nftwl-persist.service", "nftwl-save.service", "nftwl-save.timer", "nftwl-snapshot.service", sandboxDir + "/sandbox.conf"}
-	if loads {
-		names = []string{variantDir + "nftwl-persist.service", "nftwl-save.service", "nftwl-save.timer", sandboxDir + "/sandbox.conf"}
+	names := []string{"nftwl-persist.service", "nftwl-snapshot.service"}
+	follow := "# The units follow nftables.service, which must be enabled and running."
+	if o.unitLoads() {
+		names = []string{variantDir + "nftwl-persist.service"}
+		follow = "# The unit loads " + Standalone + ", now and at boot: first run '" + o.shell("nftwl") + " setup nftables --write'."
 	}
 	p := new(Plan)
-	if !exists("/run/systemd/system") {
-		p.problem("for OpenRC, use "+share("openrc")+"; elsewhere, run 'nftwl save' and 'nftwl restore' yourself",
+	if !exists(systemdRuns) {
+		p.problem("for OpenRC, use openrc/nftwl.conf of "+shareDir+" or of contrib; elsewhere, run 'nftwl save' and 'nftwl restore' yourself",
 			"systemd does not run here")
 	}
 	p.needRoots(o.Executable, o.move())
-	p.checkSandbox(o, o.Executable, o.move())
+	p.checkSandbox(o, o.Executable)
 	if snapshot := filepath.Clean(o.Config.Snapshot); !strings.HasPrefix(snapshot, stateDir) {
 		p.problem("set snapshot to a file in that directory, in "+o.configPath()+", or write the units by hand, with another StateDirectory= in sandbox.conf",
 			"snapshot: the units can write in %s alone, and %s is elsewhere", stateDir, snapshot)
 	}
-	p.addUnits(names, o.read)
-	if loads {
-		if !exists(Standalone) {
-			p.note("nftwl-persist.service loads %s, which does not exist yet: %s setup nftables --write", Standalone, o.shell("nftwl"))
-		}
-		p.Next = []string{"# The unit loads " + Standalone + ", now and at boot.", "nft -c -f " + Standalone}
-	} else {
-		p.Next = []string{"# The units follow nftables.service, which must be enabled and running."}
-	}
-	p.Next = append(p.Next, "systemctl daemon-reload && systemctl enable --now nftwl-persist", o.shell("nftwl")+" doctor")
+	p.addUnits(append(names, "nftwl-save.service", "nftwl-save.timer", sandboxDir+"/sandbox.conf"), o.read)
+	p.Next = []string{follow, "systemctl daemon-reload && systemctl enable --now nftwl-persist", o.shell("nftwl") + " doctor"}
 	p.Undo = []string{"systemctl disable --now nftwl-persist"}
 	if len(p.Files) > 0 {
-		p.Undo = append(p.Undo, p.remove())
+		p.Undo = append(p.Undo, remove(p.Files))
 	}
-	for _, f := range p.Files {
-		if dir := filepath.Dir(f.Path); filepath.Base(dir) == sandboxDir {
-			p.Undo = append(p.Undo, "rmdir "+dir)
-		}
+	if dir := filepath.Join(UnitDir, sandboxDir); slices.ContainsFunc(p.Files, func(f File) bool { return filepath.Dir(f.Path) == dir }) {
+		p.Undo = append(p.Undo, "rmdir "+dir)
 	}
 	p.Undo = append(p.Undo, "systemctl daemon-reload")
 	return p, nil
@@ -78,21 +69,15 @@ func (p *Plan) addUnits(names []string, read func(name string) string) {
 }
 
 // checkSandbox reports what a unit that executes program cannot read.
-func (p *Plan) checkSandbox(o *Options, program, install string) {
-	path := o.configPath()
-	for _, path := range []string{program, path} {
-		// ProtectHome= and PrivateTmp=
-		for _, hidden := range []string{"/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/"} {
+func (p *Plan) checkSandbox(o *Options, program string) {
+	for _, path := range []string{program, o.configPath()} {
+		for _, hidden := range []string{"/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/"} { // ProtectHome=, PrivateTmp=
 			if strings.HasPrefix(path, hidden) {
-				remedy := "move it to " + config.Path
-				if path == program {
-					remedy = install
-				}
-				p.problem(remedy, "the units have no access to %s, where %s is", hidden, path)
+				p.problem("move it, such as to /usr/bin or /etc", "the units have no access to %s, where %s is", hidden, path)
 			}
 		}
 	}
-	if info, err := os.Stat(path); err == nil && info.Mode()&0o004 == 0 {
-		p.note("The units do not run as root, and cannot read %s: chmod a+r %s", path, path)
+	if info, err := os.Stat(o.configPath()); err == nil && info.Mode()&0o004 == 0 {
+		p.note("The units do not run as root, and cannot read %s: chmod a+r %[1]s", o.configPath())
 	}
 }

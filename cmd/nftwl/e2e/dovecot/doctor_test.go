@@ -166,7 +166,7 @@ func TestDoctor(t *testing.T) {
 			name: "an option that script-login lacks", login: denied,
 			with: with{dropIn: replace(command, "executable = script-login -x /usr/bin/nftwl login")},
 			change: notAsked.but(diagnosis{
-				"dovecot.service": "fail: .* denies every login: script-login has no option -x",
+				"dovecot.service": "fail: .* denies every login: script-login's option -x is unknown",
 			}),
 		},
 		{

@@ -1,14 +1,11 @@
 package dovecot
 
 import (
-	"fmt"
 	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -43,25 +40,15 @@ service PROTOCOL-postlogin {
 func TestExistingPostLogin(t *testing.T) {
 	t.Parallel()
 	const script = "script-login " + dir + "/note"
-	const mailUser = "1000 1000 1000 CapEff: 0+\n"
 	const root, games = "0 0 0 CapEff: [0-9a-f]+[1-9a-f]\n", "5 60 60 CapEff: 0+\n"
 	for _, c := range []struct {
 		name   string
 		config string // Dovecot's, before the place of the drop-in
 		after  string // and after
-		user   string // of alice's entry in the user database, from the uid on
 		as     string // uid, gid, groups and capabilities of the script
-		rawlog bool   // alice has a directory for it
 	}{
 		{name: "plain", config: existing("imap", script, ""), as: root},
 		{name: "user", config: existing("imap", script, "user = games"), as: games},
-		{name: "groups", config: existing("imap", script, "user = games\n  group = mail\n  extra_groups = tape,audio"), as: "5 8 8 26 29 CapEff: 0+\n"},
-		{name: "group of root", config: existing("imap", script, "group = mail"), as: "0 8 8 CapEff: [0-9a-f]+[1-9a-f]\n"},
-		{name: "mail user", config: existing("imap", "script-login -d "+dir+"/note", ""), as: mailUser},
-		{name: "mail user by default", config: "mail_uid = 1000\nmail_gid = 1000\n" + existing("imap", "script-login -d "+dir+"/note", ""), user: "::::" + dir + "/mail/alice::", as: mailUser},
-		{name: "mail user with a system's groups", config: existing("imap", "script-login -d "+dir+"/note", ""), user: ":1000:1000::" + dir + "/mail/alice::userdb_system_groups_user=games", as: mailUser},
-		{name: "rawlog", config: existing("imap", "script-login rawlog", "")},
-		{name: "rawlog as the mail user", config: existing("imap", "script-login -d rawlog -t", ""), rawlog: true},
 		{name: "another for POP3", config: existing("imap", "script-login /bin/sh "+dir+"/note", "") + existing("pop3", script, "user = games"), as: root},
 		{name: "nftwl already", config: existing("imap", "script-login /usr/bin/nftwl login "+dir+"/note", "vsz_limit = 1G"), as: root},
 		{name: "later in the configuration", after: existing("imap", script, "user = games"), as: games},
@@ -78,16 +65,7 @@ func TestExistingPostLogin(t *testing.T) {
 				nstest.Must(t, os.Chmod(s.path("seen"), 0o777)) // whatever the umask
 				nstest.Must(t, unix.Mount("none", d.Path("etc/dovecot/conf.d"), "tmpfs", 0, "mode=755"))
 				s.install()
-				const rawlog = "mail/alice/dovecot.rawlog"
-				if c.rawlog {
-					nstest.Must(t, os.Mkdir(s.path(rawlog), 0o755))
-					nstest.Must(t, os.Chown(s.path(rawlog), 1000, 1000))
-				}
 				loadSets(t)
-
-				if c.user != "" {
-					s.write("users", strings.Replace(users, ":1000:1000::"+dir+"/mail/alice::", c.user, 1), 0o644)
-				}
 
 				// logIn returns what a login leaves of the script.
 				logIn := func(client, name string) string {
@@ -97,24 +75,11 @@ func TestExistingPostLogin(t *testing.T) {
 					if err := login(client, p.port, p.visit, "alice", password); err != nil {
 						t.Errorf("a login by %s: %v", name, err)
 					}
-					seen := nstest.Read(t, s.path("seen/note"))
-					logs, err := filepath.Glob(s.path(rawlog + "/*"))
-					nstest.Must(t, err)
-					for _, path := range logs {
-						info, err := os.Stat(path)
-						nstest.Must(t, err)
-						seen += fmt.Sprintln(filepath.Ext(path), info.Sys().(*syscall.Stat_t).Uid)
-						nstest.Must(t, os.Remove(path))
-					}
-					return seen
+					return nstest.Read(t, s.path("seen/note"))
 				}
 				before, pop := logIn(client4, "imap"), logIn(client6, "pop3")
-				want := c.as
-				if c.rawlog {
-					want = "[.]in 1000\n[.]out 1000\n"
-				}
-				if !regexp.MustCompile("^" + want + "$").MatchString(before) {
-					t.Fatalf("the script leaves %q, want %q", before, want)
+				if !regexp.MustCompile("^" + c.as + "$").MatchString(before) {
+					t.Fatalf("the script leaves %q, want %q", before, c.as)
 				}
 
 				s.follow(s.remedy())
@@ -136,8 +101,7 @@ func TestExistingPostLogin(t *testing.T) {
 					t.Errorf("the second time:\n%s", out)
 				}
 				for _, line := range s.complaints(0) {
-					// As rawlog of Dovecot 2.4 does without nftwl.
-					if strings.Contains(line, "nftwl") && !strings.Contains(line, " leaked (parent=") {
+					if strings.Contains(line, "nftwl") {
 						t.Error(line)
 					}
 				}

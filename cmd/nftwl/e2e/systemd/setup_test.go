@@ -1,69 +1,12 @@
 package systemd
 
 import (
-	"errors"
 	"slices"
 	"strings"
 	"testing"
 
 	"nftwl/pkg/nstest"
 )
-
-// Whoever comes by SSH is not locked out by the example, whatever port that is:
-// setup warns, and its next step opens the ports on which sshd listens, and those
-// that it will have. It patches nothing itself.
-func TestSetupSSHPort(t *testing.T) {
-	t.Parallel()
-	m := newMachine(t, nstest.Debian{Release: "trixie", Root: nstest.Trixie(t)})
-	rule := func() (rule string, warned bool) {
-		m.Helper()
-		m.run("rm", "-rf", "/etc/nftwl", "/etc/nftables.conf")
-		out := m.run("nftwl", "setup", "nftables", "--write")
-		if text := m.run("cat", "/etc/nftwl/nftables.conf"); !strings.Contains(text, "\ttcp dport 22 ct state new ") {
-			t.Errorf("the example is\n%s", text)
-		}
-		next, _, _ := strings.Cut(out, "\nTo undo it:\n")
-		for line := range strings.Lines(next) {
-			if strings.HasPrefix(line, "  sed ") || strings.HasPrefix(line, "  cp ") {
-				m.shell(line)
-			}
-		}
-		m.run("nft", "-c", "-f", "/etc/nftables.conf")
-		for line := range strings.Lines(m.run("cat", "/etc/nftables.conf")) {
-			if rule, ok := strings.CutSuffix(strings.TrimSpace(line), ` ct state new counter accept comment "SSH"`); ok {
-				return rule, strings.Contains(next, "# STOP: sshd uses "+strings.TrimPrefix(rule, "tcp dport "))
-			}
-		}
-		t.Fatalf("no rule for SSH after\n%s", out)
-		return "", false
-	}
-	conf := func(text string) { m.write("etc/ssh/sshd_config.d/port.conf", text) }
-	listens := func(port string) {
-		m.Helper()
-		m.run("systemctl", "restart", "ssh")
-		nstest.Until(m, "sshd listens on "+port, func() error {
-			if out := m.run("ss", "-Hltnp", "sport = :"+port); !strings.Contains(out, `"sshd"`) {
-				return errors.New(out)
-			}
-			return nil
-		})
-	}
-	for _, c := range []struct {
-		does string
-		do   func()
-		want string
-	}{
-		{"sshd does not run", func() {}, "tcp dport 22"},
-		{"sshd has its default", func() { listens("22") }, "tcp dport 22"},
-		{"sshd has another port", func() { conf("Port 2222\n"); listens("2222") }, "tcp dport 2222"},
-		{"sshd has not read its configuration", func() { conf("Port 2200\n") }, "tcp dport { 2200, 2222 }"},
-	} {
-		c.do()
-		if got, warned := rule(); got != c.want || warned != (c.want != "tcp dport 22") {
-			t.Errorf("%s: %s, and not %s; warned: %v", c.does, got, c.want, warned)
-		}
-	}
-}
 
 // debian is what Debian installs as /etc/nftables.conf.
 const debian = flushed + `table inet filter {

@@ -50,7 +50,6 @@ func newStandalone(t *testing.T, b nstest.Debian) *machine {
 		rm -r standalone nftables.service.d /etc/nftwl /etc/nftables.conf`)
 	m.write("etc/nftwl.yaml", "table: inet nftwl\n")
 	m.write(defaults, "table: inet nftwl\n")
-	m.write("etc/ufw/ufw.conf", "ENABLED=yes\n")
 	m.write("etc/theirs.nft", theirs)
 	m.write("etc/systemd/system/theirs.service", theirService)
 	m.run("nftwl", "setup", "nftables", "--write")
