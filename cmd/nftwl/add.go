@@ -21,13 +21,7 @@ func newAdd(configPath *string, l list) *cobra.Command {
 		Long: `Trusts addresses, as a login does: adds them to the trusted sets for the
 configured ports and timeout. An address already trusted for longer is left
 alone and reported. Addresses that the configuration ignores, such as loopback,
-are refused.
-
---timeout takes nft's notation: 1d12h, 90m, 30s. With --timeout never, only
-'nftwl remove' ends the trust.
-
-No login renews trust on ports that are not configured, and 'nftwl remove' needs
-the same --port to end it.` + addressesHelp,
+are refused.` + addressesHelp,
 		Example: `  nftwl add 192.0.2.7 2001:db8::7
   nftwl add --timeout never --comment 'the office' 203.0.113.5
   nftwl add --port 465,587 --timeout 12h - <addresses.txt`,
@@ -54,16 +48,12 @@ ban_timeout. An address already banned for longer is left alone and reported.
 Addresses that the configuration ignores are refused. It warns if an address is
 trusted, because the firewall then lets it in all the same.
 
-2001:db8:1:2::/64 bans an IPv6 network. With ipv6_prefix: 64 every IPv6 ban is
-one of the whole /64.
-
---timeout takes nft's notation: 1d12h, 90m, 30s. With --timeout never, only
-'nftwl unban' ends the ban.` + addressesHelp
+2001:db8:1:2::/64 bans an IPv6 network.` + addressesHelp
 		cmd.Example = `  nftwl ban 198.51.100.66
   nftwl ban --timeout 7d --comment 'password guessing' 198.51.100.66`
 	}
 	cmd.Flags().VarP(&ports, "port", "", portHelp)
-	cmd.Flags().Func("timeout", "the `TIMEOUT`, such as 12h, or never", func(text string) (err error) {
+	cmd.Flags().Func("timeout", "for this `TIMEOUT`, such as 1d12h, 90m or 30s, or never to end", func(text string) (err error) {
 		timed = true
 		e.Timeout = 0
 		if text != "never" {

@@ -16,9 +16,8 @@ func newCheck(configPath *string) *cobra.Command {
 		Short: "Tell whether an address is trusted (or banned)",
 		Long: `Tells whether an address is trusted now, on every configured port or on those
 of --port, and for how long. --banned asks whether it is banned; an address that
-the shipped rules limit is not. An IPv6 address is banned if its /64 is, and
-trusted if its network of ipv6_prefix is. It looks up single elements, so it is
-fast even with large sets.
+the shipped rules limit is not. It looks up single elements, so it is fast even
+with large sets.
 
 Exit status: 0 for yes, 1 for no, 2 for an error.`,
 		Example: `  nftwl check 192.0.2.7

@@ -6,8 +6,8 @@ func newFlush(configPath *string) *cobra.Command {
 	return &cobra.Command{
 		Use:   "flush trusted|banned",
 		Short: "Empty the trusted or the banned sets",
-		Long: `Removes every element from the two sets of a list, in one transaction, with
-the permanent elements and those that other tools added. The sets stay.
+		Long: `Removes every element from the two sets of a list, permanent ones and those of
+other tools too. The sets stay.
 
 Exit status: 0, or 1 if a set is missing or cannot be written; then nothing is
 changed.`,

@@ -24,18 +24,15 @@ func newList(configPath *string) *cobra.Command {
 		Short: "List the addresses that are trusted, banned and limited",
 		Long: `Lists the addresses of all lists, or of one: a line for each address with its
 ports, the time left (the shortest and the longest, if its ports differ) and the
-comments. limited are addresses that exceeded the limit of the shipped rules. An
-IPv6 element that the rules take for a network is shown as one
-(2001:db8:1:2::/64).
+comments. The list "limited" has who exceeded the limit of the shipped rules.
 
---json prints an array with an object for each element, ordered by list, address
-and port; "expires" is the time left in seconds.
-
-'watch -n 5 nftwl list' shows the lists anew every five seconds.
+--json prints an array with an object for each element; "expires" is the time
+left in seconds.
 
 Exit status: 0, or 1 if a set cannot be read; the others are still listed.`,
 		Example: `  nftwl list
-  nftwl list --json trusted`,
+  nftwl list --json trusted
+  watch -n 5 nftwl list`,
 		RunE: withSession(configPath, func(s *session, args []string) error {
 			lists := allLists
 			if len(args) == 1 {

@@ -146,9 +146,9 @@ func loginHelp() *cobra.Command {
 	return &cobra.Command{
 		Use:   "login COMMAND [ARG…]",
 		Short: "Trust $IP, then become COMMAND (for Dovecot's post-login hook)",
-		Long: `Trusts the address in $IP for the configured ports, then executes COMMAND with
-its arguments; environment and open files stay as they are. COMMAND is executed
-whatever happens: an error is one line on stderr.
+		Long: `Trusts the address in $IP for the configured ports, then becomes COMMAND, with
+its arguments; environment and open files stay as they are. It does so whatever
+happens: an error is one line on stderr.
 
 Everything after the word login is the command; --config FILE stands before it.
 

@@ -79,7 +79,6 @@ func run(args []string) int {
 
 func newRoot() *cobra.Command {
 	var configPath string
-	var showVersion bool
 	root := &cobra.Command{
 		Use:   "nftwl",
 		Short: "Trust the addresses of a mail server's users in nftables",
@@ -87,21 +86,15 @@ func newRoot() *cobra.Command {
 Dovecot runs it after each login; it adds the client's address to nftables sets
 for the mail ports, with a timeout, and lets the login go on.
 
-Exit status: 0 if all went well, 1 if something failed, 2 if the command line was
-wrong.`,
+Exit status: 0, or 1 if something failed, 2 if the command line was wrong.`,
+		Version:                    version(),
 		SilenceErrors:              true,
 		SilenceUsage:               true,
 		SuggestionsMinimumDistance: 2, // cobra's default
 		Args:                       noSuchCommand,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if showVersion {
-				return printVersion()
-			}
-			return cmd.Help()
-		},
+		RunE:                       func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.PersistentFlags().StringVar(&configPath, "config", "", "read `FILE`, not "+config.Path+" (which need not exist)")
-	root.Flags().BoolVar(&showVersion, "version", false, "print the version")
 	root.AddCommand(
 		loginHelp(),
 		newAdd(&configPath, trusted), newRemove(&configPath, trusted),

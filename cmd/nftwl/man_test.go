@@ -71,7 +71,7 @@ Show what a command does; after
 .BR login ,
 it is an argument of the command that is executed.
 .TP
-.B \-\-version
+.BR \-v ,\~ \-\-version
 Print the version.
 .SH COMMANDS
 @commands@
@@ -80,6 +80,24 @@ Prints the script that has a shell complete commands, flags, ports, and the
 addresses that are on the lists now.
 .B nftwl completion bash \-\-help
 tells where to put it.
+.SH NOTES
+No login renews trust on ports that are not configured.
+It ends, as bans there do, with the same
+.BR \-\-port .
+.PP
+With
+.I ipv6_prefix: 64
+every IPv6 address stands for its whole /64, in bans too.
+An IPv6 element that the rules take for a network is listed as one.
+An address is banned if its /64 is;
+.B unban
+of the address leaves that ban alone, and prints the command that ends it.
+.PP
+.B restore
+has
+.BR nft (8)
+itself read what is no snapshot, in a network namespace of its own, which only
+root can make.
 .SH EXIT STATUS
 @exit@
 .PP

@@ -19,9 +19,9 @@ func newRemove(configPath *string, l list) *cobra.Command {
 		Use:   "remove ADDRESS…",
 		Short: "End the trust of addresses",
 		Long: `Ends the trust of addresses: removes them from the trusted sets, on every
-configured port or on those of --port. Unknown addresses are reported but are
-not an error. Open connections stay open, and the next login trusts the address
-again: 'nftwl_trust=no' in the user database prevents that.` + addressesHelp,
+configured port or on those of --port. Unknown addresses are reported, but are
+no error. Open connections stay open, and the next login trusts the address
+again, unless the user database has nftwl_trust=no.` + addressesHelp,
 		Example: `  nftwl remove 192.0.2.7
   nftwl remove --port 143 192.0.2.7 2001:db8::7`,
 	}
@@ -37,16 +37,12 @@ again: 'nftwl_trust=no' in the user database prevents that.` + addressesHelp,
 	if l == banned {
 		cmd.Use, cmd.Short = "unban ADDRESS…", "End the ban of addresses"
 		cmd.Long = `Ends the ban of addresses: removes them from the banned sets, on every
-configured port or on those of --port. Unknown addresses are reported but are
-not an error. If the whole /64 of an IPv6 address is banned, that ban stays, and
-the command that ends it is printed.
-
-It also removes the addresses, and the /64 of IPv6 addresses, from what the
-limit of the shipped rules bans: on every port, or on those of --port.
+configured port or on those of --port, and from what the limit of the shipped
+rules bans. Unknown addresses are reported, but are no error.
 
 --comment removes only bans with that comment, so that one tool's unban leaves
-another's ban alone. Bans on ports that are not configured, such as those of
-fail2ban's jails, end with --port, or with 'fail2ban-client unban'.` + addressesHelp
+another's ban alone. fail2ban's bans on ports that are not configured end with
+--port, or with 'fail2ban-client unban'.` + addressesHelp
 		cmd.Example = `  nftwl unban 198.51.100.66
   nftwl unban --comment postfix-sasl 198.51.100.66`
 	}

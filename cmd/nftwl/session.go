@@ -214,7 +214,7 @@ An ADDRESS is IPv4 or IPv6, or a network that 'nftwl list' shows. "-" reads
 addresses from standard input, one a line; empty lines and lines that begin with
 # are skipped.
 
-Exit status: 0 if all went well, 1 if something failed (the other addresses are
-done all the same), 2 if the command line was wrong.`
+Exit status: 0, or 1 if an address failed (the others are done all the same), 2
+if the command line was wrong.`
 
 const portHelp = "only these `PORTS`, such as 465,587"

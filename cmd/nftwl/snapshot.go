@@ -23,11 +23,10 @@ func newSave(configPath *string) *cobra.Command {
 is standard output. FILE is replaced as a whole or not at all, and the previous
 one is kept as FILE.old. 'nft -f' can load it, too.
 
-If the ruleset was flushed and loaded anew since FILE was saved, save restores
-FILE first, so that nothing is lost. If that fails, FILE is left as it is.
+If the ruleset was loaded anew since FILE was saved, save restores FILE first,
+so that nothing is lost.
 
-Exit status: 0, or 1 if a set cannot be read or FILE cannot be written; the
-existing file is kept.`,
+Exit status: 0, or 1 if something failed; FILE is then left as it is.`,
 		Example: "  nftwl save\n  nftwl save /root/sets.nft",
 		RunE: withSession(configPath, func(s *session, args []string) error {
 			path := s.Snapshot
@@ -76,10 +75,9 @@ func newRestore(configPath *string) *cobra.Command {
 		Use:   "restore [FILE…]",
 		Short: "Merge saved sets into the kernel",
 		Long: `Merges files into the kernel: all of them, or none if one has an error. A file
-is a snapshot, or what 'nft list set' or 'nft list ruleset' printed; nft itself
-reads the latter, in a network namespace of its own, which only root can make.
-Of a file, restore takes the four sets alone. It creates a table or set that is
-missing as the file defines it, and never shortens what the kernel holds.
+is a snapshot, or what 'nft list set' or 'nft list ruleset' printed, of which
+restore takes the four sets alone. It creates a table or set that is missing as
+the file defines it, and never shortens what the kernel holds.
 
 Without FILE it restores the snapshot file of the configuration, and does
 nothing if that does not exist yet. "-" is standard input.

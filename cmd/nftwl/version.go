@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"runtime"
 	"runtime/debug"
@@ -13,21 +14,20 @@ func newVersion() *cobra.Command {
 		Use:   "version",
 		Short: "Print the version",
 		Long:  "Prints the version or the commit that nftwl was built from, and Go's version.",
-		RunE:  func(*cobra.Command, []string) error { return printVersion() },
+		RunE: func(*cobra.Command, []string) error {
+			_, err := fmt.Println("nftwl", version())
+			return failed(err)
+		},
 	}
 }
 
 // release is the version that contrib/packaging/build.sh sets; empty without it.
 var release string
 
-func printVersion() error {
-	version := "(devel)"
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
-		version = info.Main.Version // a tag, or the commit
+func version() string {
+	built := "(devel)"
+	if info, ok := debug.ReadBuildInfo(); ok {
+		built = cmp.Or(info.Main.Version, built) // a tag, or the commit
 	}
-	if release != "" {
-		version = release
-	}
-	_, err := fmt.Println("nftwl", version, runtime.Version())
-	return failed(err)
+	return cmp.Or(release, built) + " " + runtime.Version()
 }
