@@ -108,6 +108,11 @@ func TestFiles(t *testing.T) {
 		if !strings.Contains(string(text), "# nftwl.yaml: ") {
 			t.Errorf("%s does not say which keys belong to it", file)
 		}
+		for line := range strings.Lines(string(text)) {
+			if strings.HasPrefix(line, "\tset ") && strings.Count(string(text), line) > 1 {
+				t.Errorf("%s defines it twice: %s", file, line)
+			}
+		}
 		if file != "nftwl.nft" && file != "standalone.nft" && !strings.Contains(string(top), `include "nftwl/`+file+`"`) {
 			t.Errorf("nftwl.nft does not include %s", file)
 		}
