@@ -170,13 +170,13 @@ func timeLeft(elems []nftset.Element) string {
 		shortest, longest = min(shortest, left), max(longest, left)
 	}
 	if longest-shortest < time.Second {
-		return life(shortest)
+		return inWords(shortest)
 	}
-	return life(shortest) + " to " + life(longest)
+	return inWords(shortest) + " to " + inWords(longest)
 }
 
-// life is the time left in words, no more exact than useful.
-func life(d time.Duration) string {
+// inWords is a time left, no more exact than useful.
+func inWords(d time.Duration) string {
 	switch {
 	case d == math.MaxInt64:
 		return "permanent"

@@ -18,9 +18,11 @@ type Settings struct {
 	Sections []*Settings
 }
 
-// MailServices are the services that ask a post-login service after a login, by
-// the names that the setting "protocols" has for them.
-var MailServices = []struct{ Protocol, Service string }{
+// A MailService asks a post-login service after a login.
+type MailService struct{ Protocol, Service string } // Protocol as the setting "protocols" has it
+
+// MailServices are all of them.
+var MailServices = []MailService{
 	{"imap", "imap"}, {"pop3", "pop3"}, {"submission", "submission"}, {"sieve", "managesieve"},
 }
 
@@ -52,20 +54,13 @@ func Parse(text string) *Settings {
 	return open[0]
 }
 
-// unquote undoes str_escape() of Dovecot's src/lib/strescape.c, which doveconf
-// applies to a value that has spaces at an end or a # in it.
+// unquote reads a value that has spaces at an end or a # in it, which doveconf
+// puts in quotes (str_escape() of Dovecot's src/lib/strescape.c).
 func unquote(s string) string {
-	if len(s) < 2 || s[0] != '"' || s[len(s)-1] != '"' {
-		return s
+	if text, err := strconv.Unquote(s); err == nil && s[0] == '"' {
+		return text
 	}
-	var b strings.Builder
-	for s = s[1 : len(s)-1]; s != ""; s = s[1:] {
-		if s[0] == '\\' && len(s) > 1 {
-			s = s[1:]
-		}
-		b.WriteByte(s[0])
-	}
-	return b.String()
+	return s
 }
 
 // Section returns one by its name; one that is not there is empty.

@@ -30,7 +30,7 @@ func Dovecot(o *Options) (*Plan, error) {
 		p.Next = append(p.Next, "# Delete "+line+": Dovecot reads it later, and it overrides the drop-in.")
 		p.Undo = append(p.Undo, "# Put back what you deleted: "+line+".")
 	}
-	p.needRoots(o.Executable, o.move())
+	p.needRoots(o.Executable)
 	p.Next = append(p.Next,
 		"doveconf -n >/dev/null && doveadm reload",
 		"# Log in once with a mail client. Its address is then in the list:",
@@ -49,9 +49,10 @@ func Overriding(main, dropIn string) (read bool, lines []string) {
 	for _, line := range all {
 		read = read || line.File == dropIn
 		words := strings.Fields(line.Text)
-		if read && line.File != dropIn && len(words) > 2 && words[0] == "executable" && slices.ContainsFunc(doveconf.MailServices, func(m struct{ Protocol, Service string }) bool {
+		sets := len(words) > 2 && words[0] == "executable" && slices.ContainsFunc(doveconf.MailServices, func(m doveconf.MailService) bool {
 			return m.Service == filepath.Base(words[2])
-		}) {
+		})
+		if sets && read && line.File != dropIn {
 			lines = append(lines, fmt.Sprintf("%q from %s, line %d", line.Text, line.File, line.Number))
 		}
 	}

@@ -20,7 +20,7 @@ func Fail2ban(o *Options) (*Plan, error) {
 	names, _ := fs.Glob(contrib.Files, "fail2ban/*/*") // the pattern is right
 	p := new(Plan)
 	p.needDir(Fail2banDir, "fail2ban")
-	p.needRoots(o.Executable, o.move())
+	p.needRoots(o.Executable)
 	for _, name := range names {
 		p.add(filepath.Join(Fail2banDir, strings.TrimPrefix(name, "fail2ban/")), o.read(name))
 	}

@@ -109,11 +109,6 @@ func (o *Options) shell(program string) string {
 // configPath is the file of the configuration.
 func (o *Options) configPath() string { return cmp.Or(o.ConfigPath, config.Path) }
 
-// move is the remedy for a program that is where it was built.
-func (o *Options) move() string {
-	return "install -m 755 " + o.Executable + " " + Program + ", and run " + Program + " setup"
-}
-
 // checkPaths refuses characters that Dovecot, systemd or fail2ban would split at,
 // expand or take for a comment.
 func (o *Options) checkPaths(more ...string) error {

@@ -84,10 +84,11 @@ func (p *Plan) needDir(dir, program string) {
 	}
 }
 
-// needRoots reports a program that others than root could replace.
-func (p *Plan) needRoots(program, remedy string) {
+// needRoots reports a program that others than root could replace, as they can
+// where it was built.
+func (p *Plan) needRoots(program string) {
 	if err := OnlyRoots(program); err != nil {
-		p.problem(remedy, "%s would run as root or with CAP_NET_ADMIN, and others than root can change it: %v", program, err)
+		p.problem("install -m 755 "+program+" "+filepath.Dir(Program)+", and run "+Program+" setup", "%s would run as root or with CAP_NET_ADMIN, and others than root can change it: %v", program, err)
 	}
 }
 

@@ -99,7 +99,7 @@ func (p *Plan) addKey(path string, settings []byte) string {
 // addDaemon adds nftwld's units, where systemd runs.
 func (p *Plan) addDaemon(o *Options, policy *config.Policy) (systemd bool) {
 	if exists(o.daemon()) {
-		p.needRoots(o.daemon(), "install -m 755 "+o.daemon()+" "+filepath.Dir(Program)+", beside nftwl")
+		p.needRoots(o.daemon())
 	} else {
 		p.problem("install nftwld beside nftwl", "%s does not exist", o.daemon())
 	}

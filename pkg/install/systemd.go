@@ -29,7 +29,7 @@ func Systemd(o *Options) (*Plan, error) {
 		p.problem("for OpenRC, use openrc/nftwl.conf of "+shareDir+" or of contrib; elsewhere, run 'nftwl save' and 'nftwl restore' yourself",
 			"systemd does not run here")
 	}
-	p.needRoots(o.Executable, o.move())
+	p.needRoots(o.Executable)
 	p.checkSandbox(o, o.Executable)
 	if snapshot := filepath.Clean(o.Config.Snapshot); !strings.HasPrefix(snapshot, stateDir) {
 		p.problem("set snapshot to a file in that directory, in "+o.configPath()+", or write the units by hand, with another StateDirectory= in sandbox.conf",
