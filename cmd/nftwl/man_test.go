@@ -98,6 +98,14 @@ has
 .BR nft (8)
 itself read what is no snapshot, in a network namespace of its own, which only
 root can make.
+.PP
+What
+.B setup
+prints names
+.I /usr/bin/nftwl
+and means
+.IR /etc/nftwl.yaml ;
+for others, edit it.
 .SH EXIT STATUS
 @exit@
 .PP

@@ -5,7 +5,6 @@ import (
 	"cmp"
 	"fmt"
 	"os"
-	"path/filepath"
 
 	"github.com/spf13/cobra"
 
@@ -15,7 +14,7 @@ import (
 
 func newSetup(configPath *string) *cobra.Command {
 	var write bool
-	parts := map[string]func(*install.Options) (*install.Plan, error){
+	parts := map[string]func(*install.Options) *install.Plan{
 		"dovecot":  install.Dovecot,
 		"nftables": install.Nftables,
 		"systemd":  install.Systemd,
@@ -25,8 +24,8 @@ func newSetup(configPath *string) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "setup dovecot|policy|nftables|systemd|fail2ban",
 		Short: "Print or write the files that a part of the installation needs",
-		Long: `Prints the files for this machine and its configuration, each below the path
-where it belongs, then what to do next, and how to undo it.
+		Long: `Prints the files for this machine, each below the path where it belongs, then
+what to do next, and how to undo it.
 
   dovecot    the drop-in that has Dovecot run 'nftwl login' after each login
   policy     nftwld's key and units, and the drop-in that has Dovecot report
@@ -41,14 +40,15 @@ if one differs, it writes nothing. It enables and reloads nothing.
 
 Exit status: 0, or 1 if something failed, 2 if the command line was wrong.`,
 		RunE: func(_ *cobra.Command, args []string) error {
-			o, err := setupOptions(*configPath)
+			c, err := config.Load(*configPath)
 			if err != nil {
 				return failed(err)
 			}
-			p, err := parts[args[0]](o)
+			executable, err := os.Executable()
 			if err != nil {
-				return failed(fmt.Errorf("setup: %w", err))
+				return failed(err)
 			}
+			p := parts[args[0]](&install.Options{Executable: executable, ConfigPath: *configPath, Config: c})
 			if write {
 				return writePlan(p)
 			}
@@ -57,36 +57,6 @@ Exit status: 0, or 1 if something failed, 2 if the command line was wrong.`,
 	}
 	cmd.Flags().BoolVar(&write, "write", false, "put the files in their places")
 	return cmd
-}
-
-// setupOptions are those of this machine.
-func setupOptions(configPath string) (*install.Options, error) {
-	c, err := config.Load(configPath)
-	if err != nil {
-		return nil, err
-	}
-	o := &install.Options{Config: c}
-	if o.Executable, err = os.Executable(); err != nil {
-		return nil, err
-	}
-	here, err := os.Stat(o.Executable)
-	if err != nil {
-		return nil, err
-	}
-	// If the usual path is a link to this program, it is the link that stays over
-	// an upgrade.
-	if there, err := os.Stat(install.Program); err == nil && os.SameFile(here, there) {
-		o.Executable = install.Program
-	}
-	if configPath != "" {
-		if configPath, err = filepath.Abs(configPath); err != nil {
-			return nil, err
-		}
-	}
-	if configPath != config.Path {
-		o.ConfigPath = configPath
-	}
-	return o, nil
 }
 
 // printPlan prints the files, and what to know and to do about them.

@@ -359,7 +359,7 @@ func TestSetupUsage(t *testing.T) {
 	h.write("/etc/nftwl.yaml", "tabel: x\n")
 	h.refuses(1, []string{`nftwl: error: config: /etc/nftwl.yaml:1: unknown key "tabel"`}, "dovecot", "--write")
 	h.write("/etc/nftwl.yaml", "table: ip6 filter\n")
-	h.refuses(1, []string{"nftwl: error: setup: the rules are for IPv4 and IPv6, and table ip6 filter is not", "nftwl: hint: table: "}, "nftables")
+	h.refuses(1, []string{"nftwl: error: setup: the rules are for IPv4 and IPv6, and table ip6 filter is not", "nftwl: hint: table: "}, "nftables", "--write")
 }
 
 // Units that a package has installed need not be written.
@@ -452,67 +452,30 @@ func TestSetupStandaloneUnit(t *testing.T) {
 	})
 }
 
-// Elsewhere installs the program and a configuration where the files of contrib
-// do not have them.
-func (h *host) elsewhere(config string) (program string, args []string) {
-	h.Helper()
-	h.write("/opt/nftwl-1.0/nftwl", h.read("/usr/bin/nftwl"))
-	h.must(os.Chmod("/opt/nftwl-1.0/nftwl", 0o755))
-	h.must(unix.Unmount("/usr/bin", 0)) // now there is no other
-	h.write("/etc/mail/nftwl.yaml", config)
-	return "/opt/nftwl-1.0/nftwl", []string{"--config", "/etc/mail/nftwl.yaml"}
-}
-
-// Dovecot, systemd and fail2ban take another path and a configuration for what
-// they are.
-func TestSetupElsewhere(t *testing.T) {
-	const config = "table: inet mail\n"
-	const command = "/opt/nftwl-1.0/nftwl --config /etc/mail/nftwl.yaml"
-	start := func(t *testing.T) (*host, func(args ...string) string) {
-		h := newHost(t)
-		program, flags := h.elsewhere(config)
-		return h, func(args ...string) string {
-			out := h.run(program, append(append(flags, "setup"), args...)...)
-			for path, text := range parsePlan(h.run(program, append(append(flags, "setup"), slices.DeleteFunc(args, func(s string) bool { return s == "--write" })...)...)) {
-				if strings.Contains(text, "/usr/bin/nftwl") {
-					t.Errorf("%s has /usr/bin/nftwl", path)
-				}
-			}
-			return out
-		}
+// A post-login script that is there goes on, or setup refuses.
+func TestSetupPostLogin(t *testing.T) {
+	doveconf := nstest.Need(t, "doveconf", "dovecot-imapd")
+	h := newHost(t)
+	conf := "protocols = imap\nssl = no\n!include conf.d/*.conf\n"
+	if strings.HasPrefix(h.run("dovecot", "--version"), "2.4") {
+		conf = "dovecot_config_version = 2.4.0\ndovecot_storage_version = 2.4.0\n" + conf
 	}
-	t.Run("dovecot", func(t *testing.T) {
-		doveconf := nstest.Need(t, "doveconf", "dovecot-imapd")
-		h, setup := start(t)
-		conf := "protocols = imap\nssl = no\n!include conf.d/*.conf\n"
-		if strings.HasPrefix(h.run("dovecot", "--version"), "2.4") {
-			conf = "dovecot_config_version = 2.4.0\ndovecot_storage_version = 2.4.0\n" + conf
-		}
-		h.write("/etc/dovecot/dovecot.conf", conf)
-		h.write("/etc/dovecot/conf.d/10-mail.conf", "") // an include of nothing is an error
-		const dropIn = "/etc/dovecot/conf.d/90-nftwl.conf"
-		out := setup("dovecot", "--write")
-		if strings.Contains(out, "does not include") || strings.Contains(out, "post-login") {
-			t.Errorf("a false alarm:\n%s", out)
-		}
-		parsed := h.run(doveconf, "-n")
-		if !strings.Contains(parsed, "\n  executable = script-login "+command+" login\n") {
-			t.Errorf("doveconf:\n%s", parsed)
-		}
-		// And that is how a login is trusted.
-		nstest.Nft(t, strings.ReplaceAll(sets, "inet filter", "inet mail"))
-		words := append(strings.Fields(command+" login"), "/bin/true")
-		if _, stderr, code := h.try([]string{"IP=192.0.2.7"}, words[0], words[1:]...); code != 0 || stderr != "" {
-			t.Errorf("login: exit %d: %s", code, stderr)
-		}
-		words = append(strings.Fields(command), "check", "192.0.2.7")
-		h.run(words[0], words[1:]...)
-
-		// A script that is there goes on.
-		h.must(os.Remove(dropIn))
-		hello := func(settings string) {
-			h.Helper()
-			h.write("/etc/dovecot/dovecot.conf", conf+`
+	h.write("/etc/dovecot/dovecot.conf", conf)
+	h.write("/etc/dovecot/conf.d/10-mail.conf", "") // an include of nothing is an error
+	const dropIn = "/etc/dovecot/conf.d/90-nftwl.conf"
+	out := h.setup("dovecot", "--write")
+	if strings.Contains(out, "does not include") || strings.Contains(out, "post-login") {
+		t.Errorf("a false alarm:\n%s", out)
+	}
+	parsed := h.run(doveconf, "-n")
+	if !strings.Contains(parsed, "\n  executable = script-login /usr/bin/nftwl login\n") {
+		t.Errorf("doveconf:\n%s", parsed)
+	}
+	// A script that is there goes on.
+	h.must(os.Remove(dropIn))
+	hello := func(settings string) {
+		h.Helper()
+		h.write("/etc/dovecot/dovecot.conf", conf+`
 service imap {
   executable = imap -t 30 hello
 }
@@ -524,157 +487,95 @@ service hello {
   }
 }
 `)
+	}
+	const chained = "\nservice nftwl-imap {\n  executable = script-login /usr/bin/nftwl login /usr/local/bin/hello.sh\n  user = root\n  vsz_limit = 1G\n"
+	hello("")
+	out = h.setup("dovecot", "--write")
+	text := h.read(dropIn)
+	for _, words := range []string{chained, "\n  executable = imap -t 30 nftwl-imap\n", "\n  executable = pop3 nftwl\n", "    mode = 0666\n"} {
+		if !strings.Contains(text, words) {
+			t.Errorf("%q is not in\n%s", words, text)
 		}
-		const chained = "\nservice nftwl-imap {\n  executable = script-login " + command + " login /usr/local/bin/hello.sh\n  user = root\n  vsz_limit = 1G\n"
-		hello("")
-		out = setup("dovecot", "--write")
-		text := h.read(dropIn)
-		for _, words := range []string{chained, "\n  executable = imap -t 30 nftwl-imap\n", "\n  executable = pop3 nftwl\n", "    mode = 0666\n"} {
-			if !strings.Contains(text, words) {
-				t.Errorf("%q is not in\n%s", words, text)
-			}
+	}
+	if words := `Delete "executable = imap -t 30 hello" from /etc/dovecot/dovecot.conf, line `; !strings.Contains(out, words) {
+		t.Errorf("%q is not in\n%s", words, out)
+	}
+	h.must(os.Remove(dropIn))
+	// A script with a larger limit keeps it.
+	hello("vsz_limit = 3G")
+	if out := h.setup("dovecot"); !strings.Contains(out, strings.Replace(chained, "1G", "3 G", 1)) {
+		t.Errorf("the limit is not kept:\n%s", out)
+	}
+	// What it cannot keep, it does not replace.
+	for _, c := range []struct{ settings, says string }{
+		{"chroot = /srv", "chroot = /srv"},
+		{"privileged_group = mail", "privileged_group = mail"},
+		{"group = mail", "group = mail"},
+		{"extra_groups = mail", "extra_groups = mail"},
+		{"executable = script-login -d /x.sh", "script-login -d runs it as the mail user"},
+		{"executable = script-login rawlog", "rawlog is not an absolute path"},
+		{"executable = /usr/local/bin/hello", "script-login does not run it"},
+		{`executable = "script-login /x#.sh"`, "its executable has a character "},
+		{"user = nobody-here", "user = nobody-here"},
+	} {
+		hello(c.settings)
+		_, stderr, code := h.try(nil, "/usr/bin/nftwl", "setup", "dovecot", "--write")
+		if code != 1 || !strings.Contains(stderr, c.says) {
+			t.Errorf("%s: exit %d: %s", c.settings, code, stderr)
 		}
-		if words := `Delete "executable = imap -t 30 hello" from /etc/dovecot/dovecot.conf, line `; !strings.Contains(out, words) {
-			t.Errorf("%q is not in\n%s", words, out)
+		if _, err := os.Lstat(dropIn); err == nil {
+			t.Errorf("%s: it is written", c.settings)
 		}
-		h.must(os.Remove(dropIn))
-		// A script with a larger limit keeps it.
-		hello("vsz_limit = 3G")
-		if out := setup("dovecot"); !strings.Contains(out, strings.Replace(chained, "1G", "3 G", 1)) {
-			t.Errorf("the limit is not kept:\n%s", out)
-		}
-		// What it cannot keep, it does not replace.
-		for _, c := range []struct{ settings, says string }{
-			{"chroot = /srv", "chroot = /srv"},
-			{"privileged_group = mail", "privileged_group = mail"},
-			{"group = mail", "group = mail"},
-			{"extra_groups = mail", "extra_groups = mail"},
-			{"executable = script-login -d /x.sh", "script-login -d runs it as the mail user"},
-			{"executable = script-login rawlog", "rawlog is not an absolute path"},
-			{"executable = /usr/local/bin/hello", "script-login does not run it"},
-			{`executable = "script-login /x#.sh"`, "its executable has a character "},
-			{"user = nobody-here", "user = nobody-here"},
-		} {
-			hello(c.settings)
-			_, stderr, code := h.try(nil, "/opt/nftwl-1.0/nftwl", "setup", "dovecot", "--write")
-			if code != 1 || !strings.Contains(stderr, c.says) {
-				t.Errorf("%s: exit %d: %s", c.settings, code, stderr)
-			}
-			if _, err := os.Lstat(dropIn); err == nil {
-				t.Errorf("%s: it is written", c.settings)
-			}
-		}
-		h.write("/etc/dovecot/dovecot.conf", "no such = setting\n"+conf)
-		if out := setup("dovecot"); !strings.Contains(out, "\ndoveconf fails") {
-			t.Errorf("that doveconf fails is not said:\n%s", out)
-		}
-		h.write("/etc/dovecot/dovecot.conf", strings.ReplaceAll(conf, "!include", "#!include"))
-		if out := setup("dovecot"); !strings.Contains(out, "does not include conf.d/*.conf") {
-			t.Errorf("the include is not missed:\n%s", out)
-		}
-	})
-	t.Run("systemd", func(t *testing.T) {
-		analyze := nstest.Need(t, "systemd-analyze", "systemd")
-		for table, commands := range map[string]int{config: 4, "table: inet nftwl\n": 3} {
-			h, setup := start(t)
-			h.write("/etc/mail/nftwl.yaml", table)
-			setup("systemd", "--write")
-			units, err := filepath.Glob("/etc/systemd/system/nftwl*.*")
-			h.must(err)
-			n := 0
-			for _, unit := range units {
-				if strings.HasSuffix(unit, ".d") {
-					continue
-				}
-				if _, stderr, code := h.try(nil, analyze, "verify", "--man=no", unit); code != 0 || stderr != "" {
-					t.Errorf("%s: exit %d: %s", unit, code, stderr)
-				}
-				for line := range strings.Lines(h.read(unit)) {
-					if _, run, ok := strings.Cut(strings.Replace(line, "=-", "=", 1), "=/opt/"); ok && strings.HasPrefix(line, "Exec") {
-						n++
-						if !strings.HasPrefix("/opt/"+run, command+" ") {
-							t.Errorf("%s: %s", unit, line)
-						}
-					}
-				}
-			}
-			if n != commands {
-				t.Errorf("%d commands in %q", n, units)
-			}
-		}
-	})
-	t.Run("fail2ban", func(t *testing.T) {
-		client := nstest.Need(t, "fail2ban-client", "fail2ban")
-		saved := t.TempDir()
-		if err := os.CopyFS(saved, os.DirFS("/etc/fail2ban")); err != nil {
-			t.Fatal(err)
-		}
-		h, setup := start(t)
-		h.must(os.RemoveAll("/etc/fail2ban"))
-		h.must(os.CopyFS("/etc/fail2ban", os.DirFS(saved)))
-		setup("fail2ban", "--write")
-		h.write("/etc/mail.log", "")
-		h.write("/etc/fail2ban/jail.local", "[sshd]\nenabled = false\n[postfix-lost]\nenabled = true\nbackend = auto\nlogpath = /etc/mail.log\n")
-		out := h.run(client, "-d")
-		for _, words := range []string{
-			"'ignorecommand', '" + command + " check -q -- <ip>'",
-			`\n` + command + " ban --timeout ",
-			`\n` + command + " unban ",
-		} {
-			if !strings.Contains(out, words) {
-				t.Errorf("%q is not in\n%s", words, out)
-			}
-		}
-	})
+	}
+	h.write("/etc/dovecot/dovecot.conf", "no such = setting\n"+conf)
+	if out := h.setup("dovecot"); !strings.Contains(out, "\ndoveconf fails") {
+		t.Errorf("that doveconf fails is not said:\n%s", out)
+	}
+	h.write("/etc/dovecot/dovecot.conf", strings.ReplaceAll(conf, "!include", "#!include"))
+	if out := h.setup("dovecot"); !strings.Contains(out, "does not include conf.d/*.conf") {
+		t.Errorf("the include is not missed:\n%s", out)
+	}
 }
 
-// A path that is a link is the one that stays.
+// The files name /usr/bin/nftwl, which may be a link, and /etc/nftwl.yaml.
 func TestSetupPaths(t *testing.T) {
 	h := newHost(t)
-	program, _ := h.elsewhere("# all defaults\n")
-	const spaced = "/opt/my nftwl"
-	h.must(os.Link(program, spaced))
-	_, stderr, code := h.try(nil, spaced, "setup", "dovecot")
-	if code != 1 || !strings.Contains(stderr, `nftwl: error: setup: "/opt/my nftwl" `) || !strings.Contains(stderr, "nftwl: hint: ") {
-		t.Errorf("exit %d: %s", code, stderr)
+	const program, other = "/opt/nftwl-1.0/nftwl", "/etc/mail/nftwl.yaml"
+	h.write(program, h.read("/usr/bin/nftwl"))
+	h.must(os.Chmod(program, 0o755))
+	h.write(other, "# all defaults\n")
+	refuses := func(program, says string, args ...string) {
+		h.Helper()
+		for _, part := range []string{"dovecot", "systemd", "fail2ban"} {
+			stdout, stderr, code := h.try(nil, program, append(args, "setup", part, "--write")...)
+			if code != 1 || stdout != "" || !strings.Contains(stderr, says) || !strings.Contains(stderr, "nftwl: hint: ") {
+				t.Errorf("%s: exit %d: %s%s", part, code, stdout, stderr)
+			}
+			if out := h.run(program, append(args, "setup", part)...); !strings.Contains(out, problems) {
+				t.Errorf("without --write:\n%s", out)
+			}
+		}
 	}
-	h.write("/etc/a%i.yaml", "# all defaults\n")
-	_, stderr, code = h.try(nil, program, "--config", "/etc/a%i.yaml", "setup", "systemd")
-	if code != 1 || !strings.Contains(stderr, `"/etc/a%i.yaml" `) {
-		t.Errorf("exit %d: %s", code, stderr)
-	}
-	// A path from where one is becomes one from the root.
-	if out := h.run(program, "--config", "etc/mail/nftwl.yaml", "setup", "dovecot"); !strings.Contains(out, program+" --config /etc/mail/nftwl.yaml login\n") {
+	refuses(program, "the files name /usr/bin/nftwl, and this is "+program)
+	refuses("/usr/bin/nftwl", "the files have nftwl read /etc/nftwl.yaml, and not "+other, "--config", other)
+	h.run("/usr/bin/nftwl", "--config", "/etc/mail/../mail/nftwl.yaml", "setup", "nftables", "--write")
+
+	h.must(unix.Unmount("/usr/bin", 0))
+	h.must(unix.Mount("none", "/usr/bin", "tmpfs", 0, "mode=755"))
+	h.must(os.Symlink(program, "/usr/bin/nftwl"))
+	if out := h.run(program, "setup", "dovecot"); strings.Contains(out, problems) || !strings.Contains(out, "script-login /usr/bin/nftwl login\n") {
 		t.Error(out)
 	}
-
 	// Others must not get to write what root runs.
 	for _, path := range []string{program, filepath.Dir(program)} {
 		h.must(os.Chmod(path, 0o775))
-		_, stderr, code = h.try(nil, program, "setup", "dovecot", "--write")
-		if code != 1 || !strings.Contains(stderr, "others than root can change it: "+path+" has mode 0775\n") {
-			t.Errorf("exit %d: %s", code, stderr)
-		}
+		refuses(program, "others than root can change it: "+path+" has mode 0775\n")
 		h.must(os.Chmod(path, 0o755))
 	}
-	h.must(os.Chmod("/etc/mail/nftwl.yaml", 0o640))
-	if out := h.run(program, "--config", "/etc/mail/nftwl.yaml", "setup", "systemd"); !strings.Contains(out, ": chmod a+r /etc/mail/nftwl.yaml\n") {
-		t.Errorf("that the units cannot read the configuration is not said:\n%s", out)
-	}
-	// The units have no /tmp.
-	const hidden = "/tmp/nftwl-setup-test/nftwl"
-	h.must(unix.Mount("none", "/tmp", "tmpfs", 0, "mode=755"))
-	h.write(hidden, h.read(program))
-	h.must(os.Chmod(hidden, 0o755))
-	_, stderr, code = h.try(nil, hidden, "setup", "systemd", "--write")
-	if code != 1 || !strings.Contains(stderr, "no access to /tmp/") || !strings.Contains(stderr, "nftwl: hint: ") {
-		t.Errorf("exit %d: %s", code, stderr)
-	}
-
-	h.must(unix.Mount("none", "/usr/bin", "tmpfs", 0, "mode=755"))
-	h.must(os.Symlink(program, "/usr/bin/nftwl"))
-	if out := h.run("/usr/bin/nftwl", "setup", "dovecot"); !strings.Contains(out, "script-login /usr/bin/nftwl login\n") || strings.Contains(out, "/opt") {
-		t.Error(out)
+	h.write("/etc/nftwl.yaml", "# all defaults\n")
+	h.must(os.Chmod("/etc/nftwl.yaml", 0o640))
+	if out := h.run(program, "setup", "systemd"); !strings.Contains(out, ": chmod a+r /etc/nftwl.yaml\n") {
+		t.Errorf("that the units cannot read the configuration is not reported:\n%s", out)
 	}
 }
 

@@ -15,13 +15,10 @@ import (
 const setpriv = "/usr/bin/setpriv"
 
 // Dovecot plans the drop-in, which is the same for 2.3 and 2.4.
-func Dovecot(o *Options) (*Plan, error) {
-	if err := o.checkPaths(); err != nil {
-		return nil, err
-	}
-	p := new(Plan)
+func Dovecot(o *Options) *Plan {
+	p := newPlan(o)
 	p.needDir(DovecotDir, "Dovecot")
-	p.add(DropIn, p.keepPostLogin(o, o.read("dovecot/"+filepath.Base(DropIn))))
+	p.add(DropIn, p.keepPostLogin(shipped("dovecot/"+filepath.Base(DropIn))))
 	read, after := Overriding(DovecotConf, DropIn)
 	if !read {
 		p.note("%s does not include conf.d/*.conf: without that Dovecot does not read the drop-in.", DovecotConf)
@@ -30,15 +27,14 @@ func Dovecot(o *Options) (*Plan, error) {
 		p.Next = append(p.Next, "# Delete "+line+": Dovecot reads it later, and it overrides the drop-in.")
 		p.Undo = append(p.Undo, "# Put back what you deleted: "+line+".")
 	}
-	p.needRoots(o.Executable)
 	p.Next = append(p.Next,
 		"doveconf -n >/dev/null && doveadm reload",
 		"# Log in once with a mail client. Its address is then in the list:",
-		o.shell("nftwl")+" list",
-		o.shell("nftwl")+" doctor",
+		"nftwl list",
+		"nftwl doctor",
 	)
 	p.Undo = append(p.Undo, remove(p.Files), "doveadm reload")
-	return p, nil
+	return p
 }
 
 // Overriding reports whether Dovecot reads the drop-in, as far as is known, and
@@ -61,7 +57,7 @@ func Overriding(main, dropIn string) (read bool, lines []string) {
 
 // keepPostLogin edits the drop-in so that what Dovecot runs after a login today
 // runs after nftwl, as the same user.
-func (p *Plan) keepPostLogin(o *Options, dropIn string) string {
+func (p *Plan) keepPostLogin(dropIn string) string {
 	out, err := output("doveconf", doveconf.Arguments()...)
 	if errors.Is(err, exec.ErrNotFound) {
 		return dropIn
@@ -91,7 +87,7 @@ func (p *Plan) keepPostLogin(o *Options, dropIn string) string {
 				continue
 			} else if c != nil {
 				name = "nftwl-" + m.Service
-				dropIn += c.service(o, name)
+				dropIn += c.service(name)
 				p.note("After a login, service %s asks %s, which runs %s as %s. With the drop-in, service %s runs it after nftwl, as %[4]s, and nothing asks %[2]s any more.",
 					m.Service, socket, strings.Join(c.command, " "), c.user, name)
 			}
@@ -169,7 +165,7 @@ func findChain(dovecot *doveconf.Settings, socket string) (*chain, error) {
 }
 
 // service is the block that runs the chain after nftwl.
-func (c *chain) service(o *Options, name string) string {
+func (c *chain) service(name string) string {
 	var inner strings.Builder
 	for _, key := range []string{"user", "group", "mode"} {
 		if value := c.listener.Values[key]; value != "" {
@@ -186,7 +182,7 @@ service %s {
   unix_listener %[1]s {
 %[5]s  }
 }
-`, name, o.command(), strings.Join(slices.Concat(c.drop, c.command), " "), c.vsz, &inner)
+`, name, Program, strings.Join(slices.Concat(c.drop, c.command), " "), c.vsz, &inner)
 }
 
 // plain reports whether Dovecot reads a value as it is, without quotes.

@@ -12,17 +12,13 @@ import (
 // the files begin with nftwl, and so does the one in which the administrator
 // enables jails, so that one rm takes all: an enabled jail without its file keeps
 // fail2ban from starting.
-func Fail2ban(o *Options) (*Plan, error) {
+func Fail2ban(o *Options) *Plan {
 	const local = Fail2banDir + "/jail.d/nftwl.local"
-	if err := o.checkPaths(); err != nil {
-		return nil, err
-	}
 	names, _ := fs.Glob(contrib.Files, "fail2ban/*/*") // the pattern is right
-	p := new(Plan)
+	p := newPlan(o)
 	p.needDir(Fail2banDir, "fail2ban")
-	p.needRoots(o.Executable)
 	for _, name := range names {
-		p.add(filepath.Join(Fail2banDir, strings.TrimPrefix(name, "fail2ban/")), o.read(name))
+		p.add(filepath.Join(Fail2banDir, strings.TrimPrefix(name, "fail2ban/")), shipped(name))
 	}
 	const restart = "fail2ban-client -t && systemctl restart fail2ban"
 	p.Next = []string{
@@ -32,7 +28,7 @@ func Fail2ban(o *Options) (*Plan, error) {
 		`# Remove "action" and "port" of these jails from jail.local. Then restart`,
 		"# fail2ban: after a reload it does not ban a banned address anew.",
 		restart,
-		o.shell("nftwl") + " doctor",
+		"nftwl doctor",
 	}
 	p.Undo = []string{
 		"# If another file than " + local + " enables postfix-lost,",
@@ -40,5 +36,5 @@ func Fail2ban(o *Options) (*Plan, error) {
 		"rm " + Fail2banDir + "/*.d/nftwl*",
 		restart,
 	}
-	return p, nil
+	return p
 }

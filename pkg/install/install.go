@@ -6,12 +6,9 @@
 package install
 
 import (
-	"cmp"
 	"context"
-	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"time"
 
@@ -23,7 +20,8 @@ import (
 // Where the parts of the installation belong. The configuration is at
 // config.Path, and the policy server's key at the path that it names.
 const (
-	Program        = "/usr/bin/nftwl" // as contrib's files have it; nftwld is beside it
+	Program        = "/usr/bin/nftwl"
+	Daemon         = "/usr/bin/nftwld"
 	RulesDir       = "/etc/nftwl"
 	Sets           = RulesDir + "/sets.nft"
 	Rules          = RulesDir + "/nftwl.nft"
@@ -54,10 +52,10 @@ func LoadSets(table nftset.Table) string {
 	return "nftwl setup nftables --write"
 }
 
-// Options are what contrib's files depend on.
+// Options are what a plan depends on.
 type Options struct {
 	Executable string         // path of this very program
-	ConfigPath string         // absolute; "" for the default
+	ConfigPath string         // of --config; "" for the default
 	Config     *config.Config // what that file says
 }
 
@@ -68,57 +66,6 @@ func shipped(name string) string {
 		panic(err) // they are embedded
 	}
 	return string(text)
-}
-
-// read returns one of contrib's files, with this program and configuration in it.
-func (o *Options) read(name string) string {
-	command := o.command()
-	// Comments name the program, too, but no configuration.
-	pairs := []string{
-		"nftwl = " + Program, "nftwl = " + command,
-		"ExecStart=" + Program + "d\n", "ExecStart=" + o.withConfig(o.daemon()) + "\n",
-	}
-	for _, verb := range []string{" login", " save", " restore", " check"} {
-		pairs = append(pairs, Program+verb, command+verb)
-	}
-	pairs = append(pairs, Program, o.Executable)
-	return strings.NewReplacer(pairs...).Replace(shipped(name))
-}
-
-// command is this program with its configuration.
-func (o *Options) command() string { return o.withConfig(o.Executable) }
-
-// daemon is nftwld's path: it is beside this program.
-func (o *Options) daemon() string { return filepath.Join(filepath.Dir(o.Executable), "nftwld") }
-
-func (o *Options) withConfig(command string) string {
-	if o.ConfigPath != "" {
-		command += " --config " + o.ConfigPath
-	}
-	return command
-}
-
-// shell is how an administrator runs a program of nftwl's.
-func (o *Options) shell(program string) string {
-	if o.Executable != Program {
-		program = filepath.Join(filepath.Dir(o.Executable), program)
-	}
-	return o.withConfig(program)
-}
-
-// configPath is the file of the configuration.
-func (o *Options) configPath() string { return cmp.Or(o.ConfigPath, config.Path) }
-
-// checkPaths refuses characters that Dovecot, systemd or fail2ban would split at,
-// expand or take for a comment.
-func (o *Options) checkPaths(more ...string) error {
-	for _, path := range append(more, o.Executable, o.ConfigPath) {
-		if strings.Trim(path, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._+-") != "" {
-			return &Problem{fmt.Sprintf("%q has a space or another character that Dovecot, systemd or fail2ban would not read as it is", path),
-				"use a path of letters, digits and / . _ + - alone, such as " + Program + " and " + config.Path}
-		}
-	}
-	return nil
 }
 
 // output returns what a program prints, within ten seconds. If the program is not

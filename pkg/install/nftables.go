@@ -35,12 +35,8 @@ func (o *Options) unitLoads() bool {
 // Nftables plans the sets and rules, which the administrator includes, or in a
 // table of their own. It changes the names of the table and the sets in contrib's
 // files, and nothing else. Next has the edit that ipv6_prefix needs.
-func Nftables(o *Options) (*Plan, error) {
+func Nftables(o *Options) *Plan {
 	c, defaults := o.Config, config.Default()
-	if c.Table.Family != nftset.INet {
-		return nil, &Problem{fmt.Sprintf("the rules are for IPv4 and IPv6, and table %s is not", c.Table),
-			"table: a table of the family inet, such as inet filter"}
-	}
 	own := o.hasOwnTable()
 	is := map[string]string{
 		defaults.Table.String(): c.Table.String(),
@@ -50,6 +46,9 @@ func Nftables(o *Options) (*Plan, error) {
 	words := regexp.MustCompile(`\b(` + strings.Join(slices.Collect(maps.Keys(is)), "|") + `)\b`)
 	names, _ := fs.Glob(contrib.Files, "nftables/*") // the pattern is right
 	p := new(Plan)
+	if c.Table.Family != nftset.INet {
+		p.problem("table: a table of the family inet, such as inet filter", "the rules are for IPv4 and IPv6, and table %s is not", c.Table)
+	}
 	for _, name := range names {
 		path := filepath.Join(RulesDir, filepath.Base(name))
 		if own == (path == Standalone) {
@@ -61,19 +60,19 @@ func Nftables(o *Options) (*Plan, error) {
 	main := mainFile()
 	switch {
 	case o.unitLoads():
-		p.nextUnit(o)
+		p.nextUnit()
 	case own:
-		p.nextStandalone(o, main)
+		p.nextStandalone(main)
 	default:
 		p.nextInclude(o, main)
 	}
-	p.Next = append(p.Next, o.shell("nftwl")+" doctor")
+	p.Next = append(p.Next, "nftwl doctor")
 	p.Undo = append(p.Undo,
 		"# The rules, unless something still includes them and would not load without:",
 		"grep -sn nftwl/ "+main.path+" || "+remove(p.Files),
 		"rmdir "+RulesDir,
 	)
-	return p, nil
+	return p
 }
 
 // A ruleset is the file that is loaded at boot, and the command that loads it
@@ -117,8 +116,8 @@ func (p *Plan) nextInclude(o *Options, main ruleset) {
 	if p.warn(main, tables) {
 		p.Next = append(p.Next,
 			"# Or give nftwl's rules a table of their own, and nothing is deleted: put",
-			"# \"table: "+ownTable+"\" into "+o.configPath()+", and do this instead of what follows:",
-			"#   mv "+RulesDir+" "+RulesDir+".old && "+o.shell("nftwl")+" setup nftables --write",
+			"# \"table: "+ownTable+"\" into "+config.Path+", and do this instead of what follows:",
+			"#   mv "+RulesDir+" "+RulesDir+".old && nftwl setup nftables --write",
 		)
 	}
 	text, _ := os.ReadFile(main.path)
@@ -150,22 +149,22 @@ func (p *Plan) nextInclude(o *Options, main ruleset) {
 const standaloneSSH = "# If sshd listens on another port than 22, write that one into " + Standalone + "."
 
 // nextUnit has nftwl-persist.service load the rules, in a table of their own.
-func (p *Plan) nextUnit(o *Options) {
+func (p *Plan) nextUnit() {
 	p.Next = append(p.Next,
 		standaloneSSH,
 		"nft -c -f "+Standalone,
 		"# A unit loads it, now and at boot:",
-		o.shell("nftwl")+" setup systemd --write",
+		"nftwl setup systemd --write",
 		"# Open the mail ports in the other firewall, for everyone.",
 	)
 	p.Undo = []string{
-		"# First undo that of '" + o.shell("nftwl") + " setup systemd', whose unit loads it at boot.",
+		"# First undo that of 'nftwl setup systemd', whose unit loads it at boot.",
 		"nft delete table " + ownTable,
 	}
 }
 
 // nextStandalone has the file that is loaded at boot include that table.
-func (p *Plan) nextStandalone(o *Options, main ruleset) {
+func (p *Plan) nextStandalone(main ruleset) {
 	tables, _ := fileTables(main.path)
 	p.warn(main, append(tables, ownTable))
 	p.Next = append(p.Next,

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nftwl/pkg/atomicfile"
+	"nftwl/pkg/config"
 )
 
 // A Plan is what a part of the installation needs. Nothing here enables or reloads
@@ -38,6 +39,23 @@ type File struct {
 type Problem struct{ Text, Remedy string }
 
 func (p *Problem) Error() string { return p.Text }
+
+// newPlan is a plan for files of contrib's that name Program, and mean config.Path.
+// Who has others, edits the files.
+func newPlan(o *Options) *Plan {
+	p := new(Plan)
+	here, err := os.Stat(o.Executable)
+	there, e := os.Stat(Program)
+	if err != nil || e != nil || !os.SameFile(here, there) {
+		p.problem("install -m 755 "+o.Executable+" "+Program+", and run that one", "the files name %s, and this is %s", Program, o.Executable)
+	} else {
+		p.needRoots(Program)
+	}
+	if o.ConfigPath != "" && o.ConfigPath != config.Path {
+		p.problem("move it there; or add --config to the commands in what setup prints without --write", "the files have nftwl read %s, and not %s", config.Path, o.ConfigPath)
+	}
+	return p
+}
 
 func (p *Plan) problem(remedy, format string, args ...any) {
 	if n := len(p.Problems); n > 0 && p.Problems[n-1].Remedy == remedy {
@@ -84,11 +102,11 @@ func (p *Plan) needDir(dir, program string) {
 	}
 }
 
-// needRoots reports a program that others than root could replace, as they can
-// where it was built.
+// needRoots reports a program that others than root could replace.
 func (p *Plan) needRoots(program string) {
 	if err := OnlyRoots(program); err != nil {
-		p.problem("install -m 755 "+program+" "+filepath.Dir(Program)+", and run "+Program+" setup", "%s would run as root or with CAP_NET_ADMIN, and others than root can change it: %v", program, err)
+		p.problem("let root alone write it, and each directory above it",
+			"%s would run as root or with CAP_NET_ADMIN, and others than root can change it: %v", program, err)
 	}
 }
 

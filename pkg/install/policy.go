@@ -20,38 +20,34 @@ import (
 
 // Policy plans what has Dovecot report authentications to nftwld: the key, the
 // units and Dovecot's settings. It keeps an existing key and salt.
-func Policy(o *Options) (*Plan, error) {
+func Policy(o *Options) *Plan {
 	policy := config.DefaultPolicy
 	if o.Config.Policy != nil {
 		policy = *o.Config.Policy
 	}
-	if err := o.checkPaths(policy.KeyFile); err != nil {
-		return nil, err
-	}
-	p := new(Plan)
+	p := newPlan(o)
 	old, _ := os.ReadFile(PolicySettings) // add reports an error
 	key := p.addKey(policy.KeyFile, old)
-	units := p.addDaemon(o, &policy)
+	units := p.addDaemon(&policy)
 	daemon := p.Files
-	p.addSettings(o, policy.Listen, key, old)
+	p.addSettings(policy.Listen, key, old)
 
-	file := o.configPath()
 	if o.Config.Policy == nil {
-		p.Next = append(p.Next, "# Put this into "+file+":", "#   policy: {}")
+		p.Next = append(p.Next, "# Put this into "+config.Path+":", "#   policy: {}")
 	}
 	if o.Config.Failures == nil {
-		p.Next = append(p.Next, "# To ban the addresses that guess passwords, put this into "+file+":", "#   failures: {}")
+		p.Next = append(p.Next, "# To ban the addresses that guess passwords, put this into "+config.Path+":", "#   failures: {}")
 	}
 	if units {
 		p.Next = append(p.Next, "systemctl daemon-reload && systemctl enable --now nftwld.socket nftwld")
 	} else {
-		p.Next = append(p.Next, "# Run nftwld, as root or with CAP_NET_ADMIN:", o.withConfig(o.daemon()))
+		p.Next = append(p.Next, "# Run nftwld, as root or with CAP_NET_ADMIN:", "nftwld")
 	}
 	p.Next = append(p.Next,
 		"doveconf -n >/dev/null && doveadm reload",
-		o.shell("nftwld")+" status",
+		"nftwld status",
 		"# Log in once with a mail client. Its address is then in the list:",
-		o.shell("nftwl")+" list",
+		"nftwl list",
 	)
 
 	p.Undo = []string{remove(p.Files[len(daemon):]), "doveadm reload"}
@@ -65,7 +61,7 @@ func Policy(o *Options) (*Plan, error) {
 	if units {
 		p.Undo = append(p.Undo, "systemctl daemon-reload")
 	}
-	return p, nil
+	return p
 }
 
 // addSecret adds a file that root alone can read.
@@ -92,33 +88,36 @@ func (p *Plan) addKey(path string, settings []byte) string {
 	case !plain(key):
 		p.problem("use a key of letters and digits", "the key in %s has a character that Dovecot would not read as it is", path)
 	}
+	if strings.ContainsAny(path, " :%#") {
+		p.problem("use another path", "policy.key_file: systemd would not read %s as it is", path)
+	}
 	p.addSecret(path, string(text), "KEY\n")
 	return key
 }
 
 // addDaemon adds nftwld's units, where systemd runs.
-func (p *Plan) addDaemon(o *Options, policy *config.Policy) (systemd bool) {
-	if exists(o.daemon()) {
-		p.needRoots(o.daemon())
+func (p *Plan) addDaemon(policy *config.Policy) (systemd bool) {
+	if exists(Daemon) {
+		p.needRoots(Daemon)
 	} else {
-		p.problem("install nftwld beside nftwl", "%s does not exist", o.daemon())
+		p.problem("install nftwld beside nftwl", "%s does not exist", Daemon)
 	}
 	if !exists(systemdRuns) {
 		p.note("systemd does not run here: keep nftwld running with a service of your own.")
 		return false
 	}
-	p.checkSandbox(o, o.daemon())
+	p.checkReadable()
 	p.addUnits([]string{"nftwld.service", "nftwld.socket"}, func(name string) string {
 		return strings.NewReplacer(
 			"policy.key:"+config.DefaultPolicy.KeyFile, "policy.key:"+policy.KeyFile,
 			"ListenStream="+config.DefaultPolicy.Listen.String(), "ListenStream="+policy.Listen.String(),
-		).Replace(o.read(name))
+		).Replace(shipped(name))
 	})
 	return true
 }
 
 // addSettings adds Dovecot's settings, with the key, and the salt that they have.
-func (p *Plan) addSettings(o *Options, listen netip.AddrPort, key string, old []byte) {
+func (p *Plan) addSettings(listen netip.AddrPort, key string, old []byte) {
 	p.needDir(DovecotDir, "Dovecot")
 	version := "2.4"
 	switch out, err := output("dovecot", "--version"); { // "2.4.1-4 (7d8c0e5759)"
@@ -133,9 +132,9 @@ func (p *Plan) addSettings(o *Options, listen netip.AddrPort, key string, old []
 		p.problem("put the same key into both, or move one of them away", "the key in %s is not the one in nftwld's file", PolicySettings)
 	}
 	salt := cmp.Or(value(old, "auth_policy_hash_nonce ="), random(16))
-	text := strings.ReplaceAll(o.read("dovecot/91-nftwl-policy-"+version+".conf"), "http://"+config.DefaultPolicy.Listen.String()+"/", policyURL(listen))
+	text := strings.ReplaceAll(shipped("dovecot/91-nftwl-policy-"+version+".conf"), "http://"+config.DefaultPolicy.Listen.String()+"/", policyURL(listen))
 	p.addSecret(PolicySettings, strings.NewReplacer("X-API-Key: KEY\n", "X-API-Key: "+key+"\n", "_nonce = SALT\n", "_nonce = "+salt+"\n").Replace(text), text)
-	p.add(PolicyDropIn, o.read("dovecot/"+filepath.Base(PolicyDropIn)))
+	p.add(PolicyDropIn, shipped("dovecot/"+filepath.Base(PolicyDropIn)))
 
 	if read, _ := Overriding(DovecotConf, PolicyDropIn); !read {
 		p.note("%s does not include conf.d/*.conf: without that Dovecot does not read the drop-in.", DovecotConf)

@@ -5,6 +5,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"nftwl/pkg/config"
 )
 
 const (
@@ -14,29 +16,25 @@ const (
 )
 
 // Systemd plans the units that keep the sets.
-func Systemd(o *Options) (*Plan, error) {
-	if err := o.checkPaths(); err != nil {
-		return nil, err
-	}
+func Systemd(o *Options) *Plan {
 	names := []string{"nftwl-persist.service", "nftwl-snapshot.service"}
 	follow := "# The units follow nftables.service, which must be enabled and running."
 	if o.unitLoads() {
 		names = []string{variantDir + "nftwl-persist.service"}
-		follow = "# The unit loads " + Standalone + ", now and at boot: first run '" + o.shell("nftwl") + " setup nftables --write'."
+		follow = "# The unit loads " + Standalone + ", now and at boot: first run 'nftwl setup nftables --write'."
 	}
-	p := new(Plan)
+	p := newPlan(o)
 	if !exists(systemdRuns) {
 		p.problem("for OpenRC, use openrc/nftwl.conf of "+shareDir+" or of contrib; elsewhere, run 'nftwl save' and 'nftwl restore' yourself",
 			"systemd does not run here")
 	}
-	p.needRoots(o.Executable)
-	p.checkSandbox(o, o.Executable)
+	p.checkReadable()
 	if snapshot := filepath.Clean(o.Config.Snapshot); !strings.HasPrefix(snapshot, stateDir) {
-		p.problem("set snapshot to a file in that directory, in "+o.configPath()+", or write the units by hand, with another StateDirectory= in sandbox.conf",
+		p.problem("set snapshot to a file in that directory, in "+config.Path+", or write the units by hand, with another StateDirectory= in sandbox.conf",
 			"snapshot: the units can write in %s alone, and %s is elsewhere", stateDir, snapshot)
 	}
-	p.addUnits(append(names, "nftwl-save.service", "nftwl-save.timer", sandboxDir+"/sandbox.conf"), o.read)
-	p.Next = []string{follow, "systemctl daemon-reload && systemctl enable --now nftwl-persist", o.shell("nftwl") + " doctor"}
+	p.addUnits(append(names, "nftwl-save.service", "nftwl-save.timer", sandboxDir+"/sandbox.conf"), shipped)
+	p.Next = []string{follow, "systemctl daemon-reload && systemctl enable --now nftwl-persist", "nftwl doctor"}
 	p.Undo = []string{"systemctl disable --now nftwl-persist"}
 	if len(p.Files) > 0 {
 		p.Undo = append(p.Undo, remove(p.Files))
@@ -45,7 +43,7 @@ func Systemd(o *Options) (*Plan, error) {
 		p.Undo = append(p.Undo, "rmdir "+dir)
 	}
 	p.Undo = append(p.Undo, "systemctl daemon-reload")
-	return p, nil
+	return p
 }
 
 // addUnits adds units of contrib's, except those that a package has installed with
@@ -68,16 +66,10 @@ func (p *Plan) addUnits(names []string, read func(name string) string) {
 	}
 }
 
-// checkSandbox reports what a unit that executes program cannot read.
-func (p *Plan) checkSandbox(o *Options, program string) {
-	for _, path := range []string{program, o.configPath()} {
-		for _, hidden := range []string{"/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/"} { // ProtectHome=, PrivateTmp=
-			if strings.HasPrefix(path, hidden) {
-				p.problem("move it, such as to /usr/bin or /etc", "the units have no access to %s, where %s is", hidden, path)
-			}
-		}
-	}
-	if info, err := os.Stat(o.configPath()); err == nil && info.Mode()&0o004 == 0 {
-		p.note("The units do not run as root, and cannot read %s: chmod a+r %[1]s", o.configPath())
+// checkReadable notes that the units, which do not run as root, cannot read the
+// configuration.
+func (p *Plan) checkReadable() {
+	if info, err := os.Stat(config.Path); err == nil && info.Mode()&0o004 == 0 {
+		p.note("The units do not run as root, and cannot read %s: chmod a+r %[1]s", config.Path)
 	}
 }

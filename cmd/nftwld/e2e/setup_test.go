@@ -35,11 +35,10 @@ func TestSetup(t *testing.T) {
 		nstest.Must(t, os.WriteFile(filepath.Join(etc, "dovecot/dovecot.conf"), []byte(conf), 0o644))
 		nstest.Must(t, os.WriteFile(filepath.Join(etc, "dovecot/conf.d/10.conf"), nil, 0o644))
 		s.write("dovecot.conf", conf, 0o644)
-		for _, name := range []string{"nftwl", "nftwld"} {
-			b, err := os.ReadFile(nstest.Build(t, "cmd/"+name))
-			nstest.Must(t, err)
-			s.write("bin/"+name, string(b), 0o755)
-		}
+		nstest.Must(t, os.WriteFile(filepath.Join(etc, "nftwl.yaml"), []byte(s.read("nftwl.yaml")), 0o644))
+		nstest.Build(t, "cmd/nftwld") // beside nftwl
+		bin, usr := filepath.Dir(nstest.Build(t, "cmd/nftwl")), d.Path("usr/bin")
+		nstest.Must(t, unix.Mount("overlay", usr, "overlay", unix.MS_RDONLY, "lowerdir="+bin+":"+usr))
 
 		inside := func(uid uint32, stdin, name string, args ...string) string {
 			t.Helper()
@@ -54,7 +53,7 @@ func TestSetup(t *testing.T) {
 			}
 			return string(out)
 		}
-		if out := inside(0, "", dir+"/bin/nftwl", "--config", dir+"/nftwl.yaml", "setup", "policy", "--write"); strings.Contains(out, "does not include") {
+		if out := inside(0, "", "/usr/bin/nftwl", "setup", "policy", "--write"); strings.Contains(out, "does not include") {
 			t.Error(out)
 		}
 		if out := inside(1000, "", "/usr/bin/doveconf", "-n"); strings.Contains(out, key) || !strings.Contains(out, "ssl = no") {
