@@ -416,7 +416,7 @@ func brokenPipe(t *testing.T) *os.File {
 	return w
 }
 
-// letIn lets every user into a folder.
+// letIn lets every user into a directory.
 func letIn(t *testing.T, dir string) {
 	t.Helper()
 	for ; len(dir) > len(os.TempDir()); dir = filepath.Dir(dir) {

@@ -77,7 +77,7 @@ func TestLimitedByTheRules(t *testing.T) {
 			t.Errorf("%s is listed as\n%s", from, out)
 		}
 		if out, _, code := command("check", "--banned", "--port", "587", who.from); code != 1 {
-			t.Errorf("the limit is said to be a ban: exit %d, %s", code, out)
+			t.Errorf("the limit counts as a ban: exit %d, %s", code, out)
 		}
 		if out, errs, code := command("unban", who.neighbour); code != 0 {
 			t.Errorf("unban: exit %d, %s%s", code, out, errs)

@@ -125,7 +125,7 @@ banned   2001:db8::/64         all                  10d
 	}
 }
 
-// An empty list says so on a terminal, and only there.
+// A note reports an empty list on a terminal, and only there.
 func TestListEmpty(t *testing.T) {
 	nstest.New(t)
 	nstest.Nft(t, fourSets)

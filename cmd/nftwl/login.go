@@ -82,9 +82,9 @@ func nameOf(ip string) string {
 	return trust.Quote(ip)
 }
 
-// complain writes an error as one line to stderr, which is Dovecot's log. If the
-// reader is not reading, it gives the line up rather than wait. It writes to the
-// descriptor, because os.Stderr ends the process if the reader is gone.
+// complain writes an error as one line to stderr, which is Dovecot's log. It never
+// waits: if nobody reads, the line is lost. It writes to the descriptor, because
+// os.Stderr ends the process if the reader is gone.
 func complain(text string) {
 	const most = 1000 // less than PIPE_BUF, so that a pipe takes all or nothing
 	line := []byte("nftwl: error: " + printable(text))
@@ -101,7 +101,7 @@ func complain(text string) {
 // that fails, with the exit code that a shell would give.
 //
 // The environment is what came in, except that Go drops the second definition of
-// a variable, which Dovecot's has not. syscall.Exec restores the limit of open
+// a variable; Dovecot defines none twice. syscall.Exec restores the limit of open
 // files, which Go's runtime raised.
 func execute(command []string) int {
 	name, env := command[0], os.Environ()

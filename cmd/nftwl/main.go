@@ -23,8 +23,8 @@ import (
 )
 
 func main() {
-	// Before anything else sees the arguments: no argument of the command
-	// that login becomes may be taken for one of nftwl's.
+	// Before anything else sees the arguments: none of the command that login
+	// becomes must be taken for one of nftwl's.
 	if configPath, command, ok := install.LoginArgs(os.Args[1:]); ok {
 		os.Exit(login(configPath, command))
 	}

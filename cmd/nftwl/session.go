@@ -108,7 +108,7 @@ func (s *session) change(l list, args []string, refuse refusal, f func(set *nfts
 		if len(some) == 0 {
 			continue
 		}
-		// Anew, because someone may have typed addresses until now.
+		// Again, because someone may have typed addresses until now.
 		s.conn.SetTimeout(patience)
 		set, err := s.conn.Set(s.Table, l.sets(s.Config).For(some[0]))
 		if err == nil {
@@ -125,9 +125,8 @@ func (s *session) change(l list, args []string, refuse refusal, f func(set *nfts
 	return nil
 }
 
-// addresses reads the arguments of a command, of which "-" stands for the lines of
-// standard input. It prints what is wrong with some, and returns the others, each
-// once.
+// addresses reads the arguments of a command; "-" stands for the lines of standard
+// input. It prints what is wrong with some, and returns the others, each once.
 func (s *session) addresses(l list, args []string, refuse refusal) (addrs []netip.Addr, ok bool) {
 	ok = true
 	seen := make(map[netip.Addr]bool)

@@ -297,7 +297,7 @@ func TestSetupNeverOverwrites(t *testing.T) {
 			why := put(h, "/etc/nftwl/sets.nft")
 			h.refuses(1, []string{"nftwl: error: setup: /etc/nftwl/sets.nft ", why, "nftwl: hint: "}, "nftables", "--write")
 			if out := h.setup("nftables"); !strings.Contains(out, problems+"  /etc/nftwl/sets.nft ") {
-				t.Errorf("not said without --write:\n%s", out)
+				t.Errorf("not reported without --write:\n%s", out)
 			}
 		})
 	}
@@ -529,7 +529,7 @@ service hello {
 	}
 	h.write("/etc/dovecot/dovecot.conf", "no such = setting\n"+conf)
 	if out := h.setup("dovecot"); !strings.Contains(out, "\ndoveconf fails") {
-		t.Errorf("that doveconf fails is not said:\n%s", out)
+		t.Errorf("that doveconf fails is not reported:\n%s", out)
 	}
 	h.write("/etc/dovecot/dovecot.conf", strings.ReplaceAll(conf, "!include", "#!include"))
 	if out := h.setup("dovecot"); !strings.Contains(out, "does not include conf.d/*.conf") {

@@ -22,13 +22,13 @@ func printError(err error) {
 
 func printHint(text string) { fmt.Fprintln(os.Stderr, "nftwl: hint:", printable(text)) }
 
-// printNote says what the user did not ask for but should know.
+// printNote prints what the user did not ask for but should know.
 func printNote(format string, args ...any) {
 	fmt.Fprintln(os.Stderr, "nftwl:", printable(fmt.Sprintf(format, args...)))
 }
 
-// printable keeps text on one line of a terminal or log, and as it is: not
-// turned around, and with nothing in it that does not show.
+// printable replaces what does not show, or changes how the rest shows (ends of
+// lines, marks of direction): text stays on one line of a terminal or log.
 func printable(s string) string {
 	return strings.Map(func(r rune) rune {
 		if !strconv.IsGraphic(r) {
@@ -38,7 +38,7 @@ func printable(s string) string {
 	}, s)
 }
 
-// screen is where standard output shows.
+// screen is the terminal that standard output is, if it is one.
 type screen struct {
 	there  bool // standard output is a terminal
 	width  int  // 0 if it is not, or does not say

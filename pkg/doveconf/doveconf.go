@@ -26,15 +26,15 @@ var MailServices = []MailService{
 	{"imap", "imap"}, {"pop3", "pop3"}, {"submission", "submission"}, {"sieve", "managesieve"},
 }
 
-// Arguments are doveconf's for the settings that are named, with their defaults
-// and those of the services, which -n and -a leave out; -x puts in what a value
+// Arguments are those with which doveconf prints the named settings and all
+// services, with their defaults, which -n and -a leave out. -x expands what a value
 // refers to.
 func Arguments(names ...string) []string {
 	return append([]string{"-x", "base_dir", "libexec_dir", "protocols", "default_vsz_limit", "default_process_limit", "service"}, names...)
 }
 
-// Parse reads what doveconf of Dovecot 2.3 or 2.4 prints. It passes
-// over what it does not know: the settings that are looked for are missing then.
+// Parse reads what doveconf of Dovecot 2.3 or 2.4 prints. It ignores what it does
+// not know.
 func Parse(text string) *Settings {
 	open := []*Settings{{Values: map[string]string{}}}
 	for line := range strings.Lines(text) {
@@ -63,7 +63,7 @@ func unquote(s string) string {
 	return s
 }
 
-// Section returns one by its name; one that is not there is empty.
+// Section returns a section by its name; an empty one if it is missing.
 func (s *Settings) Section(name string) *Settings {
 	for _, inner := range s.Sections {
 		if inner.Name == name {
@@ -73,8 +73,7 @@ func (s *Settings) Section(name string) *Settings {
 	return &Settings{Name: name}
 }
 
-// Protocols returns those that Dovecot serves: one setting, or in 2.4 a section
-// of them.
+// Protocols returns those that Dovecot serves: a setting, or in 2.4 a section.
 func (s *Settings) Protocols() map[string]bool {
 	enabled := map[string]bool{}
 	for _, name := range strings.Fields(s.Values["protocols"]) {
@@ -98,7 +97,7 @@ type AuthPolicy struct {
 }
 
 // AuthPolicyNames are those to pass to Arguments for AuthPolicy: of 2.4, and of
-// 2.3, whose doveconf passes over the first.
+// 2.3, whose doveconf ignores the first.
 var AuthPolicyNames = []string{
 	"auth_policy", "auth_policy_server_url", "auth_policy_server_api_header", "auth_policy_hash_nonce", "auth_policy_report_after_auth",
 	"auth_policy_check_before_auth", "auth_policy_check_after_auth", "auth_policy_request_attributes",
@@ -190,7 +189,7 @@ func (s *Settings) VszLimit(service *Settings) (written string, bytes uint64, er
 // SocketOf returns the socket that a mail service asks after a login: the first
 // argument of its executable after the options, the -a, -t and -u of which have
 // a value (main.c of Dovecot's src/imap, src/pop3 and src/submission). The index
-// is that argument's; -1 if it asks nobody.
+// is that argument's; -1 if it asks none.
 func SocketOf(executable string) (name string, index int) {
 	words := strings.Split(executable, " ") // as Dovecot splits it
 	for i := 1; i < len(words); i++ {
@@ -212,8 +211,8 @@ type Line struct {
 }
 
 // Lines returns those of a configuration and of what it includes, in the order
-// in which Dovecot reads them. What cannot be read has none. The files that are
-// named in missing have their beginning where Dovecot would read them.
+// in which Dovecot reads them. What cannot be read has none. The files in missing
+// have a line 0 where Dovecot would read them.
 func Lines(main string, missing ...string) (lines []Line) {
 	open := map[string]bool{} // Dovecot refuses a file that includes itself
 	var read func(path string)
