@@ -22,10 +22,8 @@ import (
 func TestDoctorInterruptedTwice(t *testing.T) {
 	h := newHost(t)
 	h.must(unix.Mkfifo("/run/held", 0o600))
-	h.write("/run/bin/doveconf", "")
-	h.write("/run/bin/dovecot", "#!/bin/sh\ncat /run/held &\nwait\n")
+	h.write("/run/bin/doveconf", "#!/bin/sh\ncat /run/held &\nwait\n")
 	h.must(os.Chmod("/run/bin/doveconf", 0o755))
-	h.must(os.Chmod("/run/bin/dovecot", 0o755))
 	cmd := exec.Command("/usr/bin/nftwl", "doctor")
 	cmd.Env = []string{"PATH=/run/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 	h.must(cmd.Start())

@@ -28,6 +28,10 @@ func main() {
 	if configPath, command, ok := install.LoginArgs(os.Args[1:]); ok {
 		os.Exit(login(configPath, command))
 	}
+	// Commands run nft and others. Root's programs are often not in PATH, such as
+	// cron's, and what they print is read.
+	os.Setenv("PATH", os.Getenv("PATH")+":/usr/local/sbin:/usr/sbin:/sbin")
+	os.Setenv("LC_ALL", "C")
 	os.Exit(run(os.Args[1:]))
 }
 

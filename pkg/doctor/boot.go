@@ -4,10 +4,9 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"net"
 	"os"
-	"slices"
+	"regexp"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -16,117 +15,89 @@ import (
 	"nftwl/pkg/nftset"
 )
 
-// checkBoot checks that the rules survive a reboot: it loads those that a unit
-// loads at boot into a network namespace of its own, and compares the table of
-// the sets with the one that is there now.
+// checkBoot checks that the rules survive a reboot: that the file which a unit loads
+// at boot can be loaded, and that it has what nftwl needs of what is loaded now.
 func (d *Doctor) checkBoot(ctx context.Context) {
+	const check = "persistence.boot"
 	if d.units == nil {
-		d.skip("persistence.boot", "%s", d.noUnits)
+		d.skip(check, "%s", d.noUnits)
 		return
 	}
 	u := d.units["nftables.service"]
 	if persist := d.units["nftwl-persist.service"]; loaded(persist) != "" {
 		u = persist
 	}
-	d.checkBootOf(ctx, u)
+	file := loaded(u)
+	switch {
+	case !u.startsAtBoot() && u["ActiveState"] != "active": // persistence.unit reports it
+	case file == "" || d.conn == nil:
+		d.skip(check, "what %s loads cannot be seen", u["Id"])
+	default:
+		d.checkBootFile(ctx, file)
+	}
 }
 
-func (d *Doctor) checkBootOf(ctx context.Context, u unit) {
+func (d *Doctor) checkBootFile(ctx context.Context, file string) {
 	const check = "persistence.boot"
-	file, id := loaded(u), strings.TrimSuffix(u["Id"], ".service")
-	nft := find("nft")
-	switch {
-	case !u.startsAtBoot() && u["ActiveState"] != "active":
-		return // persistence.unit says so
-	case file == "" || nft == "" || d.conn == nil:
-		d.skip(check, "what %s loads cannot be seen", u["Id"])
-		return
-	}
-	d.noRules = true
-	info, err := os.Stat(file)
-	if err != nil {
+	if _, err := os.Stat(file); err != nil {
+		d.noRules = true
 		d.fail(check, remedy{"make the rules, and do what it prints then", "nftwl setup nftables --write"},
-			"after a reboot there is no firewall: %s loads it, and it cannot be read: %v", u["Id"], err)
+			"after a reboot there is no firewall: the file of rules cannot be read: %v", err)
 		return
 	}
-	// Ours runs as a user of its own.
-	if strings.HasPrefix(id, "nftwl-") && info.Mode()&0o004 == 0 {
-		d.fail(check, remedy{"let all read it; it holds no secrets", "chmod 644 " + quote(file)},
-			"%s has mode %04o: %s, which runs as a user of its own, cannot read it", file, info.Mode().Perm(), u["Id"])
+	if err := nft(ctx, "--check", "--file", file); err != nil {
+		d.noRules = true
+		d.fail(check, remedy{"correct it, then load it", "nft -c -f " + quote(file)}, "after a reboot there is no firewall: nft does not load %s: %v", file, err)
 		return
 	}
 	table := d.config.Table
-	then, untold := d.afterBoot(ctx, nft, file)
-	if untold != nil { // which can be for want of what this machine has
-		if _, errs, err := run(ctx, nft, "--check", "--file", file); err != nil {
-			d.fail(check, remedy{"correct it, then: systemctl reload " + id, "nft -c -f " + quote(file)},
-				"after a reboot there is no firewall: nft does not load %s: %v", file, firstError(errs, err))
-			return
-		}
-		d.noRules = false
-		d.skip(check, "nft loads %s; what it has cannot be compared with what is loaded: %v", file, untold)
-		return
-	}
-	d.noRules = false
-	if len(then) > 0 {
+	then, err := d.afterBoot(ctx, file)
+	if then != "" {
 		d.reload = "nft -f " + quote(file)
 		if d.units["nftwl-save.service"]["LoadState"] == "loaded" { // it restores, too
 			d.reload += " && systemctl start nftwl-save"
 		}
 	}
-	now, err := listTable(ctx, nft, table)
-	if err != nil || len(now) == 0 { // sets says that the table is missing
+	now, _ := listTable(ctx, table)
+	switch {
+	case err != nil, now == "": // it can need what this machine alone has; sets reports that the table is missing
 		d.ok(check, "nft loads %s", file)
 		return
+	case then == "":
+		d.fail(check, remedy{"include the rules in " + file + "; or name in " + d.configPath() + " the table that it has", "nftwl setup nftables"},
+			"after a reboot there is no table %s: %s does not have it", table, file)
+		return
 	}
-	lost, added := difference(now, then), difference(then, now)
-	if i := slices.IndexFunc(lost, essential); i > 0 {
-		lost[0] = lost[i]
+	for line := range strings.Lines(now) {
+		if strings.Count(now, line) > strings.Count(then, line) && essential.MatchString(line) {
+			d.fail(check, remedy{words: "put it back into " + file + ", or into what that includes"},
+				"%s lacks what is loaded now: after a reboot, table %s has no %q", file, table, strings.TrimSpace(line))
+			return
+		}
 	}
-	reload := remedy{fmt.Sprintf("put it into %s, or what that includes; or, where that is what you want, load it", file), "systemctl reload " + id}
-	const lacks = "%s lacks what is loaded now, so that after a reboot table %s has no %q"
-	switch {
-	case len(then) == 0:
-		d.fail(check, remedy{fmt.Sprintf("include the rules in %s; or name in %s the table that it has", file, d.configPath()), "nftwl setup nftables"},
-			"after a reboot table %s is gone: %s does not have it", table, file)
-	case lost != nil && essential(lost[0]):
-		d.fail(check, remedy{words: fmt.Sprintf("put it back into %s, or into what that includes", file)}, lacks, file, table, lost[0])
-	case lost != nil:
-		d.warn(check, reload, lacks, file, table, lost[0])
-	case added != nil:
-		d.warn(check, remedy{"load it", "systemctl reload " + id}, "%s has changed since it was loaded: %q", file, added[0])
-	case !bytes.Equal(chains(now), chains(then)):
-		d.warn(check, reload, "%s has the rules of table %s in another order than they are in now", file, table)
-	default:
-		d.ok(check, "%s has what table %s has now", file, table)
-	}
+	d.ok(check, "%s loads, and has the sets, lookups and jumps that table %s has now", file, table)
 }
 
-// essential is about the lines of a listing that more hangs on than one rule: the
-// sets and their lookups, and how packets come to a chain.
-func essential(line string) bool {
-	return slices.ContainsFunc([]string{"set ", "@", "hook ", "chain ", "jump ", "goto "}, func(word string) bool { return strings.Contains(line, word) })
-}
+// essential are the lines of a listing that nftwl depends on: the sets and their
+// lookups, and how packets come to a chain.
+var essential = regexp.MustCompile(`^\s*(set|chain|type filter hook) |@|\b(jump|goto) `)
 
-// chains is the end of a table's listing, after the sets, whose order means nothing.
-func chains(table []byte) []byte { return table[max(bytes.Index(table, []byte("\n\tchain ")), 0):] }
-
-// firstError is the first error that nft printed.
-func firstError(errs []byte, err error) error {
+// nft runs a command of nft's; an error is the first that it printed.
+func nft(ctx context.Context, args ...string) error {
+	_, errs, err := run(ctx, "nft", args...)
 	for line := range strings.Lines(string(errs)) {
-		if strings.Contains(line, "Error: ") {
+		if err != nil && strings.Contains(line, "Error: ") {
 			return errors.New(strings.TrimSpace(line))
 		}
 	}
 	return err
 }
 
-// afterBoot lists the table as a file makes it; it is empty where the file does
-// not.
-func (d *Doctor) afterBoot(ctx context.Context, nft, file string) (table []byte, err error) {
-	devices, err := net.Interfaces() // which rules can name, and an empty namespace lacks
+// afterBoot lists the table as a file makes it; "" if the file does not have it.
+func (d *Doctor) afterBoot(ctx context.Context, file string) (table string, err error) {
+	devices, err := net.Interfaces() // rules can name them, and an empty namespace has none
 	if err != nil {
-		return nil, err
+		return "", err
 	}
 	err = firewall.Inside(func() error {
 		for _, device := range devices {
@@ -134,36 +105,21 @@ func (d *Doctor) afterBoot(ctx context.Context, nft, file string) (table []byte,
 				defer unix.Close(fd)
 			}
 		}
-		if _, errs, err := run(ctx, nft, "--file", file); err != nil {
-			return firstError(errs, err)
+		if err := nft(ctx, "--file", file); err != nil {
+			return err
 		}
-		table, err = listTable(ctx, nft, d.config.Table)
+		table, err = listTable(ctx, d.config.Table)
 		return err
 	})
 	return table, err
 }
 
-// listTable lists a table without the elements of its sets; it is empty if there
-// is no such table. It is cut out of the whole ruleset, because nft 1.0.6 reads all
-// elements of a table that it lists alone, which takes half a minute for a million.
-func listTable(ctx context.Context, nft string, table nftset.Table) ([]byte, error) {
-	all, _, err := run(ctx, nft, "-s", "-t", "list", "ruleset")
+// listTable lists a table without the elements of its sets; "" if there is no such
+// table. It is cut out of the whole ruleset, because nft 1.0.6 reads all elements of
+// a table that it lists alone, which takes half a minute for a million.
+func listTable(ctx context.Context, table nftset.Table) (string, error) {
+	all, _, err := run(ctx, "nft", "-s", "-t", "list", "ruleset")
 	_, rest, _ := bytes.Cut(append([]byte("\n"), all...), []byte("\ntable "+table.String()+" {\n"))
 	text, _, _ := bytes.Cut(rest, []byte("\n}\n"))
-	return text, err
-}
-
-// difference returns the lines that a listing has and another lacks.
-func difference(of, other []byte) (lines []string) {
-	count := make(map[string]int)
-	for line := range bytes.Lines(other) {
-		count[string(bytes.TrimSpace(line))]++
-	}
-	for line := range bytes.Lines(of) {
-		line := string(bytes.TrimSpace(line))
-		if count[line]--; count[line] < 0 {
-			lines = append(lines, line)
-		}
-	}
-	return lines
+	return string(text), err
 }

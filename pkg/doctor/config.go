@@ -37,11 +37,8 @@ func (d *Doctor) checkConfig(context.Context) {
 		d.fail("config.mode", remedy{"make it root's, who alone should say whom the firewall trusts", fmt.Sprintf("chown root:root %s && chmod 644 %[1]s", quote(path))},
 			"others than root can write %s: it belongs to user %d, with mode %04o", path, owner, mode)
 	case mode&0o004 == 0:
-		report, who := d.warn, "where nftwl does not run as root, it"
-		if systemctl() != "" {
-			report, who = d.fail, "the units of nftwl, which run as a user of their own,"
-		}
-		report("config.mode", remedy{"let all read it; it holds no secrets", "chmod 644 " + quote(path)}, "%s has mode %04o: %s cannot read it", path, mode, who)
+		d.warn("config.mode", remedy{"let all read it; it holds no secrets", "chmod 644 " + quote(path)},
+			"%s has mode %04o: nftwl's units, which run as a user of their own, cannot read it", path, mode)
 	default:
 		d.ok("config", "%s is valid", path)
 	}

@@ -120,20 +120,6 @@ const patience = 10 * time.Second
 // errNoAnswer is about a program that may be well, and has not said so.
 var errNoAnswer = errors.New("no answer")
 
-// find returns the path of a program of the system, or "". It looks where root
-// finds programs too, since a user's PATH often lacks that.
-func find(program string) string {
-	if path, err := exec.LookPath(program); err == nil {
-		return path
-	}
-	for _, dir := range []string{"/usr/local/sbin", "/usr/sbin", "/sbin"} {
-		if path, err := exec.LookPath(filepath.Join(dir, program)); err == nil {
-			return path
-		}
-	}
-	return ""
-}
-
 // output runs a program, and returns what it wrote to stdout; where it fails,
 // the error has the last line that it wrote to stderr.
 func output(ctx context.Context, program string, args ...string) ([]byte, error) {
@@ -157,7 +143,6 @@ func run(ctx context.Context, program string, args ...string) (_, _ []byte, err 
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, program, args...)
-	cmd.Env = append(cmd.Environ(), "LC_ALL=C")
 	cmd.WaitDelay = time.Second // or a child of its that holds the pipe is waited for
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs

@@ -32,13 +32,13 @@ const (
 var noClients = map[bool]string{false: "198.51.100.1", true: "2001:db8::"}
 
 var (
-	errDenied    = errors.New(denied)
-	errUntrusted = errors.New(untrusted)
+	errDenied    = errors.New("every login is denied")
+	errUntrusted = errors.New("logins go on, and no client is trusted")
 )
 
 // tryLogins has a post-login service trust an address of each family that
 // belongs to no one (RFC 5737, RFC 3849), and removes them again. It returns
-// those that were trusted, none where none can be tried; an error is that of the
+// those that were trusted, none if none can be tried; an error is that of the
 // first that was not trusted.
 func (d *Doctor) tryLogins(p *postLogin) (trusted []string, err error) {
 	// Another one each time, since the one before can be trusted still.
@@ -47,40 +47,33 @@ func (d *Doctor) tryLogins(p *postLogin) (trusted []string, err error) {
 	binary.NativeEndian.PutUint32(six[4:], rand.Uint32()) // not the network of noClients
 	binary.NativeEndian.PutUint64(six[8:], rand.Uint64())
 	for _, addr := range []netip.Addr{netip.AddrFrom4(four), netip.AddrFrom16(six)} {
-		tried, err := d.tryLogin(p, addr)
+		if d.unusable[d.config.Trusted.For(addr)] || trust.Refuse(d.config, addr) != nil {
+			continue
+		}
+		d.conn.SetTimeout(patience)
+		set, err := d.conn.Set(d.config.Table, d.config.Trusted.For(addr))
 		if err != nil {
 			return nil, err
 		}
-		if tried {
-			trusted = append(trusted, addr.String())
+		keys := trust.Keys(set, trust.Network(d.config, addr), d.config.Ports)
+		if before, err := d.conn.Lookup(set, keys...); err != nil {
+			return nil, err
+		} else if len(before) > 0 {
+			continue
 		}
+		// What an interrupted doctor leaves there expires by itself.
+		answer := askPostLogin(p.socket, addr, p.login.MailUser)
+		d.conn.SetTimeout(patience)
+		added, err := d.conn.Remove(set, keys, func(e nftset.Element) bool { return e.Timeout <= time.Minute })
+		if err == nil && len(added) < len(keys) {
+			err = errUntrusted
+		}
+		if err = cmp.Or(answer, err); err != nil {
+			return nil, err
+		}
+		trusted = append(trusted, addr.String())
 	}
 	return trusted, nil
-}
-
-// tryLogin tells whether an address can be tried, and if so, why it was not
-// trusted.
-func (d *Doctor) tryLogin(p *postLogin, addr netip.Addr) (tried bool, err error) {
-	if d.unusable[d.config.Trusted.For(addr)] || trust.Refuse(d.config, addr) != nil {
-		return false, nil
-	}
-	d.conn.SetTimeout(patience)
-	set, err := d.conn.Set(d.config.Table, d.config.Trusted.For(addr))
-	if err != nil {
-		return false, err
-	}
-	keys := trust.Keys(set, trust.Network(d.config, addr), d.config.Ports)
-	if before, err := d.conn.Lookup(set, keys...); err != nil || len(before) > 0 {
-		return false, err
-	}
-	// What an interrupted doctor leaves there ends by itself.
-	answer := askPostLogin(p.socket, addr, p.login.MailUser)
-	d.conn.SetTimeout(patience)
-	added, err := d.conn.Remove(set, keys, func(e nftset.Element) bool { return e.Timeout <= time.Minute })
-	if err == nil && len(added) < len(keys) {
-		err = errUntrusted
-	}
-	return true, cmp.Or(answer, err)
 }
 
 // askPostLogin asks a post-login service as a mail process does: see

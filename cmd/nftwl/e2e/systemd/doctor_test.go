@@ -100,7 +100,7 @@ func TestDoctorPersistence(t *testing.T) {
 		const file = "/" + snapshotFile
 		const late = " the sets are empty after each reload"
 		m.diagnoses("nothing is enabled", "persistence", map[string]string{
-			"persistence.unit":     "warn: nftwl-persist.service is not enabled:" + late,
+			"persistence.unit":     "fail: nftwl-persist.service is not enabled:" + late,
 			"persistence.snapshot": "skip: no snapshot yet: " + file,
 		})
 		// The remedy of a fresh machine, as it is written, enables what README does.
@@ -115,7 +115,7 @@ func TestDoctorPersistence(t *testing.T) {
 		m.run("systemctl", "start", "nftwl-save")
 		m.diagnoses("a healthy machine", "persistence", map[string]string{
 			"persistence.unit":     "ok: .* enabled and active$",
-			"persistence.boot":     "ok: /etc/nftables.conf has what table inet filter has now$",
+			"persistence.boot":     "ok: /etc/nftables.conf loads, and has .* that table inet filter has now$",
 			"persistence.save":     "ok: .*the last save succeeded",
 			"persistence.snapshot": fmt.Sprintf(`ok: %s: %d elements, saved \d+s ago$`, file, len(want)),
 		})
@@ -148,10 +148,7 @@ func TestDoctorPersistence(t *testing.T) {
 				m.fails("systemctl", "reload", "nftwl-persist")
 			},
 				m.commands("cp -p /run/good " + file + "; systemctl reload nftwl-persist"),
-				map[string]string{
-					"persistence.unit":     "fail: the sets were not restored: .*cut short",
-					"persistence.snapshot": "fail: " + file + ": line .*cut short",
-				}},
+				map[string]string{"persistence.snapshot": "fail: " + file + ": line .*cut short"}},
 			{"a start that restored nothing", func() {
 				m.run("systemctl", "stop", nftables)
 				m.settle()
@@ -168,7 +165,7 @@ func TestDoctorPersistence(t *testing.T) {
 				func() { m.run("systemctl", "start", nftables); m.settle(); m.run("systemctl", "start", "nftwl-save") },
 				with("persistence.unit", "fail: nftables.service is inactive")},
 			{"persist unit not enabled", m.commands("systemctl disable nftwl-persist"), nil,
-				map[string]string{"persistence.unit": "warn: nftwl-persist.service is not enabled:" + late}},
+				map[string]string{"persistence.unit": "fail: nftwl-persist.service is not enabled:" + late}},
 			{"nftables.service not enabled", m.commands("systemctl disable nftables"), nil,
 				map[string]string{"persistence.unit": "fail: nftwl-persist.service follows nftables.service, which is not enabled"}},
 			{"no persist unit", m.commands("mv /etc/systemd/system/nftwl-persist.service /run; systemctl daemon-reload"),
@@ -189,29 +186,18 @@ func TestDoctorPersistence(t *testing.T) {
 				m.run("systemctl", "start", "nftwl-persist", "nftwl-save")
 			}, with("persistence.boot", "fail: after a reboot there is no firewall: ")},
 			{"no boot file", m.commands("mv /etc/nftables.conf /run"), m.commands("mv /run/nftables.conf /etc"),
-				map[string]string{"persistence.boot": "fail: after a reboot there is no firewall: nftables.service loads it, .*/etc/nftables.conf: no such file"}},
+				map[string]string{"persistence.boot": "fail: after a reboot there is no firewall: .*/etc/nftables.conf: no such file"}},
 			{"what it includes is removed", m.commands("mv /etc/nftwl /run"), m.commands("mv /run/nftwl /etc"),
 				map[string]string{"persistence.boot": "fail: after a reboot there is no firewall: nft does not load /etc/nftables.conf: .*nftwl.nft"}},
 			{"no include", m.commands("sed -i '/include/d;/jump nftwl/d' /etc/nftables.conf"), m.commands(asBefore),
-				map[string]string{"persistence.boot": "fail: /etc/nftables.conf lacks what is loaded now, .*table inet filter has no "}},
+				map[string]string{"persistence.boot": "fail: /etc/nftables.conf lacks what is loaded now: .*table inet filter has no "}},
 			{"no jump", m.commands("sed -i '/jump nftwl/d' /etc/nftables.conf"), m.commands(asBefore),
-				map[string]string{"persistence.boot": "fail: /etc/nftables.conf lacks what is loaded now, .* no \".*jump nftwl"}},
+				map[string]string{"persistence.boot": "fail: /etc/nftables.conf lacks what is loaded now: .* no \".*jump nftwl"}},
 			{"no table", m.commands("echo 'flush ruleset' >/etc/nftables.conf"), m.commands(asBefore),
-				map[string]string{"persistence.boot": "fail: after a reboot table inet filter is gone"}},
-			{"a rule by hand", m.commands("nft add rule inet filter input tcp dport 4711 accept"), nil,
-				map[string]string{"persistence.boot": "warn: /etc/nftables.conf lacks what is loaded now, .*no \"tcp dport 4711 accept\"$"}},
-			{"rules in another order", m.commands("nft delete rule inet filter input handle $(nft -a list chain inet filter input | sed -n 's/.*jump nftwl # handle //p'); nft insert rule inet filter input jump nftwl"), nil,
-				map[string]string{"persistence.boot": "warn: /etc/nftables.conf has the rules of table inet filter in another order"}},
-			{"a rule that is not loaded", m.commands("echo 'add rule inet filter input tcp dport 4711 accept' >>/etc/nftables.conf"), m.commands(asBefore),
-				map[string]string{"persistence.boot": "warn: /etc/nftables.conf has changed since it was loaded: \"tcp dport 4711 accept\"$"}},
+				map[string]string{"persistence.boot": "fail: after a reboot there is no table inet filter"}},
 			{"disk full", func() { full(); m.fails("systemctl", "start", "nftwl-save") },
 				m.commands("umount /var/lib/private/nftwl; systemctl start nftwl-save"),
 				map[string]string{"persistence.save": `fail: the last save failed \(.+\): .*no space left`}},
-			{"disk full at a reload", func() { full(); m.fails("systemctl", "reload", "nftwl-snapshot") },
-				m.commands("umount /var/lib/private/nftwl; systemctl start nftwl-save"),
-				map[string]string{"persistence.save": "fail: the sets were not saved before the last reload of nftables: .*no space left"}},
-			{"huge", m.commands("cp -p " + file + " /run/good; truncate --size=65M " + file), m.commands("cp -p /run/good " + file),
-				map[string]string{"persistence.snapshot": `ok: .* 65 MiB, which is too much to look into here, saved \d+s ago$`}},
 			{"everyone can write", m.commands("chmod 666 " + file), nil,
 				map[string]string{"persistence.snapshot": "fail: " + file + " is a file that everyone can write to"}},
 			{"another's", m.commands("chown 1234 " + file), nil,
@@ -249,20 +235,12 @@ func TestDoctorStandalone(t *testing.T) {
 		m.run("systemctl", "start", "nftwl-save")
 		m.healthy()
 		const file = "/etc/nftwl/standalone.nft"
-		const unit = "/etc/systemd/system/nftwl-persist.service"
 		const mended = "cp /run/good " + file
-		const nothing = "after a reboot neither the rules nor the sets are there$"
 		const syntax = "fail: after a reboot there is no firewall: nft does not load " + file + `: ` + file + `:\d+:\d+-\d+: Error: syntax error`
 		m.run("cp", file, "/run/good")
 		m.tries("persistence", []fault{
-			{"the other unit", func() {
-				m.run("systemctl", "disable", "nftwl-persist")
-				m.diagnoses("not enabled", "persistence", map[string]string{"persistence.unit": "fail: nftwl-persist.service is not enabled: " + nothing})
-				m.commands("mv " + unit + " /run; systemctl daemon-reload")()
-				m.diagnoses("nor is the other unit", "persistence", map[string]string{"persistence.unit": "warn: nftwl-persist.service is not enabled: " + nothing})
-				m.run("systemctl", "enable", "nftwl-persist")
-			}, m.commands("systemctl disable nftwl-persist; mv /run/nftwl-persist.service " + unit + "; systemctl enable nftwl-persist"),
-				map[string]string{"persistence.unit": "fail: nftwl-persist.service follows nftables.service, which is not enabled: " + nothing}},
+			{"not enabled", m.commands("systemctl disable nftwl-persist"), nil,
+				map[string]string{"persistence.unit": "fail: nftwl-persist.service is not enabled: after a reboot neither the rules nor the sets are there$"}},
 			{"nftables.service beside it", m.commands("systemctl enable nftables"), nil,
 				map[string]string{"persistence.unit": "fail: a restart or reload of nftables.service flushes all tables"}},
 			{"another table", m.commands("echo 'table: inet filter' >/etc/nftwl.yaml"), m.commands("echo 'table: inet nftwl' >/etc/nftwl.yaml"),
@@ -270,9 +248,7 @@ func TestDoctorStandalone(t *testing.T) {
 					"persistence.snapshot": "fail: .*none of the sets in it is one of table inet filter",
 				}},
 			{"no rules", m.commands("rm " + file), m.commands(mended),
-				map[string]string{"persistence.boot": "fail: after a reboot there is no firewall: nftwl-persist.service loads it, .* " + file + ": no such file"}},
-			{"rules that it cannot read", m.commands("chmod 600 " + file), nil,
-				map[string]string{"persistence.boot": "fail: " + file + " has mode 0600"}},
+				map[string]string{"persistence.boot": "fail: after a reboot there is no firewall: .* " + file + ": no such file"}},
 			{"a reload that loaded none", func() {
 				m.commands("echo no rule >>" + file)()
 				m.diagnoses("the next boot loads none", "persistence", map[string]string{"persistence.boot": syntax})
@@ -310,11 +286,11 @@ func TestDoctorDovecotUnit(t *testing.T) {
 			}, m.commands("systemctl restart dovecot"), map[string]string{
 				"dovecot.running": "fail: dovecot.service has failed: result signal", "dovecot.login": "skip: "}},
 			{"capabilities", unit("CapabilityBoundingSet=~CAP_NET_ADMIN"), nil, map[string]string{
-				"dovecot.login": "fail: a login by service nftwl was tried: logins go on, and no client is trusted: Dovecot's unit withholds CAP_NET_ADMIN "}},
+				"dovecot.login": "fail: a login by service nftwl was tried: logins go on, and no client is trusted: .*CAP_NET_ADMIN"}},
 			{"address families", unit("RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"), nil, map[string]string{
-				"dovecot.login": "fail: .* no client is trusted: Dovecot's unit withholds CAP_NET_ADMIN or AF_NETLINK"}},
+				"dovecot.login": "fail: .* was tried: logins go on, and no client is trusted: "}},
 			{"both", unit("RestrictAddressFamilies=~AF_NETLINK\nCapabilityBoundingSet=~CAP_NET_ADMIN"), nil, map[string]string{
-				"dovecot.login": "fail: .* no client is trusted: Dovecot's unit withholds CAP_NET_ADMIN or AF_NETLINK"}},
+				"dovecot.login": "fail: .* was tried: logins go on, and no client is trusted: "}},
 		})
 	})
 }

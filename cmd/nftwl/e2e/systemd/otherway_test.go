@@ -21,7 +21,7 @@ func TestOtherWay(t *testing.T) {
 		}
 		m.learns(1)
 		m.healthy()
-		m.diagnoses("the other way", "policy", map[string]string{"policy.reports": "ok: "})
+		m.diagnoses("the other way", "policy", map[string]string{"policy.dovecot": "ok: "})
 
 		// Another key.
 		for _, b := range nstest.Blocks(t, "docs/operation.md", "Changing the configuration") {
