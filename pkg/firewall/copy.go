@@ -15,11 +15,7 @@ import (
 
 // Rule is a rule of the machine's.
 type Rule struct {
-	Table   nftset.Table
-	Chain   string
-	Handle  uint64 // as `nft -a list ruleset` shows it
-	Comment string
-	Sets    []string // that it looks up
+	Handle uint64 // as `nft -a list ruleset` shows it
 
 	rejects bool // it answers what it drops
 }
@@ -58,11 +54,8 @@ const attrTable = 1
 // include/uapi/linux/netfilter/nf_tables.h.
 const (
 	hookDev       = 3 // NFTA_HOOK_DEV
-	hookDevs      = 4 // NFTA_HOOK_DEVS
-	deviceName    = 1 // NFTA_DEVICE_NAME
 	chainUse      = 6 // NFTA_CHAIN_USE
 	chainFlags    = 10
-	ruleUserData  = 7
 	setHandle     = 16
 	setType       = 19
 	setCount      = 20
@@ -115,14 +108,11 @@ func (t *table) add(kind uint16, o nftset.Object) {
 		}
 	case unix.NFT_MSG_NEWRULE:
 		chain := text(attribute(o.Attrs, unix.NFTA_RULE_CHAIN))
-		rule := &Rule{Table: t.Table, Chain: chain, Comment: comment(attribute(o.Attrs, ruleUserData))}
+		rule := new(Rule)
 		if handle := attribute(o.Attrs, unix.NFTA_RULE_HANDLE); len(handle) == 8 {
 			rule.Handle = binary.BigEndian.Uint64(handle)
 		}
 		for _, e := range expressions(o) {
-			if e.name == "lookup" {
-				rule.Sets = append(rule.Sets, text(attribute(e.data, unix.NFTA_LOOKUP_SET)))
-			}
 			rule.rejects = rule.rejects || e.name == "reject" ||
 				e.name == "target" && text(attribute(e.data, unix.NFTA_TARGET_NAME)) == "REJECT"
 		}
@@ -154,9 +144,8 @@ func encode(expressions []expression) (list []byte) {
 	return list
 }
 
-// prepare makes of objects that were read what another namespace takes, where
-// only the devices are there.
-func (t *table) prepare(devices []*device) {
+// prepare makes of objects that were read what another namespace takes.
+func (t *table) prepare() {
 	for kind, objects := range t.objects {
 		for i := range objects {
 			o := &objects[i]
@@ -169,17 +158,6 @@ func (t *table) prepare(devices []*device) {
 			case unix.NFT_MSG_NEWCHAIN:
 				// The flags are for hardware, and for a chain without a name.
 				o.Attrs = without(o.Attrs, unix.NFTA_CHAIN_HANDLE, chainUse, chainFlags)
-				hook := attribute(o.Attrs, unix.NFTA_CHAIN_HOOK)
-				devs := attribute(hook, hookDevs)
-				if devs == nil {
-					break
-				}
-				if devs = present(devs, devices); devs == nil {
-					o.Attrs = only(o.Attrs, attrTable, unix.NFTA_CHAIN_NAME)
-					break
-				}
-				hook = nftset.AppendAttribute(without(hook, hookDev, hookDevs), hookDevs, devs)
-				o.Attrs = nftset.AppendAttribute(without(o.Attrs, unix.NFTA_CHAIN_HOOK), unix.NFTA_CHAIN_HOOK, hook)
 			case unix.NFT_MSG_NEWFLOWTABLE:
 				// Of no device: first packets never go by it.
 				hook := without(attribute(o.Attrs, flowtableHook), flowtableDevs)
@@ -191,17 +169,6 @@ func (t *table) prepare(devices []*device) {
 			}
 		}
 	}
-}
-
-// present returns a list of devices less those that are not there, whose packets are
-// others. What is no whole name, the kernel takes as it is.
-func present(list []byte, devices []*device) (kept []byte) {
-	each(list, func(typ uint16, name []byte) {
-		if typ != deviceName || slices.ContainsFunc(devices, func(d *device) bool { return d.name == text(name) }) {
-			kept = nftset.AppendAttribute(kept, typ, name)
-		}
-	})
-	return kept
 }
 
 func prepareRule(o nftset.Object) []byte {
@@ -236,13 +203,9 @@ func prepareRule(o nftset.Object) []byte {
 	return attrs
 }
 
-// Sets of up to few elements are copied whole. Of larger ones that have
-// addresses for keys, what the probe can ask for is looked up; others are
-// copied up to many.
-const (
-	few  = 4096
-	many = 65536
-)
+// most is the size of the sets that are copied whole. Of larger ones that have
+// addresses for keys, what the packets can ask for is looked up.
+const most = 4096
 
 // errMany is of a set that has more elements than are copied.
 var errMany = errors.New("too many elements")
@@ -255,11 +218,7 @@ func (t *table) readElements(conn *nftset.Conn, sources []netip.Prefix, ports []
 		list = slices.Clip(nftset.AppendAttribute(list, unix.NFTA_SET_ELEM_LIST_SET, setName))
 		kind := keyKind(number(attribute(set.Attrs, unix.NFTA_SET_KEY_TYPE)))
 		known := slices.Contains(keyKinds, kind)
-		most := many
-		if known {
-			most = few
-		}
-		found, err := t.dump(set, list, most)
+		found, err := t.dump(set, list)
 		switch {
 		case errors.Is(err, errMany) && known:
 			interval := number(attribute(set.Attrs, unix.NFTA_SET_FLAGS))&unix.NFT_SET_INTERVAL != 0
@@ -278,7 +237,7 @@ func (t *table) readElements(conn *nftset.Conn, sources []netip.Prefix, ports []
 
 // dump reads all elements of a set, unless they are too many. It has a connection of
 // its own, which is of no more use then.
-func (t *table) dump(set nftset.Object, list []byte, most int) (found []nftset.Object, err error) {
+func (t *table) dump(set nftset.Object, list []byte) (found []nftset.Object, err error) {
 	if int(number(attribute(set.Attrs, setCount))) > most { // which kernels before 6.16 do not tell
 		return nil, errMany
 	}
@@ -412,15 +371,3 @@ func number(b []byte) uint32 {
 }
 
 func big32(n uint32) []byte { return binary.BigEndian.AppendUint32(nil, n) }
-
-// comment reads a rule's comment from what nft keeps for itself: a type, a
-// length and a value (NFTNL_UDATA_RULE_COMMENT is 0).
-func comment(b []byte) string {
-	for len(b) >= 2 && len(b) >= 2+int(b[1]) {
-		if b[0] == 0 {
-			return text(b[2 : 2+int(b[1])])
-		}
-		b = b[2+int(b[1]):]
-	}
-	return ""
-}

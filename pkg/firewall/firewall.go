@@ -8,7 +8,6 @@
 package firewall
 
 import (
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -57,10 +56,6 @@ type Step struct {
 
 	base hook // of the base chain that the packet is in
 }
-
-// Forwarded tells whether the packet was not for this machine, or no longer: a
-// container's published port.
-func (s Step) Forwarded() bool { return s.base.number == unix.NF_INET_FORWARD }
 
 // Result is what became of a packet.
 type Result struct {
@@ -168,7 +163,8 @@ func (c *Copy) make(ports []uint16) error {
 		return err
 	}
 	for _, d := range c.devices {
-		if err := d.make(r); err != nil {
+		// Every namespace has some tunnels, such as sit0, once it is made.
+		if err := d.make(r); err != nil && slices.ContainsFunc(c.routes, func(to route) bool { return to.device == d }) {
 			return err
 		}
 	}
@@ -203,7 +199,7 @@ func (c *Copy) make(ports []uint16) error {
 	}
 	c.conn.SetTimeout(patience)
 	for _, t := range c.tables {
-		t.prepare(c.devices)
+		t.prepare()
 		if err := t.load(c.conn); err != nil {
 			c.Omitted = append(c.Omitted, fmt.Sprintf("table %s (%v)", t.Table, err))
 			continue
@@ -265,6 +261,9 @@ func (c *Copy) loadTrace() error {
 	one := attr(attr(nil, unix.NFTA_IMMEDIATE_DREG, big32(unix.NFT_REG_1)), unix.NFTA_IMMEDIATE_DATA, attr(nil, unix.NFTA_DATA_VALUE, []byte{1}))
 	trace := attr(attr(nil, unix.NFTA_META_KEY, big32(unix.NFT_META_NFTRACE)), unix.NFTA_META_SREG, big32(unix.NFT_REG_1))
 	for _, d := range c.devices {
+		if d.tun < 0 {
+			continue
+		}
 		chain(first, d.name, unix.NF_NETDEV_INGRESS, 1<<31, attr(nil, hookDev, name(d.name)))
 		o := attr(attr(nil, attrTable, name(first.Name)), unix.NFTA_RULE_CHAIN, name(d.name))
 		o = attr(o, unix.NFTA_RULE_EXPRESSIONS, encode([]expression{{"immediate", one}, {"meta", trace}})) // meta nftrace set 1
@@ -288,21 +287,6 @@ func (c *Copy) Close() {
 	for _, l := range c.listeners {
 		l.Close()
 	}
-}
-
-// Lookup returns a rule that looks up a set, and whether it is in a base chain;
-// nil where there is none.
-func (c *Copy) Lookup(table nftset.Table, set string) (rule *Rule, base bool) {
-	for _, t := range c.tables {
-		for chain, rules := range t.rules {
-			i := slices.IndexFunc(rules, func(r *Rule) bool { return t.Table == table && slices.Contains(r.Sets, set) })
-			if i >= 0 && (rule == nil || rules[i].Handle < rule.Handle) {
-				_, base = t.hooks[chain]
-				rule = rules[i]
-			}
-		}
-	}
-	return rule, base
 }
 
 // Conn is a connection to the copy, to change what its sets hold.
@@ -459,7 +443,7 @@ func accepting(path []Step) (decided Step) {
 }
 
 // Text returns the step's rule as nft lists it, less its counters, or "policy
-// drop". Where nft cannot tell, it is the rule's handle and comment. It must be
+// drop". If nft cannot tell, it is the rule's handle. It must be
 // called on the thread that called Open, or in a process that has one namespace.
 func (c *Copy) Text(s Step) string {
 	if s.Rule == nil {
@@ -471,22 +455,7 @@ func (c *Copy) Text(s Step) string {
 	if text := c.texts[s.Table][s.Rule.Handle]; text != "" {
 		return text
 	}
-	text := fmt.Sprintf("rule with handle %d", s.Rule.Handle)
-	if s.Rule.Comment != "" {
-		text += fmt.Sprintf(" (%q)", s.Rule.Comment)
-	}
-	return text
-}
-
-// Nft is a command of nft's, in English, wherever PATH leads.
-func Nft(ctx context.Context, args ...string) *exec.Cmd {
-	program, err := exec.LookPath("nft")
-	if err != nil {
-		program = "/usr/sbin/nft" // often not in PATH, such as cron's or a user's
-	}
-	cmd := exec.CommandContext(ctx, program, args...)
-	cmd.Env = append(cmd.Environ(), "LC_ALL=C")
-	return cmd
+	return fmt.Sprintf("rule with handle %d", s.Rule.Handle)
 }
 
 // list asks nft for the rules of each table, by their handles. It lists the
@@ -494,8 +463,7 @@ func Nft(ctx context.Context, args ...string) *exec.Cmd {
 // alone, --terse or not.
 func list() map[nftset.Table]map[uint64]string {
 	texts := make(map[nftset.Table]map[uint64]string)
-	cmd := Nft(context.Background(), "--handle", "--stateless", "--terse", "list", "ruleset")
-	out, _ := cmd.Output() // without it, there are handles
+	out, _ := exec.Command("nft", "--handle", "--stateless", "--terse", "list", "ruleset").Output() // without it, there are handles
 	var rules map[uint64]string
 	for line := range strings.Lines(string(out)) {
 		text, handle, _ := strings.Cut(strings.TrimSpace(line), " # handle ")

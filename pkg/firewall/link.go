@@ -37,8 +37,8 @@ var fallback = map[bool]netip.Addr{false: netip.MustParseAddr("192.0.2.1"), true
 // Of the documentation, too: the default route's.
 var anywhere4, anywhere6 = netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("2001:db8:ffff::1")
 
-// readDevices returns the machine's interfaces that have addresses, and the
-// routes of the sources.
+// readDevices returns the machine's interfaces, but for lo, and the routes of the
+// sources.
 func readDevices(sources []netip.Prefix) (devices []*device, routes []route, err error) {
 	interfaces, err := net.Interfaces()
 	if err != nil {
@@ -88,11 +88,6 @@ func readDevices(sources []netip.Prefix) (devices []*device, routes []route, err
 		}
 		routes = append(routes, to)
 	}
-	// Those without addresses are of no use, such as a container's end of a
-	// bridge, of which there can be hundreds.
-	devices = slices.DeleteFunc(devices, func(d *device) bool {
-		return len(d.addresses) == 0 && !slices.ContainsFunc(routes, func(r route) bool { return r.device == d })
-	})
 	return devices, routes, nil
 }
 
@@ -101,11 +96,13 @@ func (d *device) make(r routeConn) (err error) {
 	if d.tun, err = MakeDevice(d.name, d.index); err != nil {
 		return fmt.Errorf("%w: device %s: %w", ErrTUN, d.name, err)
 	}
-	made, err := net.InterfaceByName(d.name)
-	if err != nil {
-		return err
+	if d.index == 0 {
+		made, err := net.InterfaceByName(d.name)
+		if err != nil {
+			return err
+		}
+		d.index = made.Index
 	}
-	d.index = made.Index
 	if err := r.up(d.index); err != nil {
 		return fmt.Errorf("device %s: %w", d.name, err)
 	}

@@ -88,7 +88,7 @@ func nft(text string) error {
 	const patience = time.Minute // it takes seconds for a million elements
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	cmd := firewall.Nft(ctx, "-f", "-")
+	cmd := exec.CommandContext(ctx, "nft", "-f", "-")
 	cmd.Stdin = strings.NewReader(text)
 	out, err := cmd.CombinedOutput()
 	var exit *exec.ExitError
