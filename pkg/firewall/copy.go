@@ -26,7 +26,7 @@ type table struct {
 	objects map[uint16][]nftset.Object // by the message that makes them, in the order in which they were made
 	hooks   map[string]hook            // of its base chains
 	rules   map[string][]*Rule         // by chain
-	omitted []string                   // sets whose elements were not copied, with the reason
+	copies  map[uint64]*Rule           // the same, by their handles in the copy
 }
 
 // hook is where a base chain sees packets.
@@ -41,7 +41,6 @@ var kinds = []struct{ get, add uint16 }{
 	{unix.NFT_MSG_GETTABLE, unix.NFT_MSG_NEWTABLE},
 	{unix.NFT_MSG_GETCHAIN, unix.NFT_MSG_NEWCHAIN},
 	{unix.NFT_MSG_GETOBJ, unix.NFT_MSG_NEWOBJ},
-	{unix.NFT_MSG_GETFLOWTABLE, unix.NFT_MSG_NEWFLOWTABLE},
 	{unix.NFT_MSG_GETSET, unix.NFT_MSG_NEWSET},
 	{0, unix.NFT_MSG_NEWSETELEM},
 	{unix.NFT_MSG_GETRULE, unix.NFT_MSG_NEWRULE},
@@ -53,47 +52,55 @@ const attrTable = 1
 // Numbers that x/sys/unix does not have, from
 // include/uapi/linux/netfilter/nf_tables.h.
 const (
-	hookDev       = 3 // NFTA_HOOK_DEV
-	chainUse      = 6 // NFTA_CHAIN_USE
-	chainFlags    = 10
-	setHandle     = 16
-	setType       = 19
-	setCount      = 20
-	flowtableName = 2
-	flowtableHook = 3
-	flowtableDevs = 3 // NFTA_FLOWTABLE_HOOK_DEVS
+	hookDev    = 3 // NFTA_HOOK_DEV
+	chainUse   = 6 // NFTA_CHAIN_USE
+	chainFlags = 10
+	setHandle  = 16
+	setType    = 19
+	setCount   = 20
 )
+
+// tables are in the order in which they were made, by which the kernel calls chains of
+// the same priority.
+type tables []*table
+
+// find returns a table; nil if there is none of the name.
+func (all tables) find(t nftset.Table) *table {
+	if i := slices.IndexFunc(all, func(x *table) bool { return x.Table == t }); i >= 0 {
+		return all[i]
+	}
+	return nil
+}
 
 // readTables reads the ruleset of the connection's namespace, without elements
 // of sets. It is of one generation.
-func readTables(conn *nftset.Conn) ([]*table, error) {
+func readTables(conn *nftset.Conn) (tables, error) {
 	for range 10 {
 		before, err := conn.Generation()
 		if err != nil {
 			return nil, err
 		}
-		var tables []*table
+		var all tables
 		for _, kind := range kinds {
 			if kind.get == 0 {
 				continue
 			}
 			err := conn.Objects(kind.get, true, 0, nil, func(o nftset.Object) error {
-				t := nftset.Table{Family: o.Family, Name: text(attribute(o.Attrs, attrTable))}
-				i := slices.IndexFunc(tables, func(x *table) bool { return x.Table == t })
-				if i < 0 {
-					i = len(tables)
-					tables = append(tables, &table{Table: t, objects: make(map[uint16][]nftset.Object), hooks: make(map[string]hook), rules: make(map[string][]*Rule)})
+				name := nftset.Table{Family: o.Family, Name: text(attribute(o.Attrs, attrTable))}
+				t := all.find(name)
+				if t == nil {
+					t = &table{name, make(map[uint16][]nftset.Object), make(map[string]hook), make(map[string][]*Rule), make(map[uint64]*Rule)}
+					all = append(all, t)
 				}
-				tables[i].add(kind.add, o)
+				t.add(kind.add, o)
 				return nil
 			})
-			// An old kernel without flowtables is no reason to know nothing.
-			if err != nil && kind.get != unix.NFT_MSG_GETFLOWTABLE {
+			if err != nil {
 				return nil, fmt.Errorf("read the ruleset: %w", err)
 			}
 		}
 		if after, err := conn.Generation(); err != nil || after == before {
-			return tables, err
+			return all, err
 		}
 	}
 	return nil, nftset.ErrBusy
@@ -154,14 +161,10 @@ func (t *table) prepare() {
 			case unix.NFT_MSG_NEWTABLE:
 				// The other flags bind a table to a process.
 				dormant := number(attribute(o.Attrs, unix.NFTA_TABLE_FLAGS)) & unix.NFT_TABLE_F_DORMANT
-				o.Attrs = nftset.AppendAttribute(only(o.Attrs, unix.NFTA_TABLE_NAME), unix.NFTA_TABLE_FLAGS, big32(dormant))
+				o.Attrs = nftset.AppendAttribute(nftset.AppendAttribute(nil, attrTable, name(t.Name)), unix.NFTA_TABLE_FLAGS, big32(dormant))
 			case unix.NFT_MSG_NEWCHAIN:
 				// The flags are for hardware, and for a chain without a name.
 				o.Attrs = without(o.Attrs, unix.NFTA_CHAIN_HANDLE, chainUse, chainFlags)
-			case unix.NFT_MSG_NEWFLOWTABLE:
-				// Of no device: first packets never go by it.
-				hook := without(attribute(o.Attrs, flowtableHook), flowtableDevs)
-				o.Attrs = nftset.AppendAttribute(only(o.Attrs, attrTable, flowtableName), flowtableHook, hook)
 			case unix.NFT_MSG_NEWSET:
 				o.Attrs = nftset.AppendAttribute(without(o.Attrs, setHandle, setType, setCount), unix.NFTA_SET_ID, big32(uint32(i+1)))
 			case unix.NFT_MSG_NEWRULE:
@@ -210,8 +213,9 @@ const most = 4096
 // errMany is of a set that has more elements than are copied.
 var errMany = errors.New("too many elements")
 
-// readElements reads the elements of the sets.
-func (t *table) readElements(conn *nftset.Conn, sources []netip.Prefix, ports []uint16) error {
+// readElements reads the elements of the sets, and returns the sets that have too
+// many.
+func (t *table) readElements(conn *nftset.Conn, sources []netip.Prefix, ports []uint16) (omitted []string, err error) {
 	for _, set := range t.objects[unix.NFT_MSG_NEWSET] {
 		setName := attribute(set.Attrs, unix.NFTA_SET_NAME)
 		list := nftset.AppendAttribute(nil, attrTable, name(t.Name))
@@ -224,15 +228,15 @@ func (t *table) readElements(conn *nftset.Conn, sources []netip.Prefix, ports []
 			interval := number(attribute(set.Attrs, unix.NFTA_SET_FLAGS))&unix.NFT_SET_INTERVAL != 0
 			found, err = t.lookup(conn, list, kind.keys(sources, ports), interval)
 		case errors.Is(err, errMany):
-			t.omitted = append(t.omitted, fmt.Sprintf("the elements of %s %s, more than %d", t.Table, text(setName), most))
+			omitted = append(omitted, fmt.Sprintf("the elements of %s %s, more than %d", t.Table, text(setName), most))
 			continue
 		}
 		if err != nil && !errors.Is(err, unix.ENOENT) { // it is gone
-			return fmt.Errorf("read set %s: %w", text(setName), err)
+			return nil, fmt.Errorf("read set %s: %w", text(setName), err)
 		}
 		t.objects[unix.NFT_MSG_NEWSETELEM] = append(t.objects[unix.NFT_MSG_NEWSETELEM], found...)
 	}
-	return nil
+	return omitted, nil
 }
 
 // dump reads all elements of a set, unless they are too many. It has a connection of
@@ -341,18 +345,10 @@ func each(b []byte, f func(typ uint16, data []byte)) {
 
 func attribute(b []byte, which uint16) []byte { return nftset.Attribute(b, which) }
 
-// only returns the attributes of some types, and without the others.
-func only(b []byte, types ...uint16) []byte {
-	return choose(b, func(typ uint16) bool { return slices.Contains(types, typ) })
-}
-
-func without(b []byte, types ...uint16) []byte {
-	return choose(b, func(typ uint16) bool { return !slices.Contains(types, typ) })
-}
-
-func choose(b []byte, keep func(typ uint16) bool) (kept []byte) {
+// without returns the attributes that are not of some types.
+func without(b []byte, types ...uint16) (kept []byte) {
 	each(b, func(typ uint16, data []byte) {
-		if keep(typ) {
+		if !slices.Contains(types, typ) {
 			kept = nftset.AppendAttribute(kept, typ, data)
 		}
 	})

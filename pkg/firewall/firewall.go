@@ -61,7 +61,7 @@ type Step struct {
 type Result struct {
 	Verdict Verdict
 	// Step decided it: the one that dropped the packet; else the last rule that
-	// accepted it, or the last policy. Its Chain is empty where no chain of hook
+	// accepted it, or the last policy. Its Chain is empty if no chain of hook
 	// input or forward saw the packet.
 	Step
 	Path []Step // of all base chains that saw it, in order
@@ -73,17 +73,14 @@ type Copy struct {
 	// take a second time, and elements of sets that have too many.
 	Omitted []string
 
-	tables     []*table
-	conn       *nftset.Conn // to the copy
-	trace      *nftset.Conn
-	listeners  []net.Listener
-	forwarding map[string][]byte // what to write into the files of that name
-	devices    []*device
-	routes     []route
-	hooks      map[nftset.Table]map[string]hook
-	rules      map[nftset.Table]map[uint64]*Rule // by their handles in the copy
-	texts      map[nftset.Table]map[uint64]string
-	port       uint16 // of the last connection's source
+	tables    tables
+	conn      *nftset.Conn // to the copy
+	trace     *nftset.Conn
+	listeners []net.Listener
+	devices   []*device
+	routes    []route
+	texts     map[nftset.Table]map[uint64]string // of rules, by their handles
+	port      uint16                             // of the last connection's source
 }
 
 // patience is how long the kernel may take to say what became of a packet.
@@ -102,26 +99,28 @@ func Open(sources []netip.Prefix, ports []uint16) (*Copy, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Copy{
-		tables:     tables,
-		forwarding: make(map[string][]byte),
-		hooks:      make(map[nftset.Table]map[string]hook),
-		rules:      make(map[nftset.Table]map[uint64]*Rule),
-		port:       32768,
-	}
+	c := &Copy{tables: tables, port: 32768}
 	if c.devices, c.routes, err = readDevices(sources); err != nil {
 		return nil, err
 	}
 	for _, t := range tables {
-		if err := t.readElements(conn, sources, ports); err != nil {
+		omitted, err := t.readElements(conn, sources, ports)
+		if err != nil {
 			return nil, err
 		}
-		c.Omitted = append(c.Omitted, t.omitted...)
+		c.Omitted = append(c.Omitted, omitted...)
 	}
+	forwards := make(map[string][]byte)
 	for _, name := range forwarding {
-		c.forwarding[name], _ = os.ReadFile(name) // without it, nothing is forwarded
+		forwards[name], _ = os.ReadFile(name) // without it, nothing is forwarded
 	}
-	if err := Inside(func() error { return c.make(ports) }); err != nil {
+	err = Inside(func() error {
+		for name, value := range forwards {
+			_ = os.WriteFile(name, value, 0) // as above
+		}
+		return c.make(ports)
+	})
+	if err != nil {
 		c.Close()
 		return nil, err
 	}
@@ -184,9 +183,6 @@ func (c *Copy) make(ports []uint16) error {
 			}
 		}
 	}
-	for name, value := range c.forwarding {
-		_ = os.WriteFile(name, value, 0) // as above
-	}
 	for _, port := range ports {
 		l, err := net.Listen("tcp", fmt.Sprintf(":%d", port)) // nobody accepts: the kernel alone answers
 		if err != nil {
@@ -202,12 +198,19 @@ func (c *Copy) make(ports []uint16) error {
 		t.prepare()
 		if err := t.load(c.conn); err != nil {
 			c.Omitted = append(c.Omitted, fmt.Sprintf("table %s (%v)", t.Table, err))
-			continue
 		}
-		c.hooks[t.Table], c.rules[t.Table] = t.hooks, make(map[uint64]*Rule)
 	}
-	if err := c.match(); err != nil {
+	copies, err := readTables(c.conn)
+	if err != nil {
 		return err
+	}
+	for _, t := range copies {
+		original := c.tables.find(t.Table)
+		for chain, rules := range t.rules {
+			for i, rule := range rules { // in each chain they are in the same order
+				original.copies[rule.Handle] = original.rules[chain][i]
+			}
+		}
 	}
 	if err := c.loadTrace(); err != nil {
 		return fmt.Errorf("trace packets: %w", err)
@@ -216,24 +219,6 @@ func (c *Copy) make(ports []uint16) error {
 		return err
 	}
 	return c.trace.Subscribe(unix.NFNLGRP_NFTRACE)
-}
-
-// match finds which rule of the copy is which of the machine's: in each chain
-// they are in the same order.
-func (c *Copy) match() error {
-	copies, err := readTables(c.conn)
-	if err != nil {
-		return err
-	}
-	for _, t := range copies {
-		i := slices.IndexFunc(c.tables, func(o *table) bool { return o.Table == t.Table })
-		for chain, rules := range t.rules {
-			for n, rule := range rules {
-				c.rules[t.Table][rule.Handle] = c.tables[i].rules[chain][n]
-			}
-		}
-	}
-	return nil
 }
 
 // Our own tables in the copy: one sees each packet first and has it traced, the
@@ -315,7 +300,7 @@ func (c *Copy) Dial(from netip.Addr, port uint16) (*Connection, *Result, error) 
 }
 
 // Open ends the handshake: it sends the acknowledgement, and tells what became of
-// that. It must follow an accepted Dial. ok is false where the copy did not
+// that. It must follow an accepted Dial. ok is false if the copy did not
 // answer the first packet within a second.
 func (conn *Connection) Open() (result *Result, ok bool, err error) {
 	c := conn.copy
@@ -373,8 +358,9 @@ func (c *Copy) send(by *device, s segment) (*Result, error) {
 				Table: nftset.Table{Family: o.Family, Name: text(attribute(o.Attrs, unix.NFTA_TRACE_TABLE))},
 				Chain: text(attribute(o.Attrs, unix.NFTA_TRACE_CHAIN)),
 			}
-			if ended {
-				base = c.hooks[step.Table][step.Chain]
+			t := c.tables.find(step.Table)
+			if ended && t != nil { // not one of our own
+				base = t.hooks[step.Chain]
 			}
 			step.base = base
 			code := int32(number(attribute(attribute(o.Attrs, unix.NFTA_TRACE_VERDICT), unix.NFTA_VERDICT_CODE)))
@@ -387,8 +373,8 @@ func (c *Copy) send(by *device, s segment) (*Result, error) {
 				}
 			case unix.NFT_TRACETYPE_RULE:
 				handle := attribute(o.Attrs, unix.NFTA_TRACE_RULE_HANDLE)
-				if ended = code >= 0; len(handle) == 8 {
-					step.Rule = c.rules[step.Table][binary.BigEndian.Uint64(handle)]
+				if ended = code >= 0; len(handle) == 8 && t != nil {
+					step.Rule = t.copies[binary.BigEndian.Uint64(handle)]
 				}
 				if step.Rule == nil || !ended { // the end of a chain; or it goes on
 					return nil
@@ -442,9 +428,9 @@ func accepting(path []Step) (decided Step) {
 	return decided
 }
 
-// Text returns the step's rule as nft lists it, less its counters, or "policy
-// drop". If nft cannot tell, it is the rule's handle. It must be
-// called on the thread that called Open, or in a process that has one namespace.
+// Text returns the step's rule as nft lists it, without counters, or "policy drop".
+// Without nft, it names the rule's handle. Call it on the thread that called Open,
+// or in a process that has one namespace.
 func (c *Copy) Text(s Step) string {
 	if s.Rule == nil {
 		return "policy " + string(s.Verdict)
