@@ -1,9 +1,7 @@
 package doctor
 
 import (
-	"bytes"
 	"context"
-	"errors"
 	"net"
 	"os"
 	"regexp"
@@ -45,7 +43,7 @@ func (d *Doctor) checkBootFile(ctx context.Context, file string) {
 			"after a reboot there is no firewall: the file of rules cannot be read: %v", err)
 		return
 	}
-	if err := nft(ctx, "--check", "--file", file); err != nil {
+	if _, err := run(ctx, "nft", "--check", "--file", file); err != nil {
 		d.noRules = true
 		d.fail(check, remedy{"correct it, then load it", "nft -c -f " + quote(file)}, "after a reboot there is no firewall: nft does not load %s: %v", file, err)
 		return
@@ -68,6 +66,8 @@ func (d *Doctor) checkBootFile(ctx context.Context, file string) {
 			"after a reboot there is no table %s: %s does not have it", table, file)
 		return
 	}
+	// What nftwl depends on: sets and their lookups, and how packets come to a chain.
+	essential := regexp.MustCompile(`^\s*(set|chain|type filter hook) |@|\b(jump|goto) `)
 	for line := range strings.Lines(now) {
 		if strings.Count(now, line) > strings.Count(then, line) && essential.MatchString(line) {
 			d.fail(check, remedy{words: "put it back into " + file + ", or into what that includes"},
@@ -76,21 +76,6 @@ func (d *Doctor) checkBootFile(ctx context.Context, file string) {
 		}
 	}
 	d.ok(check, "%s loads, and has the sets, lookups and jumps that table %s has now", file, table)
-}
-
-// essential are the lines of a listing that nftwl depends on: the sets and their
-// lookups, and how packets come to a chain.
-var essential = regexp.MustCompile(`^\s*(set|chain|type filter hook) |@|\b(jump|goto) `)
-
-// nft runs a command of nft's; an error is the first that it printed.
-func nft(ctx context.Context, args ...string) error {
-	_, errs, err := run(ctx, "nft", args...)
-	for line := range strings.Lines(string(errs)) {
-		if err != nil && strings.Contains(line, "Error: ") {
-			return errors.New(strings.TrimSpace(line))
-		}
-	}
-	return err
 }
 
 // afterBoot lists the table as a file makes it; "" if the file does not have it.
@@ -105,7 +90,7 @@ func (d *Doctor) afterBoot(ctx context.Context, file string) (table string, err 
 				defer unix.Close(fd)
 			}
 		}
-		if err := nft(ctx, "--file", file); err != nil {
+		if _, err := run(ctx, "nft", "--file", file); err != nil {
 			return err
 		}
 		table, err = listTable(ctx, d.config.Table)
@@ -118,8 +103,8 @@ func (d *Doctor) afterBoot(ctx context.Context, file string) (table string, err 
 // table. It is cut out of the whole ruleset, because nft 1.0.6 reads all elements of
 // a table that it lists alone, which takes half a minute for a million.
 func listTable(ctx context.Context, table nftset.Table) (string, error) {
-	all, _, err := run(ctx, "nft", "-s", "-t", "list", "ruleset")
-	_, rest, _ := bytes.Cut(append([]byte("\n"), all...), []byte("\ntable "+table.String()+" {\n"))
-	text, _, _ := bytes.Cut(rest, []byte("\n}\n"))
-	return string(text), err
+	all, err := run(ctx, "nft", "-s", "-t", "list", "ruleset")
+	_, rest, _ := strings.Cut("\n"+all, "\ntable "+table.String()+" {\n")
+	text, _, _ := strings.Cut(rest, "\n}\n")
+	return text, err
 }

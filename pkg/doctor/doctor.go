@@ -1,17 +1,14 @@
 // Package doctor checks a whole installation: nftwl's own configuration, the
-// kernel's sets and rules, Dovecot, nftwld, the units, fail2ban. It changes nothing
-// but in a network namespace of its own, and that Dovecot trusts an address for a
-// moment.
+// kernel's sets and rules, Dovecot, nftwld, the units, fail2ban. It changes nothing,
+// except that Dovecot trusts an address for a moment.
 package doctor
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"time"
 
@@ -20,11 +17,11 @@ import (
 	"nftwl/pkg/nftset"
 )
 
-// Status is what became of a check.
+// Status is the outcome of a check.
 type Status string
 
-// The outcomes. A check that is skipped has no say: what it looks at is not in
-// use, or cannot be looked at for the reason given.
+// The outcomes. A check is skipped if what it looks at is not in use, or cannot be
+// looked at.
 const (
 	OK   Status = "ok"
 	Warn Status = "warn"
@@ -36,12 +33,12 @@ const (
 type Result struct {
 	Check   string `json:"check"` // its name, which does not change: "sets.trusted_ipv4"
 	Status  Status `json:"status"`
-	Text    string `json:"text"`              // what was found; one line, but not escaped
+	Text    string `json:"text"`              // what was found; one line, not escaped
 	Remedy  string `json:"remedy,omitempty"`  // what to do about it, in words
-	Command string `json:"command,omitempty"` // the same for a shell, where one command does it
+	Command string `json:"command,omitempty"` // the same for a shell, or "" if no command does it
 }
 
-// Doctor says where to look.
+// Doctor checks the installation of one configuration.
 type Doctor struct {
 	Executable string // path of this very program
 	ConfigPath string // as config.Load takes it: "" for the default
@@ -49,17 +46,17 @@ type Doctor struct {
 	report func(Result)
 
 	// What one check has found and others need.
-	config *config.Config // never nil: the default where the file is wrong
+	config *config.Config // never nil: the default if the file is wrong
 	valid  bool           // config is what the administrator wrote
-	conn   *nftset.Conn   // nil where the kernel's nftables cannot be read
+	conn   *nftset.Conn   // nil if nftables cannot be read
 
-	units    map[string]unit // nil where they cannot be seen
+	units    map[string]unit // nil if they cannot be seen
 	noUnits  string          // why
-	noRules  bool            // the file that a unit loads at boot does not load
-	reload   string          // a command that loads it; "" where it does not have the table
+	noRules  bool            // nft does not load the file that a unit loads at boot
+	reload   string          // a command that loads it; "" if it lacks the table
 	unusable map[string]bool // sets, by name
 
-	dovecot *doveconf.Settings // nil where they cannot be read
+	dovecot *doveconf.Settings // nil if they cannot be read
 	unread  string             // why
 	running bool
 	stale   bool            // its configuration has changed since it was loaded
@@ -95,7 +92,7 @@ func (d *Doctor) Run(ctx context.Context, report func(Result)) {
 // configPath is the file that the configuration is read from.
 func (d *Doctor) configPath() string { return cmp.Or(d.ConfigPath, config.Path) }
 
-// remedy is what to do: in words, and as a command where there is one.
+// remedy is what to do: in words, and as a command if there is one.
 type remedy struct{ words, command string }
 
 func (d *Doctor) ok(check, format string, args ...any) {
@@ -114,46 +111,42 @@ func (d *Doctor) fail(check string, r remedy, format string, args ...any) {
 	d.report(Result{check, Fail, fmt.Sprintf(format, args...), r.words, r.command})
 }
 
-// patience is how long a program of the system may take to say something.
+// patience is how long a program, a server or the kernel may take to answer.
 const patience = 10 * time.Second
 
-// errNoAnswer is about a program that may be well, and has not said so.
+// errNoAnswer: a program did not answer in time. It may be well all the same.
 var errNoAnswer = errors.New("no answer")
 
-// output runs a program, and returns what it wrote to stdout; where it fails,
-// the error has the last line that it wrote to stderr.
-func output(ctx context.Context, program string, args ...string) ([]byte, error) {
-	out, errs, err := run(ctx, program, args...)
-	if err == nil {
-		return out, nil
-	}
-	var exit *exec.ExitError
-	if errors.As(err, &exit) {
-		lines := strings.Split(strings.TrimSpace(string(errs)), "\n")
-		if last := lines[len(lines)-1]; last != "" {
-			err = errors.New(last)
-		}
-	}
-	return out, fmt.Errorf("%s: %w", filepath.Base(program), err)
-}
-
-// run runs a program, and returns what it wrote to stdout and stderr.
-func run(ctx context.Context, program string, args ...string) (_, _ []byte, err error) {
+// run runs a program, and returns what it wrote to stdout. If it fails, the error
+// has the first line with an error that it wrote, or else the last to stderr.
+func run(ctx context.Context, program string, args ...string) (string, error) {
 	started := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, program, args...)
-	cmd.WaitDelay = time.Second // or a child of its that holds the pipe is waited for
-	var out, errs bytes.Buffer
+	cmd.WaitDelay = time.Second // a child of the program's may hold the pipe open
+	var out, errs strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, &errs
-	if err = cmd.Run(); err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		end, _ := ctx.Deadline() // which can be the caller's
-		err = fmt.Errorf("%w within %v", errNoAnswer, end.Sub(started).Round(100*time.Millisecond))
+	err := cmd.Run()
+	if err == nil {
+		return out.String(), nil
 	}
-	return out.Bytes(), errs.Bytes(), err
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		end, _ := ctx.Deadline() // the caller's can be earlier
+		return out.String(), fmt.Errorf("%s: %w within %v", program, errNoAnswer, end.Sub(started).Round(100*time.Millisecond))
+	}
+	lines := strings.Split(strings.TrimSpace(errs.String()), "\n")
+	why := cmp.Or(lines[len(lines)-1], err.Error())
+	for line := range strings.Lines(errs.String() + out.String()) {
+		if strings.Contains(strings.ToLower(line), "error") {
+			why = strings.TrimSpace(line)
+			break
+		}
+	}
+	return out.String(), fmt.Errorf("%s: %s", program, why)
 }
 
-// quote makes a word for a shell of a path.
+// quote makes a word of a shell's.
 func quote(s string) string {
 	if s != "" && strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._-+@%:,") == "" {
 		return s

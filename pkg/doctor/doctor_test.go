@@ -141,7 +141,7 @@ func TestKernelWithoutSocket(t *testing.T) {
 	}
 }
 
-func TestOutput(t *testing.T) {
+func TestRun(t *testing.T) {
 	for _, v := range []struct {
 		name, script string
 		patience     time.Duration
@@ -150,24 +150,25 @@ func TestOutput(t *testing.T) {
 	}{
 		{"well", "echo said; echo not this >&2", time.Minute, false, ""},
 		{"failed", "echo said; echo why >&2; exit 1", time.Minute, false, "sh: why"},
+		{"failed, and has more to say", "echo said; echo first >&2; echo Error: why >&2; echo '^^^' >&2; exit 1", time.Minute, false, "sh: Error: why"},
 		{"failed in silence", "echo said; exit 1", time.Minute, false, "sh: exit status 1"},
 		{"hangs", "echo said; exec sleep 60", time.Second / 2, true, "sh: no answer within 500ms"},
 	} {
 		t.Run(v.name, func(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), v.patience)
 			defer cancel()
-			out, err := output(ctx, "sh", "-c", v.script)
+			out, err := run(ctx, "sh", "-c", v.script)
 			if got := fmt.Sprint(err); (err != nil || v.want != "") && got != v.want || errors.Is(err, errNoAnswer) != v.mute {
 				t.Errorf("the error is %q, want %q", got, v.want)
 			}
-			if strings.Contains(v.script, "said") && string(out) != "said\n" {
+			if strings.Contains(v.script, "said") && out != "said\n" {
 				t.Errorf("%d bytes: %.20q", len(out), out)
 			}
 		})
 	}
 }
 
-// What hangs says nothing of the settings.
+// A doveconf that hangs is not waited for.
 func TestDoveconfHangs(t *testing.T) {
 	nstest.Need(t, "dovecot", "dovecot-core")
 	dir := t.TempDir()
@@ -179,7 +180,7 @@ func TestDoveconfHangs(t *testing.T) {
 	defer cancel()
 	d, results := newDoctor(t, "")
 	d.checkDovecot(ctx)
-	expect(t, *results, "warn dovecot.settings: doveconf: no answer within ")
+	expect(t, *results, "fail dovecot.settings: doveconf: no answer within ")
 }
 
 func TestSets(t *testing.T) {

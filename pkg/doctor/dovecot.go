@@ -2,7 +2,6 @@ package doctor
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -35,16 +34,12 @@ func (d *Doctor) checkDovecot(ctx context.Context) {
 		d.skip("dovecot.settings", "only root can read all of Dovecot's settings")
 		return
 	}
-	out, err := output(ctx, "doveconf", doveconf.Arguments(append(doveconf.AuthPolicyNames, "haproxy_trusted_networks")...)...)
-	if errors.Is(err, errNoAnswer) {
-		d.warn("dovecot.settings", remedy{"see why it does not answer; Dovecot's settings are not looked at", "doveconf -n"}, "%v", err)
-		return
-	}
+	out, err := run(ctx, "doveconf", doveconf.Arguments(append(doveconf.AuthPolicyNames, "haproxy_trusted_networks")...)...)
 	if err != nil {
-		d.fail("dovecot.settings", remedy{"correct them: Dovecot would not start with them", "doveconf -n"}, "%s", strings.TrimPrefix(err.Error(), "doveconf: ")) // it gives its name itself
+		d.fail("dovecot.settings", remedy{"see what this says: with an error, Dovecot would not start", "doveconf -n"}, "%v", err)
 		return
 	}
-	d.dovecot = doveconf.Parse(string(out))
+	d.dovecot = doveconf.Parse(out)
 	d.checkRunning(ctx)
 	for _, p := range d.checkProtocols() {
 		d.checkPostLogin(p)

@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -31,31 +32,28 @@ func (d *Doctor) checkFail2ban(ctx context.Context) {
 		return
 	}
 	again := remedy{"put nftwl's files back, fix the configuration until `fail2ban-client -t` is content, then restart fail2ban", "nftwl setup fail2ban --write"}
-	if out, errs, err := run(ctx, client, "-t"); err != nil {
-		why := err.Error()
+	if _, err := run(ctx, client, "-t"); err != nil {
 		// 2026-11-21 17:04:26,864 fail2ban.configreader   [19432]: ERROR   Found no …
-		if _, text, found := strings.Cut(string(out)+string(errs), ": ERROR "); found {
-			why, _, _ = strings.Cut(strings.TrimSpace(text), "\n")
-		}
-		d.fail(check, again, "fail2ban will not start again, and then nobody is banned for wrong passwords: %s", why)
+		_, why, _ := strings.Cut(err.Error(), "ERROR")
+		d.fail(check, again, "fail2ban will not start again, and then nobody is banned for wrong passwords: %s", cmp.Or(strings.TrimSpace(why), err.Error()))
 		return
 	}
-	status, err := output(ctx, client, "status")
+	status, err := run(ctx, client, "status")
 	if err != nil {
 		d.fail(check, remedy{"start it; until then, nobody is banned for wrong passwords", "systemctl start fail2ban"}, "fail2ban does not answer, and %s is there", files[0])
 		return
 	}
-	_, list, _ := strings.Cut(string(status), "Jail list:")
+	_, list, _ := strings.Cut(status, "Jail list:")
 	var ours, others []string
 	for _, jail := range words(list) {
-		actions, err := output(ctx, client, "get", jail, "actions")
+		actions, err := run(ctx, client, "get", jail, "actions")
 		if err != nil {
 			d.skip(check, "%v", err)
 			return
 		}
 		// A line of words, and one with the names. One of several actions of nftwl's has
 		// a name of its own: nftwl[actname=nftwl-submission].
-		_, names, _ := strings.Cut(string(actions), "\n")
+		_, names, _ := strings.Cut(actions, "\n")
 		switch all := words(names); {
 		case slices.ContainsFunc(all, func(name string) bool { return strings.HasPrefix(name, "nftwl") }):
 			ours = append(ours, jail)

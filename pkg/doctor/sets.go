@@ -61,9 +61,9 @@ func (d *Doctor) checkSets(ctx context.Context) {
 
 // loadSets is the remedy for sets that are missing: another table may have them.
 func (d *Doctor) loadSets(ctx context.Context) remedy {
-	out, _, _ := run(ctx, "nft", "-t", "list", "sets") // what cannot be listed has no such set
+	out, _ := run(ctx, "nft", "-t", "list", "sets") // what cannot be listed has no such set
 	table := ""
-	for line := range strings.Lines(string(out)) {
+	for line := range strings.Lines(out) {
 		switch words := strings.Fields(line); {
 		case len(words) == 4 && words[0] == "table":
 			table = words[1] + " " + words[2]

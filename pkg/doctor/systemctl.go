@@ -20,8 +20,8 @@ func (d *Doctor) findUnits(ctx context.Context) {
 	names := []string{"nftables.service", "nftwl-persist.service", "nftwl-save.timer", "nftwl-save.service",
 		"nftwld.socket", "nftwld.service", "dovecot.service"}
 	const properties = "Id,LoadState,ActiveState,UnitFileState,Result,ExecStart,ExecMainExitTimestamp"
-	out, err := output(ctx, "systemctl", append([]string{"show", "--property=" + properties}, names...)...)
-	blocks := strings.Split(strings.TrimSpace(string(out)), "\n\n")
+	out, err := run(ctx, "systemctl", append([]string{"show", "--property=" + properties}, names...)...)
+	blocks := strings.Split(strings.TrimSpace(out), "\n\n")
 	if err == nil && len(blocks) != len(names) {
 		err = fmt.Errorf("systemctl shows %d units of %d", len(blocks), len(names))
 	}
@@ -51,8 +51,8 @@ func (u unit) startsAtBoot() bool {
 // why returns the last error of nftwl's in the journal of a unit; without one, what
 // systemd says of its end.
 func (u unit) why(ctx context.Context) string {
-	out, _ := output(ctx, "journalctl", "--unit="+u["Id"], "--boot", "--no-pager", "--quiet", "--output=cat", "--lines=50")
-	for _, line := range slices.Backward(strings.Split(string(out), "\n")) {
+	out, _ := run(ctx, "journalctl", "--unit="+u["Id"], "--boot", "--no-pager", "--quiet", "--output=cat", "--lines=50")
+	for _, line := range slices.Backward(strings.Split(out, "\n")) {
 		for _, prefix := range []string{"nftwl: error: ", "nftwld: error: "} {
 			if text, ok := strings.CutPrefix(line, prefix); ok {
 				return text

@@ -29,15 +29,15 @@ type route struct {
 	local  netip.Addr // this machine's address, to which they go
 }
 
-// What a machine without a route to a source has: the addresses of the
-// documentation (RFC 5737, RFC 3849), at the device of its default route; without
-// one, at a device that no rule names.
-var fallback = map[bool]netip.Addr{false: netip.MustParseAddr("192.0.2.1"), true: netip.MustParseAddr("2001:db8::1")} // by Is6
+// What a machine without a route to a source has: an address of the documentation
+// (RFC 5737, RFC 3849), at the device of its default route; without one, at a device
+// that no rule names.
+var (
+	fallback = map[bool]netip.Addr{false: netip.MustParseAddr("192.0.2.1"), true: netip.MustParseAddr("2001:db8::1")} // by Is6
+	anywhere = []netip.Addr{netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("2001:db8:ffff::1")}              // by the default route
+)
 
-// Of the documentation, too: the default route's.
-var anywhere4, anywhere6 = netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("2001:db8:ffff::1")
-
-// readDevices returns the machine's interfaces, but for lo, and the routes of the
+// readDevices returns the machine's interfaces, except lo, and the routes of the
 // sources.
 func readDevices(sources []netip.Prefix) (devices []*device, routes []route, err error) {
 	interfaces, err := net.Interfaces()
@@ -65,28 +65,25 @@ func readDevices(sources []netip.Prefix) (devices []*device, routes []route, err
 		}
 	}
 	for _, source := range sources {
-		to := route{source: source}
-		for _, a := range []netip.Addr{source.Addr(), anywhere4, anywhere6} {
-			index, local, err := r.lookup(a)
-			if err != nil && a == source.Addr() {
-				return nil, nil, err
-			}
-			if i := slices.IndexFunc(devices, func(d *device) bool { return d.index == index }); i >= 0 && err == nil && to.device == nil {
-				to.device = devices[i]
-				if a == source.Addr() {
-					to.local = local
-				}
+		index, local, err := r.lookup(source.Addr())
+		if err != nil {
+			return nil, nil, err
+		}
+		for _, a := range anywhere {
+			if index == 0 {
+				index, _, _ = r.lookup(a) // an error is no route
 			}
 		}
-		if to.device == nil {
-			to.device = &device{name: "nftwl0", tun: -1}
-			devices = append(devices, to.device)
+		i := slices.IndexFunc(devices, func(d *device) bool { return d.index == index })
+		if i < 0 {
+			i, local = len(devices), netip.Addr{}
+			devices = append(devices, &device{name: "nftwl0", tun: -1})
 		}
-		if !to.local.IsValid() {
-			to.local = fallback[source.Addr().Is6()]
-			to.device.addresses = append(to.device.addresses, netip.PrefixFrom(to.local, to.local.BitLen()))
+		if !local.IsValid() {
+			local = fallback[source.Addr().Is6()]
+			devices[i].addresses = append(devices[i].addresses, netip.PrefixFrom(local, local.BitLen()))
 		}
-		routes = append(routes, to)
+		routes = append(routes, route{source, devices[i], local})
 	}
 	return devices, routes, nil
 }
@@ -181,7 +178,7 @@ func family(a netip.Addr) byte {
 }
 
 // lookup returns the interface by which this machine answers an address, and
-// its own address there; 0 where it cannot.
+// its own address there; 0 if it has no route.
 func (r routeConn) lookup(to netip.Addr) (index int, local netip.Addr, err error) {
 	body := make([]byte, unix.SizeofRtMsg)
 	body[0], body[1] = family(to), byte(to.BitLen())

@@ -499,7 +499,7 @@ func TestDoctorWithoutLogins(t *testing.T) {
 		diagnoses(t, s.doctor(), stopped.but(notAsked).but(diagnosis{"dovecot.protocols": "skip: "}))
 		s.write("dovecot.conf", settings+"nonsense = yes\n", 0o644)
 		diagnoses(t, s.doctor(), diagnosis{
-			"dovecot.settings": "fail: doveconf: Fatal: .*nonsense",
+			"dovecot.settings": "fail: doveconf: .*nonsense",
 		})
 
 		cmd := s.doctor()

@@ -236,7 +236,7 @@ func TestDoctorStandalone(t *testing.T) {
 		m.healthy()
 		const file = "/etc/nftwl/standalone.nft"
 		const mended = "cp /run/good " + file
-		const syntax = "fail: after a reboot there is no firewall: nft does not load " + file + `: ` + file + `:\d+:\d+-\d+: Error: syntax error`
+		const syntax = "fail: after a reboot there is no firewall: nft does not load " + file + `: nft: ` + file + `:\d+:\d+-\d+: Error: syntax error`
 		m.run("cp", file, "/run/good")
 		m.tries("persistence", []fault{
 			{"not enabled", m.commands("systemctl disable nftwl-persist"), nil,
