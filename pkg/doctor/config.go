@@ -2,9 +2,7 @@ package doctor
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"syscall"
 
@@ -16,25 +14,20 @@ func (d *Doctor) checkConfig(context.Context) {
 	c, err := config.Load(d.ConfigPath)
 	if err != nil {
 		d.config = config.Default()
-		d.fail("config", remedy{words: "correct it: until then nftwl login trusts no one, and nftwld keeps what it has read before; what follows looks at the defaults"}, "%v", err)
+		d.fail("config", remedy{words: "correct it: until then nftwl login trusts no one, and nftwld keeps the one before; what follows checks the defaults"}, "%v", err)
 		return
 	}
 	d.config, d.valid = c, true
 	info, err := os.Stat(path)
-	if errors.Is(err, fs.ErrNotExist) {
+	if err != nil {
 		d.ok("config", "no %s, so the defaults hold", path)
 		return
 	}
-	if err != nil { // it has just been read
-		d.fail("config", remedy{words: "see who moves or replaces it"}, "%v", err)
-		return
-	}
-	// Who can write it says whom the firewall trusts; and the units read it as a
-	// user of their own.
+	// Who can write it decides whom the firewall trusts.
 	owner, mode := info.Sys().(*syscall.Stat_t).Uid, info.Mode().Perm()
 	switch {
 	case owner != 0 || mode&0o022 != 0:
-		d.fail("config.mode", remedy{"make it root's, who alone should say whom the firewall trusts", fmt.Sprintf("chown root:root %s && chmod 644 %[1]s", quote(path))},
+		d.fail("config.mode", remedy{"let root alone write it", fmt.Sprintf("chown root:root %s && chmod 644 %[1]s", quote(path))},
 			"others than root can write %s: it belongs to user %d, with mode %04o", path, owner, mode)
 	case mode&0o004 == 0:
 		d.warn("config.mode", remedy{"let all read it; it holds no secrets", "chmod 644 " + quote(path)},

@@ -101,10 +101,11 @@ func (d *Doctor) loaded() (at time.Time, running bool) {
 	return at, running
 }
 
-// useDropIn is the remedy where a mail service does not ask nftwl.
-func (d *Doctor) useDropIn() remedy {
+// useDropIn is the remedy if a mail service does not ask nftwl, or if what it asks
+// runs another program.
+func useDropIn() remedy {
 	if !exists(install.DropIn) {
-		return remedy{"put the settings that ask nftwl into " + install.DovecotDir + ", and have Dovecot read them", "nftwl setup dovecot --write && doveadm reload"}
+		return remedy{"write the settings that ask nftwl, and run a script that is there already, and have Dovecot read them", "nftwl setup dovecot --write && doveadm reload"}
 	}
 	if _, later := install.Overriding(install.DovecotConf, install.DropIn); later != nil {
 		return reload("delete %s: Dovecot reads it later, and it overrides the drop-in", later[0])
@@ -137,7 +138,7 @@ func (d *Doctor) checkProtocols() []*postLogin {
 				"an empty name of a post-login service denies every login by %s", m.Protocol)
 			return services
 		case post == nil:
-			d.fail(check, d.useDropIn(), "no service of Dovecot's has a listener %s: unless another program does, every login by %s is denied", name, m.Protocol)
+			d.fail(check, useDropIn(), "no service of Dovecot's has a listener %s: unless another program does, every login by %s is denied", name, m.Protocol)
 			return services
 		}
 		i := slices.IndexFunc(services, func(p *postLogin) bool { return p.listener == listener })
@@ -155,9 +156,9 @@ func (d *Doctor) checkProtocols() []*postLogin {
 	case d.config.Policy != nil:
 		d.skip(check, "logins by %s run no nftwl; policy.dovecot tells whether Dovecot reports them", strings.Join(silent, ", "))
 	case asking == nil:
-		d.fail(check, d.useDropIn(), "no mail protocol runs nftwl: logins by %s trust no one", strings.Join(silent, ", "))
+		d.fail(check, useDropIn(), "no mail protocol runs nftwl: logins by %s trust no one", strings.Join(silent, ", "))
 	default:
-		d.fail(check, d.useDropIn(), "logins by %s trust no one", strings.Join(silent, ", "))
+		d.fail(check, useDropIn(), "logins by %s trust no one", strings.Join(silent, ", "))
 	}
 	return services
 }

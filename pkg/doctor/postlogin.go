@@ -51,7 +51,7 @@ func (d *Doctor) checkPostLogin(p *postLogin) {
 			"%s has chroot = %s, which lacks the program that it should execute: every login is denied", p.Name, p.Values["chroot"])
 		return
 	case login.Nftwl == "":
-		d.warn(check, viaDropIn(), "%s runs %s, and whether that runs nftwl cannot be seen", p.Name, strings.Join(login.Command, " "))
+		d.warn(check, useDropIn(), "%s runs %s, and whether that runs nftwl cannot be seen", p.Name, strings.Join(login.Command, " "))
 		return
 	}
 	p.login = login
@@ -75,15 +75,6 @@ func (d *Doctor) checkPostLogin(p *postLogin) {
 	d.checkListener(p)
 	d.checkProcessLimit(p)
 	d.checkLogin(p)
-}
-
-// viaDropIn is the remedy for a post-login service without nftwl.
-func viaDropIn() remedy {
-	if exists(install.DropIn) {
-		return remedy{"have nftwl run it: 'nftwl setup dovecot' prints the services that run both, and which line elsewhere overrides them",
-			"nftwl setup dovecot"}
-	}
-	return remedy{"have nftwl run it, as the same user: the drop-in that setup writes does both", "nftwl setup dovecot --write && doveadm reload"}
 }
 
 // checkLogin has the service trust a client, or tells why it would not.
@@ -126,10 +117,10 @@ func (d *Doctor) checkLogin(p *postLogin) {
 		func(words string) bool { return strings.Contains(why, words) })
 	fix := remedy{"see what Dovecot says", "doveadm log errors"}
 	switch {
-	case errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED), d.stale:
-		fix = remedy{"have Dovecot read its configuration", "doveadm reload"}
 	case lacks != "":
 		fix = set
+	case errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED), d.stale:
+		fix = remedy{"have Dovecot read its configuration", "doveadm reload"}
 	case withheld && !p.root():
 		fix = reload("in %s, set user = root", p.Name)
 	case withheld:
@@ -147,6 +138,8 @@ func (d *Doctor) untried(p *postLogin) string {
 		return "the configuration of nftwl is not valid"
 	case own != d.configPath():
 		return "it has another configuration, which `nftwl --config " + quote(own) + " doctor` looks at"
+	case p.login.MailUser:
+		return "it runs as the mail user"
 	case len(p.programs) > 1:
 		return "it would run " + strings.Join(slices.Concat(p.login.Before, p.login.Command), " ")
 	case !d.running:

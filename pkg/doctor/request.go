@@ -62,7 +62,7 @@ func (d *Doctor) tryLogins(p *postLogin) (trusted []string, err error) {
 			continue
 		}
 		// What an interrupted doctor leaves there expires by itself.
-		answer := askPostLogin(p.socket, addr, p.login.MailUser)
+		answer := askPostLogin(p.socket, addr)
 		d.conn.SetTimeout(patience)
 		added, err := d.conn.Remove(set, keys, func(e nftset.Element) bool { return e.Timeout <= time.Minute })
 		if err == nil && len(added) < len(keys) {
@@ -81,7 +81,7 @@ func (d *Doctor) tryLogins(p *postLogin) (trusted []string, err error) {
 // login_server_postlogin() of src/lib-login/login-server.c in 2.4, and
 // src/util/script-login.c of both. No mail process is started: the one that
 // asks is that. script-login ends by sending the answer.
-func askPostLogin(path string, remote netip.Addr, mailUser bool) error {
+func askPostLogin(path string, remote netip.Addr) error {
 	conn, err := net.DialTimeout("unix", path, maxLogin)
 	if err != nil {
 		return err
@@ -94,12 +94,9 @@ func askPostLogin(path string, remote netip.Addr, mailUser bool) error {
 	}
 	defer unix.Close(client[0])
 	defer unix.Close(client[1])
-	line := fmt.Sprintf("VERSION\tscript-login\t1\t0\n%s\t%s\t%s\tnftwl_timeout=1m", noClients[remote.Is6()], remote, loginUser)
-	if mailUser { // the privileges that script-login -d takes on
-		line += "\tuid=65534\tgid=65534\thome=/nonexistent"
-	}
+	line := fmt.Sprintf("VERSION\tscript-login\t1\t0\n%s\t%s\t%s\tnftwl_timeout=1m\n", noClients[remote.Is6()], remote, loginUser)
 	_ = conn.SetDeadline(time.Now().Add(maxLogin))
-	if _, _, err := conn.(*net.UnixConn).WriteMsgUnix([]byte(line+"\n"), unix.UnixRights(client[1]), nil); err != nil {
+	if _, _, err := conn.(*net.UnixConn).WriteMsgUnix([]byte(line), unix.UnixRights(client[1]), nil); err != nil {
 		return err
 	}
 	answer := make([]byte, 1024)
