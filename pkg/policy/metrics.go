@@ -31,7 +31,7 @@ func newMetrics(registry prometheus.Registerer, s *Server) *metrics {
 		registry.MustRegister(c)
 		return c
 	}
-	// Each value is there from the start, with 0.
+	// Each value exists from the start, with 0.
 	vector := func(name, help, label string, values ...string) *prometheus.CounterVec {
 		v := prometheus.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, []string{label})
 		for _, value := range values {
@@ -45,21 +45,21 @@ func newMetrics(registry prometheus.Registerer, s *Server) *metrics {
 			Name: "nftwl_reports_total", Help: "Authentications that Dovecot reported.",
 		}, []string{"protocol", "result"}),
 		last: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "nftwl_last_report_timestamp_seconds", Help: "When Dovecot reported last, in seconds since 1970; 0 before the first report.",
+			Name: "nftwl_last_report_timestamp_seconds", Help: "Time of Dovecot's last report, in seconds since 1970; 0 before the first report.",
 		}),
-		trusted:  vector("nftwl_trusted_total", "Clients of successful logins, by what became of their trust.", "outcome", "added", "renewed", "unchanged"),
-		ignored:  vector("nftwl_ignored_total", "Successful logins that trust nobody: exempt, from a stolen account, or without a password that was verified here.", "reason", "exempt", "stolen", "unverified"),
+		trusted:  vector("nftwl_trusted_total", "Successful logins: the client's address was added, renewed or left unchanged.", "outcome", "added", "renewed", "unchanged"),
+		ignored:  vector("nftwl_ignored_total", "Successful logins that do not trust the client's address: it is exempt, it uses a stolen account, or no password was verified here.", "reason", "exempt", "stolen", "unverified"),
 		failures: vector("nftwl_failures_total", "Failed logins, by whether they count towards a ban.", "outcome", string(Counted), string(Repeated), string(Right), string(internal), string(rejected), string(exempt)),
 		banned:   vector("nftwl_banned_total", "Addresses banned for failed logins.", "client", "stranger", "trusted"),
-		spared:   counter("nftwl_spared_total", "Failures over the limit that banned nobody, because the address is trusted."),
+		spared:   counter("nftwl_spared_total", "Failures over the limit that did not ban the address, because it is trusted."),
 		allowed:  vector("nftwl_allow_total", "Answers to command=allow.", "answer", "accepted", "refused"),
-		refused:  vector("nftwl_refused_total", "Requests that were refused.", "reason", "key", "request"),
+		refused:  vector("nftwl_refused_total", "Refused requests: a wrong key, or not a request of Dovecot's.", "reason", "key", "request"),
 		errors: vector("nftwl_errors_total", "Addresses that could not be trusted or banned.", "reason",
 			"busy", "deadline", "full", "internal", "kernel", "login", "missing", "permission", "type"),
-		late: counter("nftwl_late_total", "Logins whose client was trusted later than the configured deadline."),
+		late: counter("nftwl_late_total", "Logins whose client was trusted only after the configured deadline."),
 	}
 	started := prometheus.NewGauge(prometheus.GaugeOpts{
-		Name: "nftwl_start_timestamp_seconds", Help: "When nftwld started, in seconds since 1970.",
+		Name: "nftwl_start_timestamp_seconds", Help: "Start time of nftwld, in seconds since 1970.",
 	})
 	started.SetToCurrentTime()
 	registry.MustRegister(started)
@@ -70,8 +70,8 @@ func newMetrics(registry prometheus.Registerer, s *Server) *metrics {
 			return v
 		}))
 	}
-	gauge("nftwl_failing_networks", "Networks (IPv4 addresses, /64s) with failures or bans that are remembered.", func(t *Tracker) int { return len(t.networks) })
-	gauge("nftwl_forgotten_networks", "Networks that were forgotten early, to bound the memory.", func(t *Tracker) int { return int(t.forgotten) })
+	gauge("nftwl_failing_networks", "Networks (IPv4 addresses, /64s) whose failures or bans nftwld remembers.", func(t *Tracker) int { return len(t.networks) })
+	gauge("nftwl_forgotten_networks", "Networks that nftwld forgot early, to limit its memory.", func(t *Tracker) int { return int(t.forgotten) })
 	return m
 }
 
@@ -111,8 +111,8 @@ type count struct {
 }
 
 var (
-	elementsDesc = prometheus.NewDesc("nftwl_set_elements", "Elements of a set.", []string{"set"}, nil)
-	sizeDesc     = prometheus.NewDesc("nftwl_set_size", "The most elements that a set can have; 0 for no limit.", []string{"set"}, nil)
+	elementsDesc = prometheus.NewDesc("nftwl_set_elements", "Elements in a set.", []string{"set"}, nil)
+	sizeDesc     = prometheus.NewDesc("nftwl_set_size", "Maximum number of elements in a set; 0 for no limit.", []string{"set"}, nil)
 )
 
 // Describe implements prometheus.Collector.
@@ -121,12 +121,12 @@ func (s *sets) Describe(descs chan<- *prometheus.Desc) {
 	descs <- sizeDesc
 }
 
-// Collect implements prometheus.Collector. A set that cannot be read is left
-// out.
+// Collect implements prometheus.Collector. It leaves out a set that it cannot
+// read.
 func (s *sets) Collect(metrics chan<- prometheus.Metric) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	// Anybody on the machine can ask, as often as they like.
+	// Anyone on the machine can ask, as often as they like.
 	if time.Since(s.taken) > 5*time.Second {
 		s.counts = s.read()
 		s.taken = time.Now()
@@ -152,7 +152,7 @@ func (s *sets) read() map[string]count {
 			continue
 		}
 		n := int(set.Count)
-		if n == 0 { // or the kernel, before 6.16, does not say
+		if n == 0 { // the set is empty, or the kernel is older than 6.16 and does not tell
 			elems, err := conn.Elements(set)
 			if err != nil {
 				continue

@@ -1,8 +1,8 @@
 // Package policy learns of logins and failures from Dovecot's auth policy
 // reports: a success trusts the client's address, many different failures ban
-// it. Dovecot sends its reports outside the login's path, so nothing here can
-// delay or deny a login; only command=allow can deny one, where Dovecot is told
-// to ask.
+// it. No login waits for its report, so nothing here can delay or deny a login,
+// with one exception: command=allow, which an administrator can tell Dovecot to
+// ask before each login.
 package policy
 
 import (
@@ -26,12 +26,13 @@ import (
 	"nftwl/pkg/trust"
 )
 
-// maxBody is more than Dovecot sends: its login processes take at most 8 KiB
-// (AUTH_REQUEST_MAX_SIZE in src/auth/auth-client-connection.h) as a user's name
-// and password.
+// maxBody is more than Dovecot sends: its login processes accept at most 8 KiB
+// of user name and password (AUTH_REQUEST_MAX_SIZE in
+// src/auth/auth-client-connection.h).
 const maxBody = 32 << 10
 
-// HTTPServer returns a server that bounds what a client can hold.
+// HTTPServer returns a server that limits the time and memory that one client
+// can take.
 func HTTPServer(h http.Handler) *http.Server {
 	return &http.Server{
 		Handler:           h,
@@ -43,13 +44,13 @@ func HTTPServer(h http.Handler) *http.Server {
 	}
 }
 
-// Server answers Dovecot's requests, as an http.Handler. New makes one, whose
-// hooks are set before Run is called.
+// Server is an http.Handler that answers Dovecot's requests. New makes one; set
+// its hooks before you call Run.
 type Server struct {
-	// Problem is told what goes wrong, and under which of a few words it is
-	// counted. It must not block for long.
+	// Problem is called with each error, and with the word under which the
+	// metrics count it. It must not block for long.
 	Problem func(reason string, err error)
-	// Trusted is told what became of every grant, Banned of every ban.
+	// Trusted is called with the outcome of every grant, Banned with every ban.
 	Trusted func(*trust.Grant, nftset.Outcome)
 	Banned  func(Ban)
 
@@ -57,24 +58,23 @@ type Server struct {
 	config  atomic.Pointer[config.Config]
 	metrics *metrics
 	writer  *writer
-	checks  chan *nftset.Conn // holds the one connection of allow, or nil before it is dialled
+	checks  chan *nftset.Conn // holds the one connection of allow, or nil until it is dialled
 
 	mu      sync.Mutex
-	tracker *Tracker // nil while no configuration bans for failures
+	tracker *Tracker // nil while the configuration has no failures
 	changed bool     // since the last Save
 }
 
 // Ban is an address that was banned for its failures.
 type Ban struct {
-	Addr     netip.Addr    // as it stands in the sets
+	Addr     netip.Addr    // as in the sets
 	Timeout  time.Duration // more than 0
 	Failures int           // different ones
-	Login    string        // of the last
-	Trusted  bool          // it was trusted until now
+	Login    string        // the user of the last failure
+	Trusted  bool          // whether it was trusted until now
 }
 
-// New returns a server for one configuration and key, which counts in a
-// registry.
+// New returns a server with a configuration and a key. It registers its metrics.
 func New(c *config.Config, key string, registry prometheus.Registerer) *Server {
 	s := &Server{
 		Problem: func(string, error) {},
@@ -89,7 +89,7 @@ func New(c *config.Config, key string, registry prometheus.Registerer) *Server {
 	return s
 }
 
-// Set has the next requests follow another configuration and key.
+// Set replaces the configuration and the key, from the next request on.
 func (s *Server) Set(c *config.Config, key string) {
 	sum := sha256.Sum256([]byte(key))
 	s.key.Store(&sum)
@@ -106,7 +106,7 @@ func (s *Server) Set(c *config.Config, key string) {
 	}
 }
 
-// track calls f with the tracker, unless no configuration bans for failures.
+// track calls f with the tracker, if there is one.
 func (s *Server) track(f func(*Tracker)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -115,8 +115,8 @@ func (s *Server) track(f func(*Tracker)) {
 	}
 }
 
-// Save writes what is known of failures. It writes nothing where nothing has
-// been reported since the last call, and without failures in the configuration.
+// Save writes what the server knows about failures. It writes nothing if nothing
+// was reported since the last call, or if the configuration has no failures.
 func (s *Server) Save(w io.Writer) (err error) {
 	s.track(func(t *Tracker) {
 		t.Sweep(now())
@@ -128,7 +128,7 @@ func (s *Server) Save(w io.Writer) (err error) {
 	return err
 }
 
-// Load reads what Save wrote. After an error, what is known stays.
+// Load reads what Save wrote. On an error, it changes nothing.
 func (s *Server) Load(r io.Reader) (err error) {
 	s.track(func(t *Tracker) {
 		var loaded *Tracker
@@ -141,16 +141,16 @@ func (s *Server) Load(r io.Reader) (err error) {
 
 var began = time.Now()
 
-// now is the time of a clock that nobody sets: a jump must not end bans nor
-// windows.
+// now is the time of a clock that nobody can set: a jump of the wall clock must
+// not end a ban, or the time in which failures count.
 func now() time.Time { return began.Round(0).Add(time.Since(began)) }
 
-// Run writes to the kernel until the context is done and what has been reported
-// until then is written.
+// Run writes to the kernel until the context is done and everything that was
+// reported is written.
 func (s *Server) Run(ctx context.Context) { s.writer.run(ctx) }
 
-// report is what Dovecot says of an authentication: its own attributes, and
-// those of contrib/dovecot/91-nftwl-policy-*.conf.
+// report is what Dovecot tells about an authentication: its default attributes,
+// and those that contrib/dovecot/91-nftwl-policy-*.conf adds.
 type report struct {
 	Login    string `json:"login"`
 	Hash     string `json:"pwhash"`
@@ -161,16 +161,16 @@ type report struct {
 	Trust    string `json:"nftwl_trust"`
 	Timeout  string `json:"nftwl_timeout"`
 	FailType string `json:"fail_type"` // since 2.4
-	Proxy    string `json:"proxy"`     // "no" unless this Dovecot hands the login on to another
+	Proxy    string `json:"proxy"`     // "no" unless this Dovecot passes the login on to another
 
 	Success  bool `json:"success"`
-	Rejected bool `json:"policy_reject"` // by an answer to allow
+	Rejected bool `json:"policy_reject"` // by our answer to allow
 }
 
-// verified tells whether a success means that somebody knew a password. That of
-// a proxy may not: it commonly takes any password (nopassword) and has the next
-// server look, and nothing in the report says which. There the administrator
-// says so, with nftwl_trust=yes.
+// verified reports whether the client must have known a password to succeed. A
+// proxy often accepts any password (nopassword) and leaves the check to its
+// backend, and the report does not say whether it does. With nftwl_trust=yes the
+// administrator confirms that the proxy itself checks passwords.
 func (r *report) verified() bool {
 	if r.Mech == "ANONYMOUS" {
 		return false
@@ -178,29 +178,30 @@ func (r *report) verified() bool {
 	return r.Proxy == "no" || r.Trust == "yes"
 }
 
-// attempt returns what was tried.
+// attempt returns the user and the password's hash, if the report has a usable
+// one.
 func (r *report) attempt() Attempt {
 	switch r.Mech {
 	case "", "PLAIN", "LOGIN":
 		return Attempt{r.Login, r.Hash}
 	}
-	// The others hash nothing: the same hash stands for every password
-	// (auth_policy_create_json() in src/auth/auth-policy.c).
+	// With the other mechanisms Dovecot hashes no password, and so sends the same
+	// hash for all (auth_policy_create_json() in src/auth/auth-policy.c).
 	return Attempt{Login: r.Login}
 }
 
-// ServeHTTP answers a request of Dovecot's.
+// ServeHTTP answers a request from Dovecot.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	refuse := func(status int, reason string, err error) {
 		s.metrics.refused.WithLabelValues(reason).Inc()
-		s.Problem(reason, fmt.Errorf("a request from %s is refused: %w", r.RemoteAddr, err))
+		s.Problem(reason, fmt.Errorf("refused a request from %s: %w", r.RemoteAddr, err))
 		w.Header().Set("Connection", "close")
 		http.Error(w, err.Error(), status)
 	}
 	key := r.Header.Get("X-API-Key")
 	sum := sha256.Sum256([]byte(key))
 	if subtle.ConstantTimeCompare(sum[:], s.key.Load()[:]) != 1 || key == "" {
-		refuse(http.StatusUnauthorized, "key", errors.New("the key in X-API-Key is not the right one"))
+		refuse(http.StatusUnauthorized, "key", errors.New("wrong key in X-API-Key"))
 		return
 	}
 	if r.Method != http.MethodPost {
@@ -208,7 +209,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		refuse(http.StatusMethodNotAllowed, "request", errors.New("the method must be POST"))
 		return
 	}
-	body := report{Proxy: "no"} // where it does not say
+	body := report{Proxy: "no"} // unless the report has it
 	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&body); err != nil {
 		status := http.StatusBadRequest
 		if errors.As(err, new(*http.MaxBytesError)) {
@@ -235,10 +236,11 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")
-	_ = json.NewEncoder(w).Encode(answer) // to a client that may be gone
+	_ = json.NewEncoder(w).Encode(answer) // fails only if the client is gone
 }
 
-// report takes note of an authentication. It does not wait for the kernel.
+// report counts an authentication, and hands what must be written to the writer.
+// It does not wait for the kernel.
 func (s *Server) report(r *report) {
 	s.metrics.report(r)
 	c := s.config.Load()
@@ -276,14 +278,14 @@ func (s *Server) success(c *config.Config, r *report) {
 	}
 }
 
-// What becomes of a failure besides a Tracker's outcomes.
+// Outcomes of a failure that the Tracker does not see.
 const (
 	internal Outcome = "internal" // the password database failed, not the user
-	rejected Outcome = "rejected" // by our own answer
-	exempt   Outcome = "exempt"   // an address that is never banned
+	rejected Outcome = "rejected" // by our own answer to allow
+	exempt   Outcome = "exempt"   // the address is never banned
 )
 
-// failure counts a failed login.
+// failure counts a failed login, and has the writer judge its address.
 func (s *Server) failure(c *config.Config, r *report) Outcome {
 	switch {
 	case r.Rejected, r.FailType == "policy":
@@ -293,13 +295,13 @@ func (s *Server) failure(c *config.Config, r *report) Outcome {
 	}
 	addr, err := trust.ParseAddr(r.Remote)
 	if err != nil || trust.RefuseBan(c, addr) != nil {
-		return exempt // no address: a client on a Unix socket
+		return exempt // or no address, which is a client on a Unix socket
 	}
-	// A ban of the client's network must not be one of this server.
+	// A ban of the client's network must not include this server.
 	if local, err := trust.ParseAddr(r.Local); err == nil && trust.NetworkOf(addr, c.IPv6Prefix).Contains(local) {
 		return exempt
 	}
-	outcome := exempt // the configuration has just changed
+	outcome := exempt // if a new configuration has just removed the tracker
 	s.track(func(t *Tracker) {
 		outcome = t.Failure(now(), addr, r.attempt())
 		s.changed = true
@@ -310,7 +312,8 @@ func (s *Server) failure(c *config.Config, r *report) Outcome {
 	return outcome
 }
 
-// judge bans an address, if it is still to be banned. It is the writer's.
+// judge bans an address, if its failures still call for it. Only the writer calls
+// it.
 func (s *Server) judge(conn *nftset.Conn, c *config.Config, addr netip.Addr, login string) error {
 	var v Verdict
 	s.track(func(t *Tracker) { v = t.Judge(now(), addr) })
@@ -360,8 +363,8 @@ func (s *Server) judge(conn *nftset.Conn, c *config.Config, addr netip.Addr, log
 	return nil
 }
 
-// allow tells whether an address may try a password: unless it is banned, and
-// not trusted. Whatever goes wrong, it may.
+// allow reports whether an address may try a password. It refuses an address that
+// is banned and not trusted, and allows every other. If anything fails, it allows.
 func (s *Server) allow(ctx context.Context, r *report) bool {
 	c := s.config.Load()
 	refused, err := s.refuses(ctx, c, r)
@@ -423,13 +426,13 @@ func (s *Server) refuses(ctx context.Context, c *config.Config, r *report) (refu
 	return !trusted && err == nil, err
 }
 
-// problem counts an error and tells it.
+// problem counts an error, and passes it to the hook.
 func (s *Server) problem(reason string, err error) {
 	s.metrics.errors.WithLabelValues(reason).Inc()
 	s.Problem(reason, err)
 }
 
-// internalError is a panic.
+// internalError is the value of a panic.
 type internalError struct{ value any }
 
 func (e internalError) Error() string { return fmt.Sprintf("internal error: %v", e.value) }

@@ -34,7 +34,7 @@ func TestMain(m *testing.M) { nstest.Main(m) }
 
 const testKey = "0123456789abcdef"
 
-// policyServer is a Server that runs in a namespace of its own.
+// policyServer is a Server that runs in its own network namespace.
 type policyServer struct {
 	*Server
 	t        *testing.T
@@ -46,7 +46,8 @@ type policyServer struct {
 	bans     []Ban
 }
 
-// serve runs a server on a ruleset; on the shipped sets where it is empty.
+// serve runs a server with a ruleset: the shipped sets if it is empty, no rules
+// if it is "none".
 func serve(t *testing.T, configuration, ruleset string) *policyServer {
 	t.Helper()
 	nstest.New(t)
@@ -97,7 +98,7 @@ func serve(t *testing.T, configuration, ruleset string) *policyServer {
 	return s
 }
 
-// send makes a request as Dovecot does, and returns the answer.
+// send sends a request like Dovecot's, and returns the answer.
 func (s *policyServer) send(command string, r report) *httptest.ResponseRecorder {
 	s.t.Helper()
 	if r.Proxy == "" {
@@ -114,7 +115,7 @@ func (s *policyServer) send(command string, r report) *httptest.ResponseRecorder
 	return w
 }
 
-// report sends one that must be accepted.
+// reports sends reports that must be accepted.
 func (s *policyServer) reports(r ...report) {
 	s.t.Helper()
 	for _, r := range r {
@@ -124,7 +125,8 @@ func (s *policyServer) reports(r ...report) {
 	}
 }
 
-// list waits for what has been reported to be written, and returns a set.
+// list stops the server, which writes everything that was reported, and returns a
+// set.
 func (s *policyServer) list(set string) string {
 	s.t.Helper()
 	s.stop()
@@ -208,8 +210,8 @@ func TestBan(t *testing.T) {
 	}
 }
 
-// A trusted address that guesses is a stolen account: its trust ends, and does
-// not come back by a login.
+// A trusted address that guesses uses a stolen account: its trust ends, and a
+// login does not bring it back.
 func TestStolenAccount(t *testing.T) {
 	s := serve(t, "failures: {limit: 3, trusted_limit: 5}\n", "")
 	s.reports(success("192.0.2.1"))
@@ -229,7 +231,8 @@ func TestStolenAccount(t *testing.T) {
 	}
 }
 
-// An unban by the administrator holds until the address earns another ban.
+// After an unban by the administrator, the address is banned again only after
+// enough new failures.
 func TestUnban(t *testing.T) {
 	s := serve(t, "failures: {limit: 2}\n", "")
 	for i := range 2 {
@@ -256,8 +259,8 @@ func TestNetworkPrefix(t *testing.T) {
 	}
 }
 
-// An address that the rules take for its /64 is not banned if that has an
-// address in it that is never banned.
+// A ban of an IPv6 address that ends in zeros bans its whole /64. So it is not
+// banned if the /64 contains an address that is never banned.
 func TestIgnoredInNetwork(t *testing.T) {
 	s := serve(t, "failures: {limit: 2}\nignore: [\"2001:db8::5\"]\n", "")
 	for n := range 2 {
@@ -324,7 +327,7 @@ func TestRefused(t *testing.T) {
 }
 
 // Whatever is wrong with the kernel's sets, Dovecot gets its answer, and the
-// reason is told and counted.
+// reason is logged and counted.
 func TestFaults(t *testing.T) {
 	full := `table inet filter {
 		set trusted_ipv4 { type ipv4_addr . inet_service; flags timeout; size 5; elements = { 203.0.113.1 . 1, 203.0.113.1 . 2, 203.0.113.1 . 3, 203.0.113.1 . 4, 203.0.113.1 . 5 }; }
@@ -343,7 +346,7 @@ func TestFaults(t *testing.T) {
 			if len(s.problems) != 2 || s.count("nftwl_errors_total", c.reason) != 2 {
 				t.Errorf("%q", s.problems)
 			}
-			// Once there is a table again, the next report does it.
+			// A ban that failed does not count: the next one is not doubled.
 			s.tracker.Failure(now(), addr("192.0.2.2"), wrong(3))
 			if v := s.tracker.Judge(now(), addr("192.0.2.2")); v.Ban != time.Hour {
 				t.Errorf("the ban that failed counts as one: %+v", v)
@@ -352,7 +355,8 @@ func TestFaults(t *testing.T) {
 	}
 }
 
-// Those of one transaction do not share the fate of one that finds no room.
+// If a set has no room for some of a transaction's addresses, the others are
+// still written.
 func TestFullForSome(t *testing.T) {
 	s := serve(t, "ports: [993]\n", "table inet filter { set trusted_ipv4 { type ipv4_addr . inet_service; flags timeout; size 2; elements = { 192.0.2.1 . 993 timeout 1h }; }; }")
 	s.writer.mu.Lock() // so that they wait together
@@ -364,7 +368,7 @@ func TestFullForSome(t *testing.T) {
 	}
 }
 
-// Slow, endless and half bodies hold a connection for a bounded time.
+// A slow, endless or incomplete body holds a connection only for a limited time.
 func TestSlowBodies(t *testing.T) {
 	s := serve(t, "", "")
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -402,7 +406,8 @@ func TestSlowBodies(t *testing.T) {
 	}
 }
 
-// What is known of failures survives a restart; turned off, nothing is kept.
+// Failures survive a restart. Without failures in the configuration, nothing is
+// saved.
 func TestState(t *testing.T) {
 	s := serve(t, "failures: {limit: 3}\n", "")
 	s.reports(failed("192.0.2.1", 1), failed("192.0.2.1", 2))
@@ -473,7 +478,8 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
-// Logins that wait together keep the longest timeout and all names.
+// Logins from one address that wait together get the longest timeout and all
+// names.
 func TestGrantsTogether(t *testing.T) {
 	w := newWriter(nil)
 	a := addr("192.0.2.1")

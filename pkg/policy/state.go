@@ -12,12 +12,13 @@ import (
 	"nftwl/pkg/config"
 )
 
-// The file of a Tracker: magic, the checksum of what follows, then the key,
-// the numbers of networks and right attempts, and these, all little-endian.
+// The file of a Tracker has magic, the checksum of the rest, the key, the number
+// of networks, the number of right attempts, and then these. All numbers are
+// little-endian.
 const magic = "nftwld-failures-1\n"
 
-// Save writes all that the Tracker knows. No user's name and no address that
-// has not failed is in it.
+// Save writes everything that the Tracker knows. The file has no user names, and
+// only addresses that have failed.
 func (t *Tracker) Save(w io.Writer) error {
 	var body []byte
 	put := func(v any) { body, _ = binary.Append(body, binary.LittleEndian, v) } // fails only for other types
@@ -50,11 +51,11 @@ func (t *Tracker) Save(w io.Writer) error {
 	return nil
 }
 
-// maxFile is more than a Tracker at its bounds takes.
+// maxFile is more than a Tracker at its limits writes.
 const maxFile = 128 << 20
 
-// LoadTracker reads what Save wrote. Times to come, which a clock that was set
-// back leaves, become now.
+// LoadTracker reads what Save wrote. A time in the future, which remains when the
+// clock was set back, becomes now.
 func LoadTracker(r io.Reader, now time.Time, limits config.Failures) (*Tracker, error) {
 	b, err := io.ReadAll(io.LimitReader(bufio.NewReader(r), maxFile))
 	if err != nil {
@@ -62,7 +63,7 @@ func LoadTracker(r io.Reader, now time.Time, limits config.Failures) (*Tracker, 
 	}
 	head := len(magic) + sha256.Size
 	if len(b) < head || string(b[:len(magic)]) != magic {
-		return nil, errors.New("not a file of nftwld's failures")
+		return nil, errors.New("not a file of failures that nftwld wrote")
 	}
 	body := b[head:]
 	if sum := sha256.Sum256(body); string(sum[:]) != string(b[len(magic):head]) {

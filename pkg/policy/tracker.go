@@ -12,59 +12,60 @@ import (
 	"nftwl/pkg/trust"
 )
 
-// The bounds of a Tracker's memory, some 60 MB when all are reached. What is
-// too much displaces what has the fewest failures.
+// The limits of a Tracker's memory: about 60 MB when all are reached. What comes
+// in after that replaces the networks with the fewest failures.
 const (
 	maxNetworks  = 1 << 18
 	maxFailures  = 1 << 20 // of all networks together
 	maxRight     = 1 << 17
-	maxFollowers = 64 // addresses of one /64 that are banned with it
-	// rightFor is how long a pair that succeeded is known to be right.
+	maxFollowers = 64 // addresses of one /64 that are banned after the first
+	// rightFor is how long a user and password that succeeded are known to be right.
 	rightFor = 30 * 24 * time.Hour
-	// sample is how many are compared to find one that has few failures.
+	// sample is how many records are compared to find one that is worth little.
 	sample = 16
 )
 
-// Attempt is a user and what was tried as the password.
+// Attempt is a user and the password that was tried.
 type Attempt struct {
 	Login string
-	Hash  string // of the password; empty where the mechanism sends none
+	Hash  string // of the password; empty if the mechanism sends no password
 }
 
-// Tracker counts failed logins, and says whom to ban for how long. It bans
-// nobody itself, has no clock, and is for one goroutine at a time.
+// Tracker counts failed logins, and decides which addresses to ban and for how
+// long. It bans nothing itself and has no clock. Only one goroutine at a time can
+// use it.
 //
 // It counts by network, which is an IPv4 address or the /64 of an IPv6 address.
 // Only different attempts count, so that a telephone with an old password does
 // not get its owner banned. An attempt that has succeeded before, from
-// anywhere, does not count at all: it is no guess, whatever is wrong with the
-// password database.
+// anywhere, never counts: it is no guess, and fails because, for example, the
+// password database is down.
 type Tracker struct {
 	limits   config.Failures
-	key      []byte // so that what is saved does not show who failed with what
+	key      []byte // of the hashes, so that the saved file does not reveal users or passwords
 	networks map[[16]byte]*network
 	failures int // of all networks
 	right    map[uint64]uint32
-	// forgotten counts the networks that gave way to others.
+	// forgotten counts the networks that were removed to make room for others.
 	forgotten uint64
 }
 
 type network struct {
 	failures []failure // different ones
 	until    uint32    // end of the last ban; 0 before the first
-	bans     uint8     // how often in a row
-	stolen   bool      // the last ban was a trusted address's
-	banned   []uint32  // the addresses of the last ban, as hashes
+	bans     uint8     // number of bans in a row
+	stolen   bool      // whether the address was trusted when it was banned last
+	banned   []uint32  // hashes of the addresses that the last ban covers
 }
 
-// failure is an attempt, as a hash, and when it failed last. Times are seconds
+// failure is the hash of an attempt, and when it failed last. Times are seconds
 // since 1970.
 type failure struct {
 	attempt uint32
 	at      uint32
 }
 
-// NewTracker returns a Tracker that has seen nothing.
+// NewTracker returns a Tracker without any failures.
 func NewTracker(limits config.Failures) *Tracker {
 	t := &Tracker{
 		limits:   limits,
@@ -76,11 +77,11 @@ func NewTracker(limits config.Failures) *Tracker {
 	return t
 }
 
-// SetLimits has the next failures measured by other limits.
+// SetLimits replaces the limits. The failures so far stay.
 func (t *Tracker) SetLimits(limits config.Failures) { t.limits = limits }
 
-// Success notes that an attempt is right. Without a hash it is right for the
-// network alone.
+// Success records that an attempt is right: from anywhere, or, if it has no hash,
+// only from this network.
 func (t *Tracker) Success(now time.Time, addr netip.Addr, a Attempt) {
 	key := t.rightKey(addr, a)
 	if _, ok := t.right[key]; !ok && len(t.right) >= maxRight {
@@ -89,7 +90,7 @@ func (t *Tracker) Success(now time.Time, addr netip.Addr, a Attempt) {
 	t.right[key] = seconds(now)
 }
 
-// Outcome is what became of a failure.
+// Outcome says whether a failure counts.
 type Outcome string
 
 // The outcomes.
@@ -99,7 +100,7 @@ const (
 	Right    Outcome = "right"    // the same attempt has succeeded before
 )
 
-// Failure counts a failed attempt. Judge says whether it is one too many.
+// Failure counts a failed attempt. Call Judge to see whether it was one too many.
 func (t *Tracker) Failure(now time.Time, addr netip.Addr, a Attempt) Outcome {
 	at := seconds(now)
 	if since, ok := t.right[t.rightKey(addr, a)]; ok && age(at, since) < rightFor {
@@ -128,14 +129,14 @@ func (t *Tracker) Failure(now time.Time, addr netip.Addr, a Attempt) Outcome {
 	return Counted
 }
 
-// Verdict is what an address has earned.
+// Verdict is the consequence of an address's failures.
 type Verdict struct {
-	Failures int           // different ones of its network within the time
+	Failures int           // different ones, of its network, that still count
 	Ban      time.Duration // 0 for none
-	Stolen   bool          // the ban is one for a trusted address, too
+	Stolen   bool          // ban it even if it is trusted
 }
 
-// Judge returns what an address has earned by the failures until now.
+// Judge returns whether to ban an address for its failures so far.
 func (t *Tracker) Judge(now time.Time, addr netip.Addr) Verdict {
 	at := seconds(now)
 	n := t.networks[key(addr)]
@@ -152,13 +153,13 @@ func (t *Tracker) Judge(now time.Time, addr netip.Addr) Verdict {
 		}
 	case v.Failures > 0 && n.until > at && !networkOf(addr).IsSingleIP() && len(n.banned) < maxFollowers &&
 		!slices.Contains(n.banned, t.addressHash(addr)):
-		// Another address of a banned /64.
+		// Another address of a banned /64: it is banned for the rest of that ban.
 		v.Ban = time.Duration(n.until-at) * time.Second
 	}
 	return v
 }
 
-// Ban notes that an address has been banned as the verdict has it.
+// Ban records that an address has been banned according to the verdict.
 func (t *Tracker) Ban(now time.Time, addr netip.Addr, v Verdict) {
 	n := t.network(seconds(now), addr)
 	if v.Failures >= t.limits.Limit {
@@ -166,7 +167,7 @@ func (t *Tracker) Ban(now time.Time, addr netip.Addr, v Verdict) {
 		n.failures, n.banned = nil, nil
 		n.until = seconds(now.Add(v.Ban))
 		n.stolen = v.Stolen
-		if n.bans < 64 { // further doubling has no effect
+		if n.bans < 64 { // doubling it more often has no effect
 			n.bans++
 		}
 	}
@@ -175,15 +176,15 @@ func (t *Tracker) Ban(now time.Time, addr netip.Addr, v Verdict) {
 	}
 }
 
-// Stolen tells whether the network of an address is banned although it was
-// trusted: it guesses from a stolen account, which must not end the ban by
-// logging in.
+// Stolen reports whether the network of an address is banned although it was
+// trusted. It guesses from a stolen account, and must not end the ban by logging
+// in to that account again.
 func (t *Tracker) Stolen(now time.Time, addr netip.Addr) bool {
 	n := t.networks[key(addr)]
 	return n != nil && n.stolen && n.until > seconds(now)
 }
 
-// Sweep forgets what has no effect any more.
+// Sweep removes the records that have no effect any more.
 func (t *Tracker) Sweep(now time.Time) {
 	at := seconds(now)
 	for k, n := range t.networks {
@@ -198,7 +199,7 @@ func (t *Tracker) Sweep(now time.Time) {
 	}
 }
 
-// network returns the record of an address, without what has expired.
+// network returns the record of an address, without expired failures and bans.
 func (t *Tracker) network(at uint32, addr netip.Addr) *network {
 	k := key(addr)
 	n := t.networks[k]
@@ -213,8 +214,8 @@ func (t *Tracker) network(at uint32, addr netip.Addr) *network {
 	return n
 }
 
-// expire drops the failures of a network that are too old, and its bans once
-// it has not been banned for as long as the longest ban.
+// expire removes the failures of a network that are too old. It removes the bans
+// when the last one ended longer ago than the longest ban lasts.
 func (t *Tracker) expire(n *network, at uint32) {
 	before := len(n.failures)
 	n.failures = slices.DeleteFunc(n.failures, func(f failure) bool { return age(at, f.at) >= t.limits.Within })
@@ -227,9 +228,9 @@ func (t *Tracker) expire(n *network, at uint32) {
 	}
 }
 
-// forget makes room: of some networks other than keep, it drops the one with
-// the fewest failures and bans. So a flood of addresses displaces itself, not
-// the few that are about to be banned.
+// forget makes room: of some networks other than keep, it removes the one with
+// the fewest failures and bans. So a flood of new addresses replaces other new
+// addresses, not the few that are close to a ban.
 func (t *Tracker) forget(keep *network) {
 	worth := func(n *network) int { return len(n.failures) + int(n.bans)*t.limits.Limit }
 	var least [16]byte
@@ -251,7 +252,7 @@ func (t *Tracker) forget(keep *network) {
 	t.forgotten++
 }
 
-// forgetRight drops the oldest of some right attempts.
+// forgetRight removes the oldest of some right attempts.
 func (t *Tracker) forgetRight() {
 	var oldest uint64
 	var since uint32
@@ -287,14 +288,14 @@ func (t *Tracker) hash(parts ...string) uint64 {
 	return binary.LittleEndian.Uint64(sum[:])
 }
 
-// networkOf is the network by which an address is counted.
+// networkOf is the network in which an address is counted.
 func networkOf(addr netip.Addr) netip.Prefix { return trust.NetworkOf(addr, 64) }
 
 func key(addr netip.Addr) [16]byte { return networkOf(addr).Addr().As16() }
 
 func seconds(t time.Time) uint32 { return uint32(max(t.Unix(), 0)) }
 
-// age is never less than 0, though a clock can go backwards.
+// age returns the time from then to now, or 0 if a clock went backwards.
 func age(now, then uint32) time.Duration {
 	if then > now {
 		return 0

@@ -56,7 +56,7 @@ func TestWithoutHash(t *testing.T) {
 	}
 }
 
-// While the password database is out of order, right passwords fail.
+// While the password database is down, right passwords fail, and do not count.
 func TestOutage(t *testing.T) {
 	tr := NewTracker(limits)
 	office, attacker := addr("192.0.2.1"), addr("192.0.2.2")
@@ -75,8 +75,8 @@ func TestOutage(t *testing.T) {
 	if v := tr.Judge(later, office); v != (Verdict{}) {
 		t.Errorf("%+v", v)
 	}
-	// A right password is one anywhere; a mechanism without a hash says
-	// nothing about an attempt from elsewhere.
+	// A right password is right from anywhere. Without a hash, nobody knows what was
+	// tried elsewhere.
 	if o := tr.Failure(later, attacker, Attempt{"1", "right"}); o != Right {
 		t.Errorf("from elsewhere: %s", o)
 	}
@@ -99,14 +99,14 @@ func TestWindow(t *testing.T) {
 	if v := tr.Judge(start.Add(10*time.Minute), a); v.Failures != 1 {
 		t.Errorf("after it: %+v", v)
 	}
-	// A clock that goes backwards brings nobody nearer to a ban.
+	// A clock that goes backwards brings no address closer to a ban.
 	tr.Failure(start.Add(-time.Hour), a, wrong(2))
 	if v := tr.Judge(start.Add(-time.Hour), a); v.Failures != 1 {
 		t.Errorf("before: %+v", v)
 	}
 }
 
-// fail makes so many different failures and, where they earn a ban, has it.
+// fail counts n different failures, and bans the address if they call for it.
 func fail(tr *Tracker, now time.Time, a netip.Addr, n int) Verdict {
 	for range n {
 		tr.Failure(now, a, Attempt{"alice", fmt.Sprint(rand.Uint64())})
@@ -140,8 +140,8 @@ func TestBansDouble(t *testing.T) {
 	}
 }
 
-// A /64 is counted as one, and each of its addresses that goes on is banned
-// for the rest of its ban.
+// The addresses of a /64 count as one. After its ban, each of them that fails
+// again is banned for the rest of that ban.
 func TestNetwork(t *testing.T) {
 	tr := NewTracker(limits)
 	for i := range 3 {
@@ -155,10 +155,10 @@ func TestNetwork(t *testing.T) {
 	tr.Ban(start, third, v)
 	later := start.Add(time.Minute)
 	if v := tr.Judge(later, addr("2001:db8::1")); v.Ban != 0 {
-		t.Errorf("an address that does not fail any more: %+v", v)
+		t.Errorf("an address that no longer fails: %+v", v)
 	}
 	if v := fail(tr, later, third, 1); v.Ban != 0 {
-		t.Errorf("the banned address again, perhaps after an unban: %+v", v)
+		t.Errorf("the banned address fails again, as after an unban: %+v", v)
 	}
 	followers := 0
 	for i := range 1000 {
@@ -178,9 +178,9 @@ func TestNetwork(t *testing.T) {
 	if v := fail(tr, later, addr("2001:db8:0:1::1"), 2); v.Ban != 0 {
 		t.Errorf("another /64: %+v", v)
 	}
-	// A network of NAT64 is many who have nothing to do with each other.
+	// Addresses behind NAT64 share a /64, but belong to different clients.
 	for i := range 9 {
-		// The second is none, but shares a /64 with them.
+		// The second form is not NAT64, but in the same /64.
 		for _, form := range []string{"64:ff9b::192.0.2.%d", "64:ff9b::1:192.0.2.%d"} {
 			if v := fail(tr, start, addr(fmt.Sprintf(form, i)), 2); v.Ban != 0 {
 				t.Errorf("NAT64: %+v", v)
@@ -192,7 +192,7 @@ func TestNetwork(t *testing.T) {
 func TestStolen(t *testing.T) {
 	tr := NewTracker(limits)
 	a := addr("192.0.2.1")
-	for i := range 9 { // trusted, so that the limit does nothing
+	for i := range 9 { // of a trusted address, so that the limit bans nobody
 		tr.Failure(start, a, wrong(i))
 		if v, want := tr.Judge(start, a), min(i+1, 6); v.Failures != want || v.Stolen != (want > 5) {
 			t.Errorf("after %d: %+v", i+1, v)
@@ -204,7 +204,7 @@ func TestStolen(t *testing.T) {
 	}
 }
 
-// The counts are those of a plain list of all failures.
+// The counts match those of a model, a plain list of all failures.
 func TestModel(t *testing.T) {
 	type event struct {
 		net, attempt string
@@ -245,7 +245,7 @@ func TestModel(t *testing.T) {
 				tr = reloaded(t, tr, now)
 			}
 
-			// Of the different ones no more are kept than are ever asked for.
+			// The tracker keeps only as many as TrustedLimit needs.
 			last := make(map[string]time.Time)
 			for _, e := range events {
 				if e.net == network && now.Sub(e.at) < l.Within {
@@ -288,8 +288,8 @@ func TestModel(t *testing.T) {
 	}
 }
 
-// A botnet of a million addresses does not grow the memory, and does not
-// hide who guesses much.
+// A botnet of a million addresses does not make the memory grow, nor the tracker
+// forget an address that guesses often.
 func TestBotnet(t *testing.T) {
 	tr := NewTracker(config.Failures{Limit: 10, Within: 10 * time.Minute, Ban: time.Hour, Longest: 24 * time.Hour, TrustedLimit: 100})
 	guesser, old := addr("192.0.2.1"), addr("192.0.2.2")
@@ -315,13 +315,13 @@ func TestBotnet(t *testing.T) {
 	mib := (int64(after.HeapAlloc) - int64(before.HeapAlloc)) >> 20
 	t.Logf("%d networks, %d failures, %d right, %d forgotten, %d MiB", len(tr.networks), tr.failures, len(tr.right), tr.forgotten, mib)
 	if mib > 80 || len(tr.networks) > maxNetworks || tr.failures > maxFailures || len(tr.right) > maxRight {
-		t.Error("over the bounds")
+		t.Error("over the limits")
 	}
 	if v := fail(tr, start, guesser, 1); v.Ban != time.Hour {
-		t.Errorf("who had failed 9 times: %+v", v)
+		t.Errorf("the address that had failed 9 times: %+v", v)
 	}
 	if v := fail(tr, start, old, 10); v.Ban != 2*time.Hour {
-		t.Errorf("who had been banned: %+v", v)
+		t.Errorf("the address that had been banned: %+v", v)
 	}
 	var file bytes.Buffer
 	begin := time.Now()
@@ -340,8 +340,7 @@ func TestBotnet(t *testing.T) {
 	}
 }
 
-// A thousand failures each, of a few thousand addresses: the failures are
-// bounded too.
+// The number of failures is limited too: here of 1500 addresses with 999 each.
 func TestManyFailures(t *testing.T) {
 	tr := NewTracker(config.Failures{Limit: 1000, Within: 10 * time.Minute, Ban: time.Hour, Longest: time.Hour, TrustedLimit: 1000})
 	for i := range 1500 {
@@ -390,9 +389,9 @@ func TestSaved(t *testing.T) {
 	}
 }
 
-// The clock was wrong when it was saved, or is wrong now. What was saved ahead of
-// now counts as if it were new, and ends as soon; what was saved long before now
-// is forgotten. Nobody is banned by the jump.
+// The clock was wrong when the file was saved, or is wrong now. A time in the
+// future counts as now. What is too old is forgotten. A jump of the clock bans
+// nobody.
 func TestClockJumps(t *testing.T) {
 	saved, banned, phone := addr("192.0.2.1"), addr("2001:db8::1"), addr("192.0.2.3")
 	for _, c := range []struct {
@@ -413,7 +412,7 @@ func TestClockJumps(t *testing.T) {
 		tr = reloaded(t, tr, c.now)
 		for _, a := range []netip.Addr{saved, banned, phone} {
 			if v := tr.Judge(c.now, a); v.Ban != 0 {
-				t.Errorf("%v to %v: %s is to be banned: %+v", c.then, c.now, a, v)
+				t.Errorf("%v to %v: the jump bans %s: %+v", c.then, c.now, a, v)
 			}
 		}
 		n := tr.Judge(c.now, saved).Failures
@@ -429,7 +428,7 @@ func TestClockJumps(t *testing.T) {
 		}
 		tr.Sweep(c.now.Add(2*limits.Longest + rightFor))
 		if len(tr.networks) != 0 || tr.failures != 0 || len(tr.right) != 0 {
-			t.Errorf("%v to %v: for ever: %d, %d, %d", c.then, c.now, len(tr.networks), tr.failures, len(tr.right))
+			t.Errorf("%v to %v: some records never expire: %d, %d, %d", c.then, c.now, len(tr.networks), tr.failures, len(tr.right))
 		}
 	}
 }
@@ -443,14 +442,14 @@ func TestDamagedFile(t *testing.T) {
 	}
 	for n := range file.Len() {
 		if _, err := LoadTracker(bytes.NewReader(file.Bytes()[:n]), start, limits); err == nil {
-			t.Errorf("%d bytes of %d are accepted", n, file.Len())
+			t.Errorf("the first %d of %d bytes are accepted", n, file.Len())
 		}
 	}
 	for i := range file.Len() {
 		b := bytes.Clone(file.Bytes())
 		b[i] ^= 0x55
 		if _, err := LoadTracker(bytes.NewReader(b), start, limits); err == nil {
-			t.Errorf("byte %d is damaged, and accepted", i)
+			t.Errorf("a file with byte %d damaged is accepted", i)
 		}
 	}
 }

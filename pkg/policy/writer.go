@@ -14,20 +14,20 @@ import (
 )
 
 const (
-	// maxWaiting is how many addresses wait for the kernel at most. Only a
-	// transaction of another's that takes minutes makes so many wait.
+	// maxWaiting is how many addresses can wait for the kernel. So many wait only
+	// while another program's transaction takes minutes.
 	maxWaiting = 1 << 16
-	// maxBatch is how many of them share a transaction. So many fit a socket's
-	// buffer as it comes, even with the longest comments on five ports.
+	// maxBatch is how many of them share a transaction. This many fit into a
+	// socket's default buffer, even with the longest comments on five ports.
 	maxBatch = 128
 	// patience is how long the writer waits for the kernel's answer before it
-	// takes it for lost.
+	// considers it lost.
 	patience = 10 * time.Second
 )
 
-var errWaiting = fmt.Errorf("%d addresses wait for the kernel already", maxWaiting)
+var errWaiting = fmt.Errorf("%d addresses already wait for the kernel", maxWaiting)
 
-// grant is an address that one login or several want trusted.
+// grant is an address to trust, because of one login or several.
 type grant struct {
 	config *config.Config
 	grant  *trust.Grant
@@ -40,15 +40,15 @@ type suspect struct {
 	login  string
 }
 
-// writer is the one that writes to the kernel, over one connection. What comes
-// in while it writes goes into its next transaction.
+// writer does all writing to the kernel, over one connection. What comes in while
+// it writes goes into its next transaction.
 type writer struct {
 	server *Server
 
 	mu       sync.Mutex
-	grants   map[netip.Addr]*grant // by the address as it stands in the sets
+	grants   map[netip.Addr]*grant // by the address as in the sets
 	suspects map[netip.Addr]*suspect
-	wake     chan struct{} // has an item while something may be waiting
+	wake     chan struct{} // has an item if something may be waiting
 
 	conn *nftset.Conn // nil until dialled
 }
@@ -62,9 +62,8 @@ func newWriter(s *Server) *writer {
 	}
 }
 
-// trust hands a grant over to be written. Logins from one address that wait
-// together are one grant, for the longest of their timeouts and with all their
-// users' names.
+// trust queues a grant. Logins from one address that wait at the same time become
+// one grant, with the longest of their timeouts and all their users' names.
 func (w *writer) trust(c *config.Config, g *trust.Grant) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -84,7 +83,7 @@ func (w *writer) trust(c *config.Config, g *trust.Grant) {
 	w.awake()
 }
 
-// judge hands over an address that may have failed too often.
+// judge queues an address that may have failed too often.
 func (w *writer) judge(c *config.Config, addr netip.Addr, login string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -103,7 +102,7 @@ func (w *writer) awake() {
 	}
 }
 
-// run writes until the context is done and nothing waits any more.
+// run writes until the context is done and nothing is waiting.
 func (w *writer) run(ctx context.Context) {
 	for stopping := false; !stopping; {
 		select {
@@ -120,8 +119,8 @@ func (w *writer) run(ctx context.Context) {
 	}
 }
 
-// some writes some of what waits: logins first, so that nobody is banned whose
-// trust is on its way. It reports whether there was any.
+// some writes a part of what is waiting, and reports whether there was any.
+// Logins come first, so that an address is not banned while its trust waits.
 func (w *writer) some() bool {
 	if grants := w.take(); len(grants) > 0 {
 		w.write(grants)
@@ -145,7 +144,8 @@ func (w *writer) some() bool {
 	return true
 }
 
-// take returns some of the grants that wait, of one configuration and family.
+// take removes some of the waiting grants from the queue, all of one configuration
+// and family, and returns them.
 func (w *writer) take() (some []*grant) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -162,7 +162,7 @@ func (w *writer) take() (some []*grant) {
 	return some
 }
 
-// write has the addresses of grants trusted.
+// write adds the grants' addresses to the trusted set.
 func (w *writer) write(some []*grant) {
 	grants := make([]*trust.Grant, len(some))
 	for i, g := range some {
@@ -174,7 +174,7 @@ func (w *writer) write(some []*grant) {
 		return err
 	})
 	if errors.Is(err, nftset.ErrFull) && len(some) > 1 {
-		// Some of them may find room, or need none.
+		// One by one: there may be room for some, and others may be in the set.
 		for i := range some {
 			w.write(some[i : i+1])
 		}
@@ -190,8 +190,8 @@ func (w *writer) write(some []*grant) {
 	}
 }
 
-// attempt calls f with the lasting connection. After an error it starts with a
-// new one, and tries again at once where it was the old one that failed.
+// attempt calls f while w.conn is connected. After an error it closes the
+// connection. If it was not a new one, it tries again at once with a new one.
 func (w *writer) attempt(f func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
