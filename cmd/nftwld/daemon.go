@@ -35,20 +35,20 @@ import (
 )
 
 const (
-	// maxConns is how many connections are open at once. Further ones wait in
-	// the socket: any local process can connect, and memory is bounded.
+	// maxConns is how many connections can be open at once; more wait in the
+	// socket. Any local process can connect, and this limits the memory it takes.
 	maxConns = 4096
 	// drain is how long connections stay open at the end, each for one more
-	// request. A request that comes just when its connection closes is lost, as
-	// Dovecot does not repeat it.
+	// request. A request that arrives just as its connection closes is lost,
+	// because Dovecot does not repeat it.
 	drain = time.Second
-	// grace is how long requests in hand have to finish at the end.
+	// grace is how long requests in progress have to finish at the end.
 	grace = 3 * time.Second
-	// saveEvery is how much of the counts a power cut can lose.
+	// saveEvery is the time whose failures a power cut can lose.
 	saveEvery = time.Minute
 )
 
-// daemon is the command's options, and what it runs.
+// daemon has the command's options and state.
 type daemon struct {
 	configPath string
 	stateDir   string // empty to keep no state
@@ -144,14 +144,14 @@ func (d *daemon) run() error {
 	select {
 	case <-written:
 	case <-time.After(grace):
-		d.log.Warn("ended before the kernel answered")
+		d.log.Warn("exiting before the kernel has answered")
 	}
 	d.saveState()
 	d.quiet.flush(0)
 	return err
 }
 
-// wait obeys signals until SIGTERM or an error of a socket.
+// wait handles signals and timers until SIGTERM, SIGINT or an error of a socket.
 func (d *daemon) wait(signals <-chan os.Signal, ended <-chan error, c *config.Config) error {
 	pulse, err := systemd.SdWatchdogEnabled(true)
 	if err != nil {
@@ -184,19 +184,20 @@ func (d *daemon) wait(signals <-chan os.Signal, ended <-chan error, c *config.Co
 	}
 }
 
-// reload reads the configuration and the key again, and returns the one in use.
+// reload reads the configuration and the key again, and returns the configuration
+// in use: the old one if the new one has an error.
 func (d *daemon) reload(old *config.Config) *config.Config {
 	c, key, err := load(d.configPath)
 	if err != nil {
 		d.log.Error("the old configuration stays in use", "error", err)
-		d.notify("STATUS=The configuration is refused: " + err.Error())
+		d.notify("STATUS=The old configuration stays in use: " + err.Error())
 		return old
 	}
 	if listenAddress(c) != listenAddress(old) {
-		d.log.Warn("another policy.listen takes a restart", "address", listenAddress(c))
+		d.log.Warn("policy.listen has changed, which needs a restart", "address", listenAddress(c))
 	}
 	if (c.Cluster == nil) != (d.node == nil) || d.node != nil && !c.Cluster.Same(old.Cluster) {
-		d.log.Warn("another cluster takes a restart")
+		d.log.Warn("cluster has changed, which needs a restart")
 		c.Cluster = old.Cluster
 	}
 	d.server.Set(c, key)
@@ -204,7 +205,7 @@ func (d *daemon) reload(old *config.Config) *config.Config {
 		d.node.Set(c)
 	}
 	d.notify("STATUS=")
-	d.log.Info("the configuration was read again")
+	d.log.Info("configuration reloaded")
 	return c
 }
 
@@ -223,7 +224,7 @@ func load(path string) (*config.Config, string, error) {
 	}
 	key, err := readKey(c.Policy.KeyFile)
 	if err != nil {
-		return nil, "", failure{fmt.Errorf("key: %w", err), "the file has the key that auth_policy_server_api_header in Dovecot's configuration has"}
+		return nil, "", failure{fmt.Errorf("key: %w", err), "the file must hold the same key as auth_policy_server_api_header in Dovecot's configuration"}
 	}
 	return c, key, nil
 }
@@ -236,7 +237,8 @@ func listenAddress(c *config.Config) netip.AddrPort {
 	return c.Policy.Listen
 }
 
-// readKey returns the key: systemd's credential, or the contents of a file.
+// readKey returns the key: systemd's credential if there is one, or else the contents
+// of the file.
 func readKey(path string) (string, error) { return config.ReadKey(secret("policy.key", path)) }
 
 // readPassword returns the password of the cluster's server: systemd's credential,
@@ -288,16 +290,17 @@ func listen(address netip.AddrPort) ([]net.Listener, error) {
 	return []net.Listener{l}, nil
 }
 
-// notify tells systemd the service's state, where it asked to be told.
+// notify tells systemd the service's state, if systemd asked for it.
 func (d *daemon) notify(state string) {
 	if _, err := systemd.SdNotify(false, state); err != nil {
-		d.log.Warn("systemd is not told", "error", err)
+		d.log.Warn("cannot notify systemd", "error", err)
 	}
 }
 
 func (d *daemon) stateFile() string { return filepath.Join(d.stateDir, "failures") }
 
-// loadState reads the counts of the last run. Without them it starts anew.
+// loadState reads the failures that the last run saved. Without them, counting
+// starts from zero.
 func (d *daemon) loadState() {
 	if d.stateDir == "" {
 		return
@@ -308,11 +311,11 @@ func (d *daemon) loadState() {
 		err = d.server.Load(f)
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		d.log.Warn("failures before the start do not count", "file", d.stateFile(), "error", err)
+		d.log.Warn("starting without the saved failures", "file", d.stateFile(), "error", err)
 	}
 }
 
-// saveState replaces the file of the counts.
+// saveState replaces the file of failures, if there are new ones.
 func (d *daemon) saveState() {
 	if d.stateDir == "" {
 		return

@@ -26,12 +26,12 @@ const (
 	address = "127.0.0.1:8085"
 )
 
-// An instance is nftwld on files of its own, in a network namespace of its own.
+// An instance is nftwld with its own files, in its own network namespace.
 type instance struct {
 	t    *testing.T
 	dir  string
 	env  []string
-	file *os.File // that becomes descriptor 3
+	file *os.File // becomes descriptor 3
 	cmd  *exec.Cmd
 }
 
@@ -59,11 +59,11 @@ func (n *instance) write(name, text string) {
 }
 
 func (n *instance) log() string {
-	b, _ := os.ReadFile(filepath.Join(n.dir, "log")) // none before it starts
+	b, _ := os.ReadFile(filepath.Join(n.dir, "log")) // missing before the start
 	return string(b)
 }
 
-// start waits until it listens.
+// start starts nftwld, and waits until it listens.
 func (n *instance) start(args ...string) {
 	n.t.Helper()
 	log, err := os.OpenFile(filepath.Join(n.dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
@@ -93,10 +93,10 @@ func (n *instance) start(args ...string) {
 			_ = cmd.Wait()
 		}
 	})
-	nstest.Poll(n.t, "it to listen", func() bool { return strings.Count(n.log(), "msg=listening") > before })
+	nstest.Poll(n.t, "nftwld to listen", func() bool { return strings.Count(n.log(), "msg=listening") > before })
 }
 
-// stop ends it with SIGTERM.
+// stop ends nftwld with SIGTERM, and waits for its exit.
 func (n *instance) stop() {
 	n.t.Helper()
 	if err := n.cmd.Process.Signal(syscall.SIGTERM); err != nil {
@@ -114,7 +114,7 @@ func (n *instance) hangUp() {
 	}
 }
 
-// run runs nftwld to its end.
+// run runs a command of nftwld, and returns its output and exit status.
 func (n *instance) run(args ...string) (out string, code int) {
 	n.t.Helper()
 	cmd := exec.Command(nstest.Build(n.t, "cmd/nftwld"), append([]string{"--config", n.dir + "/nftwl.yaml"}, args...)...)
@@ -141,7 +141,7 @@ func request(key, user, hash, remote string, success bool) []byte {
 	return fmt.Appendf(nil, "POST /?command=report HTTP/1.1\r\nHost: x\r\nX-API-Key: %s\r\nContent-Length: %d\r\n\r\n%s", key, len(body), body)
 }
 
-// answer reads one and returns its status.
+// answer reads an HTTP answer and returns its status.
 func answer(r *bufio.Reader) (status int, err error) {
 	var length int
 	for {
@@ -163,7 +163,7 @@ func answer(r *bufio.Reader) (status int, err error) {
 	return status, err
 }
 
-// report sends one and returns the status of the answer.
+// report sends a report and returns the status of the answer.
 func (n *instance) report(key, user, hash, remote string, success bool) int {
 	n.t.Helper()
 	conn := n.dial()
@@ -230,17 +230,17 @@ func TestReload(t *testing.T) {
 	for i, text := range []string{"policy: {}\nfailures: {limit: x}\n", "timeout: 1d\n", "policy: {key_file: /nowhere}\n", "policy: {}\ntiemout: 1d\n"} {
 		n.write("nftwl.yaml", text)
 		n.hangUp()
-		nstest.Poll(n.t, "it to refuse", func() bool { return strings.Count(n.log(), "the old configuration stays in use") == i+1 })
+		nstest.Poll(n.t, "nftwld to refuse it", func() bool { return strings.Count(n.log(), "the old configuration stays in use") == i+1 })
 	}
 	for i := range 4 {
 		n.report(key, "alice", fmt.Sprint(i), "192.0.2.1", false)
 	}
-	// Another limit and another key, and the counts stay.
+	// With another limit and another key, the failures so far still count.
 	n.write("nftwl.yaml", "policy: {}\nfailures: {limit: 3}\n")
 	other := strings.ToUpper(key)
 	n.write("policy.key", other)
 	n.hangUp()
-	nstest.Poll(n.t, "it to read them", func() bool { return strings.Contains(n.log(), "the configuration was read again") })
+	nstest.Poll(n.t, "nftwld to reload", func() bool { return strings.Contains(n.log(), "configuration reloaded") })
 	if got := n.report(key, "alice", "1", "192.0.2.1", false); got != 401 {
 		t.Errorf("the old key: %d", got)
 	}
@@ -285,7 +285,8 @@ func TestStatus(t *testing.T) {
 	n.stop()
 }
 
-// systemd's side: a socket, a credential, and where to tell it how things are.
+// With what systemd passes to nftwld: a socket, a credential, and a socket for
+// notifications.
 func TestUnderSystemd(t *testing.T) {
 	n := newInstance(t, "policy: {listen: 127.0.0.1:1, key_file: /nowhere}\n")
 	l, err := net.Listen("tcp", address)
@@ -309,7 +310,7 @@ func TestUnderSystemd(t *testing.T) {
 		for {
 			size, err := notify.Read(b)
 			if err != nil {
-				t.Fatalf("systemd is not told %s: %v", want, err)
+				t.Fatalf("nftwld does not send %s to systemd: %v", want, err)
 			}
 			if strings.HasPrefix(string(b[:size]), want) {
 				return
@@ -327,16 +328,16 @@ func TestUnderSystemd(t *testing.T) {
 	n.write("nftwl.yaml", "nonsense\n")
 	n.hangUp()
 	told("RELOADING=1")
-	told("STATUS=The configuration is refused")
+	told("STATUS=The old configuration stays in use")
 	told("READY=1")
 	n.stop()
 	told("STOPPING=1")
 	if strings.Contains(n.log(), "time=") {
-		t.Errorf("the journal has the time already: %s", n.log())
+		t.Errorf("lines for the journal have a time: %s", n.log())
 	}
 }
 
-// usage returns the resident memory in MiB and the open descriptors.
+// usage returns the resident memory in MiB and the number of open descriptors.
 func (n *instance) usage() (mib, descriptors int) {
 	n.t.Helper()
 	proc := filepath.Join("/proc", strconv.Itoa(n.cmd.Process.Pid))
@@ -353,8 +354,8 @@ func (n *instance) usage() (mib, descriptors int) {
 	return kib / 1024, len(files)
 }
 
-// 100,000 reports over some connections, as Dovecot's: successes, the same
-// failures again and again, and guessers from everywhere.
+// 100,000 reports over 20 connections, like Dovecot's: successes, failures that
+// repeat themselves, and guesses from everywhere.
 func TestManyReports(t *testing.T) {
 	n := newInstance(t, "policy: {}\nfailures: {limit: 3}\n")
 	n.start("--state", n.dir)
@@ -411,8 +412,8 @@ func TestManyReports(t *testing.T) {
 	n.stop()
 }
 
-// A local process that opens all the connections it can holds some memory, and
-// Dovecot's reports for as long as an idle one may last.
+// A local process that opens as many connections as it can takes little memory.
+// Once they are closed, or time out, Dovecot's reports get through again.
 func TestManyConnections(t *testing.T) {
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
@@ -429,7 +430,7 @@ func TestManyConnections(t *testing.T) {
 	for range min(10_000, int(limit.Cur)-200) {
 		c, err := net.DialTimeout("tcp", address, 100*time.Millisecond)
 		if err != nil {
-			break // the socket's queue is full, which is as good
+			break // the socket's queue is full, which will do
 		}
 		open = append(open, c)
 	}
@@ -449,7 +450,7 @@ func TestManyConnections(t *testing.T) {
 	n.stop()
 }
 
-// While the daemon's log would be flooded it has one line a minute and reason.
+// A flood of problems makes one line a minute for each reason.
 func TestQuietLog(t *testing.T) {
 	n := newInstance(t, "policy: {}\n")
 	n.start()

@@ -13,7 +13,7 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// Each metric is in docs/policy.md, and what that names is one.
+// docs/policy.md names every metric, and no others.
 func TestDocsMetrics(t *testing.T) {
 	text, err := os.ReadFile(filepath.Join(nstest.Root(t), "docs/policy.md"))
 	if err != nil {
@@ -22,7 +22,7 @@ func TestDocsMetrics(t *testing.T) {
 	n := newInstance(t, "policy: {}\nfailures: {}\n")
 	n.start()
 	n.report(key, "alice", "1", "192.0.2.1", true)
-	conn := n.dial() // here: another thread is in another namespace
+	conn := n.dial() // in this goroutine: other threads are in another namespace
 	if _, err := io.WriteString(conn, "GET /metrics HTTP/1.0\r\n\r\n"); err != nil {
 		t.Fatal(err)
 	}
@@ -39,7 +39,7 @@ func TestDocsMetrics(t *testing.T) {
 	there, named := names(`(?m)^# TYPE (nftwl_\w+)`, string(answer)), names("`(nftwl_\\w+)`", string(text))
 	for _, name := range named {
 		if !slices.Contains(there, name) && !slices.Contains([]string{"nftwl_trust", "nftwl_timeout"}, name) {
-			t.Errorf("docs/policy.md has %s, and nftwld does not", name)
+			t.Errorf("docs/policy.md has %s, which nftwld lacks", name)
 		}
 	}
 	for _, name := range there {

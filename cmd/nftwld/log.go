@@ -9,7 +9,8 @@ import (
 	"nftwl/pkg/install"
 )
 
-// newLog returns a log on standard error. The journal has the time already.
+// newLog returns a log on standard error, without the time if it goes to the
+// journal, which adds its own.
 func newLog(verbose bool) *slog.Logger {
 	options := &slog.HandlerOptions{}
 	if verbose {
@@ -26,11 +27,11 @@ func newLog(verbose bool) *slog.Logger {
 	return slog.New(slog.NewTextHandler(os.Stderr, options))
 }
 
-// quietFor is how long a problem is not logged again.
+// quietFor is how long problems of one reason are counted before the next line.
 const quietFor = time.Minute
 
-// quiet logs problems: the first of a reason at once, and then one line a
-// minute for all that follow.
+// quiet logs problems: the first of a reason at once, and then one line a minute
+// for all others of that reason.
 type quiet struct {
 	log *slog.Logger
 
@@ -40,8 +41,8 @@ type quiet struct {
 
 type problem struct {
 	logged time.Time
-	more   int   // since then
-	last   error // of these
+	more   int   // how many since then
+	last   error // the last of them
 }
 
 func (q *quiet) problem(reason string, err error) {
@@ -63,7 +64,8 @@ func (q *quiet) problem(reason string, err error) {
 	q.write(reason, p, err)
 }
 
-// flush logs the problems that were held back, and not logged for so long.
+// flush logs the problems that were held back, of each reason whose last line is at
+// least that old.
 func (q *quiet) flush(after time.Duration) {
 	q.mu.Lock()
 	defer q.mu.Unlock()

@@ -1,6 +1,6 @@
-// Command nftwld trusts the addresses of a mail server's users in nftables
-// sets, and bans those that guess passwords, by Dovecot's reports of
-// authentications.
+// Command nftwld reads Dovecot's reports of authentications. It adds the
+// addresses of users to nftables' trusted sets, and bans those that guess
+// passwords.
 package main
 
 import (
@@ -21,11 +21,11 @@ const (
 	exitUsage  = 2
 )
 
-// failure is an error that ends the program with exitFailed; every other error
-// came from the command line.
+// failure is an error that ends the program with exitFailed. Every other error is
+// about the command line.
 type failure struct {
 	error
-	hint string // what to do about it; empty where nobody knows
+	hint string // how to fix it, or empty
 }
 
 func (f failure) Unwrap() error { return f.error }
@@ -53,19 +53,20 @@ func newRoot() *cobra.Command {
 	var d daemon
 	root := &cobra.Command{
 		Use:   "nftwld",
-		Short: "Trust and ban the clients of a mail server by Dovecot's reports",
-		Long: `nftwld lets a mail server's firewall know its own users. Dovecot reports every
-authentication to it over HTTP, outside the login's path. It trusts the client's
-address after a successful one, as 'nftwl login' does, and bans an address that
-fails with many different passwords.
+		Short: "Trust and ban a mail server's clients by Dovecot's reports",
+		Long: `nftwld tells the firewall which addresses a mail server's users log in from.
+Dovecot reports every authentication to it over HTTP, and no login waits for
+that. After a successful one, nftwld trusts the client's address, as 'nftwl
+login' does. It bans an address that fails with many different passwords.
 
-It runs in the foreground and logs to standard error. It does what 'policy' and
-'failures' in the configuration say. The socket comes from systemd
-(nftwld.socket), or it listens on policy.listen. The key of the reports is the
-credential policy.key, or in policy.key_file.
+It runs in the foreground and logs to standard error. 'policy' and 'failures' in
+the configuration set what it does. It takes its socket from systemd
+(nftwld.socket), or listens on policy.listen. It reads the key that reports must
+have from the credential policy.key, or from policy.key_file.
 
-SIGHUP reads the configuration and the key again; if they are wrong, it keeps the
-old ones. SIGTERM ends it after it has written what was reported.
+On SIGHUP, nftwld reads the configuration and the key again; if they are wrong,
+it keeps the old ones. On SIGTERM, it writes everything that was reported, and
+exits.
 
 Exit status: 0 after SIGTERM, 1 when something failed, 2 when the command line
 was wrong.`,
@@ -76,7 +77,7 @@ was wrong.`,
 		RunE:              func(*cobra.Command, []string) error { return d.run() },
 	}
 	root.PersistentFlags().StringVar(&d.configPath, "config", "", "read `FILE`, not "+config.Path)
-	root.Flags().StringVar(&d.stateDir, "state", os.Getenv("STATE_DIRECTORY"), "keep the counts of failures in `DIR` over a restart")
+	root.Flags().StringVar(&d.stateDir, "state", os.Getenv("STATE_DIRECTORY"), "save the failures in `DIR`, so that a restart keeps them")
 	root.Flags().BoolVarP(&d.verbose, "verbose", "v", false, "log each address that becomes trusted")
 	root.AddCommand(newStatus(&d.configPath), newClear(&d.configPath))
 	return root

@@ -11,8 +11,8 @@ import (
 
 func TestMain(m *testing.M) { nstest.Main(m) }
 
-// The wrapper starts at every login, and what is linked into it costs each one.
-// What a daemon needs belongs here.
+// The wrapper starts at every login, so every package that it links costs time.
+// What only a daemon needs belongs in nftwld.
 func TestWrapperStaysSmall(t *testing.T) {
 	deps := func(command string) []string {
 		t.Helper()

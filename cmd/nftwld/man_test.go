@@ -13,7 +13,7 @@ import (
 
 //go:generate env UPDATE_DOCS=1 go test -count=1 -run TestManCommands .
 
-// nftwld(8) is what the commands say of themselves, in a frame.
+// nftwld(8) has the help of the commands, in a frame.
 func TestManCommands(t *testing.T) {
 	t.Setenv("STATE_DIRECTORY", "") // the default of a flag
 	root := newRoot()
@@ -21,7 +21,7 @@ func TestManCommands(t *testing.T) {
 	if !ok {
 		t.Fatal("the help of nftwld has no exit status")
 	}
-	// Those that all commands have, too.
+	// With the flags that all commands have.
 	all := &cobra.Command{}
 	all.Flags().AddFlagSet(root.PersistentFlags())
 	all.Flags().AddFlagSet(root.Flags())
@@ -32,14 +32,14 @@ func TestManCommands(t *testing.T) {
 	const page = "contrib/man/nftwld.8"
 	nstest.Golden(t, page, strings.NewReplacer("@about@\n", manpage.Text(about), "@options@\n", manpage.Flags(all),
 		"@exit@\n", manpage.Text(exit), "@commands@\n", commands.String()).Replace(manFrame))
-	manpage.Check(t, filepath.Join(nstest.Root(t), page), "nftwld - trust and ban the clients of a mail server by Dovecot's reports",
+	manpage.Check(t, filepath.Join(nstest.Root(t), page), "nftwld - trust and ban a mail server's clients by Dovecot's reports",
 		"nftwld [--config FILE] status [--json]", "--config FILE", "--state DIR", "-v, --verbose", "SIGHUP", "policy.key")
 }
 
 const manFrame = `.\" Written by go generate ./cmd/nftwld
 .TH NFTWLD 8 "" nftwl "System Manager\(aqs Manual"
 .SH NAME
-nftwld \- trust and ban the clients of a mail server by Dovecot\(aqs reports
+nftwld \- trust and ban a mail server\(aqs clients by Dovecot\(aqs reports
 .SH SYNOPSIS
 .B nftwld
 .RB [ \-\-config
@@ -57,15 +57,15 @@ nftwld \- trust and ban the clients of a mail server by Dovecot\(aqs reports
 @about@
 .PP
 .B nftwl setup policy
-puts in place what it needs: the key, the units, and Dovecot\(aqs settings.
+installs what it needs: the key, the units, and Dovecot\(aqs settings.
 No login waits for
 .BR nftwld ,
-and none fails while it does not run.
-The settings have a switch,
-.IR auth_policy_check_before_auth ,
-for a Dovecot behind a proxy with the PROXY protocol, where the packet filter
-sees only the proxy.
-With it, Dovecot asks
+and none fails if it does not run.
+There is one exception, for a Dovecot behind a proxy with the PROXY protocol,
+where the packet filter sees only the proxy.
+If you set
+.I auth_policy_check_before_auth
+to yes in Dovecot\(aqs settings, Dovecot asks
 .B nftwld
 before each login whether the client is banned, and waits up to 2 seconds for
 the answer.
@@ -82,19 +82,19 @@ is set, too.
 .TP
 .B SIGHUP
 Read the configuration and the key again.
-Another
+A change of
 .I policy.listen
 needs a restart.
 .TP
 .BR SIGTERM ,\~ SIGINT
-Finish what was reported, save the counts, and end.
+Write everything that was reported, save the failures, and exit.
 .SH ENVIRONMENT
 systemd sets these:
 .TP
 .B CREDENTIALS_DIRECTORY
 The directory with the credential
 .IR policy.key ,
-which goes before
+which is used instead of
 .IR policy.key_file .
 .TP
 .B STATE_DIRECTORY
@@ -104,13 +104,13 @@ The default of
 .B LISTEN_FDS
 The sockets that
 .B nftwld
-inherits. It listens on them, and not on
+inherits. It listens on them instead of on
 .IR policy.listen .
 .SH FILES
 .TP
 .I /etc/nftwl.yaml
-The configuration, see
-.BR nftwl.yaml (5);
+The configuration; see
+.BR nftwl.yaml (5).
 .I policy
 and
 .I failures
@@ -127,7 +127,7 @@ Dovecot\(aqs settings, with the same key, readable by root alone.
 includes them.
 .TP
 .I /var/lib/nftwld/failures
-The counts of failures, which a restart keeps.
+The failures, so that a restart keeps them.
 .SH SEE ALSO
 .BR nftwl (8),
 .BR nftwl.yaml (5),

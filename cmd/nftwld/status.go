@@ -26,9 +26,10 @@ func newStatus(configPath *string) *cobra.Command {
 		Use:   "status",
 		Short: "Show what the running nftwld has counted",
 		Long: `Shows what the running nftwld has counted since it started, one line for each
-of its metrics. A client is added, renewed or unchanged by a successful login; a
-failed login is counted, repeated (the same user and password has failed before)
-or right (it has succeeded before), and only the first counts towards a ban.
+metric. A successful login is added, renewed or unchanged: that is what happened
+to the client's address in the trusted set. A failed login is counted, repeated
+(the same user and password has failed before) or right (it has succeeded
+before); only those that are counted lead to a ban.
 
 Exit status: 0 when nftwld answers, 1 when it does not, 2 when the command line
 was wrong.`,
@@ -60,7 +61,7 @@ was wrong.`,
 	return cmd
 }
 
-// ask returns the metrics that are nftwld's own.
+// ask returns nftwld's own metrics, without those of Go and the process.
 func ask(url string) (map[string]*dto.MetricFamily, error) {
 	client := http.Client{Timeout: 10 * time.Second}
 	response, err := client.Get(url)
@@ -78,12 +79,12 @@ func ask(url string) (map[string]*dto.MetricFamily, error) {
 	}
 	maps.DeleteFunc(families, func(name string, _ *dto.MetricFamily) bool { return !strings.HasPrefix(name, "nftwl_") })
 	if len(families) == 0 {
-		return nil, fmt.Errorf("%s is not nftwld's", url)
+		return nil, fmt.Errorf("%s has none of nftwld's metrics", url)
 	}
 	return families, nil
 }
 
-// short is the name of a metric without what all names have.
+// short returns the name of a metric without the prefix and suffix.
 func short(name string) string {
 	return strings.TrimSuffix(strings.TrimPrefix(name, "nftwl_"), "_total")
 }
@@ -110,7 +111,7 @@ func tree(families map[string]*dto.MetricFamily) map[string]any {
 	return root
 }
 
-// table prints a line for each metric, without what has not happened.
+// table returns a line for each metric. It leaves out the values that are 0.
 func table(families map[string]*dto.MetricFamily) string {
 	var b strings.Builder
 	for _, name := range slices.Sorted(maps.Keys(families)) {

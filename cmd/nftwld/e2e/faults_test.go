@@ -71,7 +71,7 @@ func TestFaultsDenyNoLogin(t *testing.T) {
 		// With another key Dovecot's log says what is wrong.
 		s.write("policy.key", strings.ToUpper(key), 0o600)
 		nstest.Must(t, s.nftwld.Process.Signal(syscall.SIGHUP))
-		nstest.Poll(s.t, "it to read the key", func() bool { return strings.Contains(s.read("nftwld.log"), "the configuration was read again") })
+		nstest.Poll(s.t, "it to read the key", func() bool { return strings.Contains(s.read("nftwld.log"), "configuration reloaded") })
 		s.crowd("2001:db8:6:", 50, nil)
 		nstest.Poll(s.t, "it to refuse", func() bool { return s.metric(`nftwl_refused_total{reason="key"}`) == "50" })
 		if s.in("trusted_ipv6", "2001:db8:6::1 ") {
@@ -140,7 +140,7 @@ func TestCountsSurvive(t *testing.T) {
 		s.stopNftwld(syscall.SIGTERM)
 		nstest.Must(t, os.WriteFile(filepath.Join(dir, "nftwld/failures"), []byte("junk"), 0o600))
 		s.startNftwld()
-		nstest.Poll(s.t, "it to say that the file is damaged", func() bool { return strings.Contains(s.read("nftwld.log"), "failures before the start do not count") })
+		nstest.Poll(s.t, "it to say that the file is damaged", func() bool { return strings.Contains(s.read("nftwld.log"), "starting without the saved failures") })
 	})
 }
 
