@@ -13,13 +13,13 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// BenchmarkLogin has whole logins over IMAP without a hook and with nftwld, in
-// turn and each from a new address, and prints a table of what policy costs a
+// BenchmarkLogin makes whole IMAP logins without a hook and with nftwld, one after
+// the other and each from a new address. It prints a table of what nftwld costs a
 // login. make bench runs it.
 //
-// The next login begins once the server is at rest, and so is not charged for the
-// last one's report. That is in the processor time, which counts all processes of
-// Dovecot's and nftwld.
+// Each login begins when the server is idle, so that it does not pay for the
+// previous one's report. The processor time includes the reports: it counts all
+// processes of Dovecot and nftwld.
 func BenchmarkLogin(b *testing.B) {
 	const (
 		logins = 400
@@ -29,7 +29,8 @@ func BenchmarkLogin(b *testing.B) {
 		{name: "no hook", with: with{bare: true, dovecot: "auth_policy_server_url =\n"}},
 		{name: "auth policy, `nftwld`"},
 	}
-	// What a thread has started is killed when it ends: last of all.
+	// When a thread ends, the processes that it has started are killed. So it ends
+	// last.
 	release := make(chan struct{})
 	b.Cleanup(func() { close(release) })
 	for _, c := range candidates {
@@ -66,7 +67,7 @@ func BenchmarkLogin(b *testing.B) {
 		slices.Sort(c.took)
 	}
 
-	// Not through b.Log, which indents.
+	// b.Log would indent it.
 	fmt.Printf("\nWhole IMAP logins over loopback, each from a new address: median of %d in turn.\n\n", logins)
 	fmt.Print("| hook | in turn | ratio to no hook | processor time of a login |\n|---|--:|--:|--:|\n")
 	none := float64(candidates[0].took[logins/2])
@@ -75,27 +76,27 @@ func BenchmarkLogin(b *testing.B) {
 			float64(c.took[logins/2])/none, float64(c.used)/1e6/logins)
 	}
 	fmt.Println()
-	b.ReportMetric(0, "ns/op") // which would be that of all together
+	b.ReportMetric(0, "ns/op") // omits it, because it would be the sum of all candidates
 }
 
 // candidate is a server to measure.
 type candidate struct {
 	name  string
 	with  with
-	turns chan int      // which login is to be done
-	ended chan struct{} // once it is
+	turns chan int      // the number of the next login
+	ended chan struct{} // has an item after each login
 	took  []time.Duration
-	used  time.Duration // by all of the server's processes
+	used  time.Duration // processor time of all of the server's processes
 }
 
-// rest waits until so many logins have been trusted, and their processes are gone.
+// rest waits until nftwld has trusted so many logins, and their processes are gone.
 func (s *server) rest(logins int) {
 	s.t.Helper()
 	if !s.with.bare {
-		// Not from its metrics, which take it longer than a report.
+		// Reading its metrics would cost it more than a report.
 		nstest.Poll(s.t, "the trust", func() bool { return strings.Count(s.read("nftwld.log"), "msg=trusted") == logins })
 	}
-	nstest.Poll(s.t, "Dovecot to be at rest", func() bool {
+	nstest.Poll(s.t, "Dovecot to be idle", func() bool {
 		return !slices.ContainsFunc(s.children(), func(pid string) bool {
 			name, _ := os.ReadFile("/proc/" + pid + "/comm") // it may have just gone
 			return strings.HasPrefix(string(name), "imap")
@@ -103,7 +104,7 @@ func (s *server) rest(logins int) {
 	})
 }
 
-// children are the processes that Dovecot's master has started.
+// children returns the processes that Dovecot's master has started.
 func (s *server) children() []string {
 	master := strconv.Itoa(s.dovecot.Pid)
 	children, err := os.ReadFile("/proc/" + master + "/task/" + master + "/children")
@@ -111,8 +112,8 @@ func (s *server) children() []string {
 	return strings.Fields(string(children))
 }
 
-// cpu is what all processes of a server at rest have used until now, with those
-// that have ended: each was waited for by its parent.
+// cpu returns the processor time that all processes of an idle server have used,
+// including those that have ended, because their parents have waited for them.
 func (s *server) cpu() (sum time.Duration) {
 	pids := append(s.children(), strconv.Itoa(s.dovecot.Pid))
 	if s.nftwld != nil {

@@ -22,7 +22,7 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// dial connects from an address of a client, which no interface need have.
+// dial connects from a client's address, even if no interface has it.
 func dial(from, port string) (*textproto.Conn, error) {
 	to := server4
 	if strings.Contains(from, ":") {
@@ -35,11 +35,11 @@ func dial(from, port string) (*textproto.Conn, error) {
 	return textproto.NewConn(c), nil
 }
 
-// login logs in over IMAP, and out.
+// login logs in over IMAP, and logs out.
 func login(from, user, password string) error { return authenticate(from, "", user, password) }
 
-// authenticate logs in over IMAP with a mechanism; with LOGIN where it is
-// empty.
+// authenticate logs in over IMAP with a mechanism, or with the command LOGIN if
+// it is empty.
 func authenticate(from, mech, user, password string) error {
 	c, err := dial(from, "143")
 	if err != nil {
@@ -48,7 +48,7 @@ func authenticate(from, mech, user, password string) error {
 	return imap(c, mech, user, password)
 }
 
-// imap logs in over a new connection, and out.
+// imap logs in over a new IMAP connection, and logs out.
 func imap(c *textproto.Conn, mech, user, password string) error {
 	defer c.Close()
 	var err error
@@ -166,7 +166,7 @@ func scram(mech, first, challenge, password string) string {
 	return final + ",p=" + base64.StdEncoding.EncodeToString(proof)
 }
 
-// visit logs in by another protocol than IMAP.
+// visit logs in with a protocol other than IMAP.
 func visit(from, port string, v nstest.Visit, user, password string) error {
 	c, err := dial(from, port)
 	if err != nil {
@@ -176,7 +176,7 @@ func visit(from, port string, v nstest.Visit, user, password string) error {
 	return v(c, user, password)
 }
 
-// pop3 logs in over a new connection, and out.
+// pop3 logs in over POP3, and logs out.
 func pop3(from, user, password string) error { return visit(from, "110", nstest.POP3, user, password) }
 
 // smtp authenticates to the submission service, with PLAIN.
@@ -186,14 +186,15 @@ func smtp(from, user, password string) error {
 	}, user, password)
 }
 
-// smtpLogin is smtp with LOGIN, which most guessers take.
+// smtpLogin is smtp with LOGIN, which most guessers use.
 func smtpLogin(from, user, password string) error {
 	return visit(from, "587", func(c *textproto.Conn, user, password string) error {
 		return nstest.SMTPLogin(c, "AUTH LOGIN "+base64.StdEncoding.EncodeToString([]byte(user)), base64.StdEncoding.EncodeToString([]byte(password)))
 	}, user, password)
 }
 
-// get asks nftwld. The connection is made here, in the test's namespace.
+// get returns nftwld's answer to a GET request. It connects in the calling
+// goroutine, which is in the test's namespace.
 func (s *server) get(path string) string {
 	s.t.Helper()
 	address := s.policy + ":8085"

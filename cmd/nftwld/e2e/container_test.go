@@ -23,7 +23,7 @@ const (
 	internet4, internet6   = "203.0.113.0/24", "2001:db8:a::/48" // where its clients are
 )
 
-// published is what an engine loads for a container's ports.
+// published has the rules that a container engine loads for published ports.
 const published = `
 table inet engine {
 	chain prerouting {
@@ -40,8 +40,8 @@ table inet engine {
 }
 `
 
-// publish makes a host that has the standalone rules, a container behind a
-// bridge, whose mail port the host publishes, and clients on the internet.
+// publish makes a host with the standalone rules, a container behind a bridge,
+// whose mail port the host publishes, and clients on the internet.
 func (s *server) publish() {
 	t := s.t
 	t.Helper()
@@ -55,7 +55,7 @@ func (s *server) publish() {
 	s.outside = namespace()
 	nstest.Must(t, unix.Unshare(unix.CLONE_NEWNET))
 	s.inside = namespace()
-	// No default route: a lookup of a name, for which there is no server, fails at once.
+	// Without a default route, DNS lookups fail at once instead of timing out.
 	nstest.IP(t, "link set lo up",
 		fmt.Sprintf("link add eth0 type veth peer name veth0 netns /proc/%d/fd/%d", os.Getpid(), s.outside.Fd()),
 		"link set eth0 up", "address add "+container4+"/16 dev eth0", "address add "+container6+"/64 dev eth0 nodad",
@@ -89,8 +89,8 @@ func (s *server) dialPublished(from string, timeout time.Duration) (*textproto.C
 	return textproto.NewConn(c), c.SetDeadline(time.Now().Add(nstest.Patience))
 }
 
-// A Dovecot in a container reports to nftwld on the host, whose sets and rules
-// then know its users: no privilege is needed in the container.
+// Dovecot in a container reports to nftwld on the host, which adds its users to
+// the host's sets. The container needs no privilege.
 func TestContainer(t *testing.T) {
 	t.Parallel()
 	eachSystem(t, func(t *testing.T, d system) {

@@ -15,8 +15,8 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// doctor returns what `nftwl doctor` says, where Dovecot runs, in checks of
-// policy and in dovecot.protocols: "status: text" by name.
+// doctor runs `nftwl doctor` where Dovecot runs. It returns its checks of policy
+// and of Dovecot, as "status: text" by name.
 func (s *server) doctor() map[string]string {
 	s.t.Helper()
 	findings := nstest.Findings(s.t, s.d.Command(dir+"/nftwl", "--config", dir+"/nftwl.yaml", "doctor", "--json"), "policy", "dovecot")
@@ -41,7 +41,7 @@ func (s *server) diagnoses(what string, want map[string]string) {
 	}
 }
 
-// Each way in which Dovecot, nftwld and the key can be at odds is found.
+// doctor notices each way in which Dovecot, nftwld and the key can disagree.
 func TestDoctor(t *testing.T) {
 	t.Parallel()
 	healthy := map[string]string{
@@ -53,7 +53,8 @@ func TestDoctor(t *testing.T) {
 	eachSystem(t, func(t *testing.T, d system) {
 		s := d.start(t, with{})
 		nstest.Must(t, unix.Mount(dir+"/dovecot.conf", filepath.Join(d.Root, "etc/dovecot/dovecot.conf"), "", unix.MS_BIND, ""))
-		// Not a copy, which a fork elsewhere can keep open: "text file busy".
+		// A bind mount, because a fork elsewhere could keep a copy open, and executing
+		// it would fail ("text file busy").
 		s.write("nftwl", "", 0o755)
 		nstest.Must(t, unix.Mount(nstest.Build(t, "cmd/nftwl"), filepath.Join(d.Root, dir, "nftwl"), "", unix.MS_BIND, ""))
 		dropIn, conf := s.read("91-nftwl-policy.conf"), s.read("nftwl.yaml")
@@ -64,11 +65,11 @@ func TestDoctor(t *testing.T) {
 			s.diagnoses(what, want)
 		}
 		nstest.Must(t, login("192.0.2.7", "alice", password))
-		s.reported(`protocol="imap",result="success"`, "1")
+		nstest.Poll(t, "the trust", func() bool { return s.metric(`nftwl_trusted_total{outcome="added"}`) == "1" })
 		before := s.get("/metrics")
 		diagnoses("healthy", nil)
 		if changed := regexp.MustCompile(`(?m)^nftwl_(reports|trusted|ignored|failures|banned|refused|errors|last).*$`); strings.Join(changed.FindAllString(before, -1), "\n") != strings.Join(changed.FindAllString(s.get("/metrics"), -1), "\n") {
-			t.Error("the doctor changes what nftwld counts")
+			t.Error("doctor changes nftwld's counters")
 		}
 
 		without := func(name string) func(string) string {
@@ -85,11 +86,11 @@ func TestDoctor(t *testing.T) {
 			want map[string]string
 		}{
 			{"no drop-in", func(string) string { return "" }, map[string]string{
-				"policy.dovecot": "fail: Dovecot reports no logins: auth_policy_server_url is not set"}},
+				"policy.dovecot": "fail: .*auth_policy_server_url"}},
 			{"another port", set("auth_policy_server_url = http://127.0.0.1:8084/"), map[string]string{
-				"policy.dovecot": "fail: Dovecot reports to http://127.0.0.1:8084/, where nobody answers"}},
-			{"another path", set("auth_policy_server_url = http://127.0.0.1:8085/policy"), map[string]string{"policy.dovecot": "fail: Dovecot reports to "}},
-			{"TLS", set("auth_policy_server_url = https://127.0.0.1:8085/"), map[string]string{"policy.dovecot": "fail: Dovecot reports to "}},
+				"policy.dovecot": "fail: .*http://127.0.0.1:8084/"}},
+			{"another path", set("auth_policy_server_url = http://127.0.0.1:8085/policy"), map[string]string{"policy.dovecot": "fail: .*http://127.0.0.1:8085/policy"}},
+			{"TLS", set("auth_policy_server_url = https://127.0.0.1:8085/"), map[string]string{"policy.dovecot": "fail: .*https://127.0.0.1:8085/"}},
 			{"by name", set("auth_policy_server_url = http://localhost:8085"), nil},
 			{"no reports", set("auth_policy_report_after_auth = no"), map[string]string{"policy.dovecot": "fail: Dovecot reports no logins: auth_policy_report_after_auth is no"}},
 			{"checks", set("auth_policy_check_before_auth = yes"), map[string]string{"policy.dovecot": "warn: each login waits"}},
@@ -106,7 +107,7 @@ func TestDoctor(t *testing.T) {
 		s.write("91-nftwl-policy.conf", dropIn, 0o600)
 
 		nstest.Must(t, os.Chmod(dir+"/policy.key", 0o644))
-		diagnoses("readable key", map[string]string{"policy.key": "fail: .*policy.key belongs to user 0, with mode 0644"})
+		diagnoses("readable key", map[string]string{"policy.key": "fail: .*policy.key .*0644"})
 		nstest.Must(t, os.Chmod(dir+"/policy.key", 0o600))
 
 		nstest.Must(t, os.Rename(dir+"/policy.key", dir+"/moved"))

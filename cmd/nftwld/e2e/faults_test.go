@@ -15,9 +15,9 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// crowd has so many clients log in, some at once and each from another address,
-// and calls turn, if it is not nil, before each of them. It returns how long
-// the slowest took. Every login must succeed.
+// crowd logs in count clients, up to 25 at once and each from a different address.
+// Before each login it calls turn, if that is not nil. It returns the time of the
+// slowest login. Every login must succeed.
 func (s *server) crowd(prefix string, count int, turn func(i int)) time.Duration {
 	s.t.Helper()
 	var all sync.WaitGroup
@@ -29,7 +29,7 @@ func (s *server) crowd(prefix string, count int, turn func(i int)) time.Duration
 			turn(i)
 		}
 		places <- struct{}{}
-		c, err := dial(fmt.Sprintf("%s:%x", prefix, i+1), "143") // here: another thread is in another namespace
+		c, err := dial(fmt.Sprintf("%s:%x", prefix, i+1), "143") // in this goroutine: other threads are in another namespace
 		nstest.Must(s.t, err)
 		start := time.Now()
 		all.Go(func() {
@@ -46,12 +46,13 @@ func (s *server) crowd(prefix string, count int, turn func(i int)) time.Duration
 	return slowest
 }
 
-// No login waits for nftwld or fails with it, whatever becomes of it.
+// No login waits for nftwld or fails because of it: not if it hangs, is killed, is
+// gone or has another key.
 func TestFaultsDenyNoLogin(t *testing.T) {
 	t.Parallel()
 	eachSystem(t, func(t *testing.T, d system) {
 		s := d.start(t, with{socket: true})
-		t.Logf("all is well: %v", s.crowd("2001:db8:1:", 300, nil))
+		t.Logf("nftwld runs: %v", s.crowd("2001:db8:1:", 300, nil))
 
 		nstest.Must(t, s.nftwld.Process.Signal(syscall.SIGSTOP))
 		t.Logf("it hangs: %v", s.crowd("2001:db8:2:", 300, nil))
@@ -66,30 +67,30 @@ func TestFaultsDenyNoLogin(t *testing.T) {
 
 		s.startNftwld()
 		s.crowd("2001:db8:5:", 50, nil)
-		nstest.Poll(s.t, "it to trust again", func() bool { return s.in("trusted_ipv6", `2001:db8:5::1 \. `) })
+		nstest.Poll(s.t, "nftwld to trust again", func() bool { return s.in("trusted_ipv6", `2001:db8:5::1 \. `) })
 
-		// With another key Dovecot's log says what is wrong.
+		// If the keys differ, Dovecot's log has the error.
 		s.write("policy.key", strings.ToUpper(key), 0o600)
 		nstest.Must(t, s.nftwld.Process.Signal(syscall.SIGHUP))
-		nstest.Poll(s.t, "it to read the key", func() bool { return strings.Contains(s.read("nftwld.log"), "configuration reloaded") })
+		nstest.Poll(s.t, "nftwld to read the key", func() bool { return strings.Contains(s.read("nftwld.log"), "configuration reloaded") })
 		s.crowd("2001:db8:6:", 50, nil)
-		nstest.Poll(s.t, "it to refuse", func() bool { return s.metric(`nftwl_refused_total{reason="key"}`) == "50" })
+		nstest.Poll(s.t, "nftwld to refuse the reports", func() bool { return s.metric(`nftwl_refused_total{reason="key"}`) == "50" })
 		if s.in("trusted_ipv6", "2001:db8:6::1 ") {
 			t.Error("trusted with a wrong key")
 		}
-		nstest.Poll(s.t, "Dovecot to say so", func() bool { return strings.Contains(s.read("log"), "Policy server HTTP error: 401 Unauthorized") })
+		nstest.Poll(s.t, "the error in Dovecot's log", func() bool { return strings.Contains(s.read("log"), "Policy server HTTP error: 401 Unauthorized") })
 	})
 }
 
-// Without systemd's socket nobody listens while nftwld is gone. Dovecot then
-// tries to connect at ever longer intervals (http-client-peer.c), of a minute at
-// most, and what it reports meanwhile is lost.
+// Without systemd's socket, nothing listens while nftwld is gone. Dovecot then
+// tries to connect at longer and longer intervals (http-client-peer.c), up to a
+// minute, and its reports in between are lost.
 func TestGoneWithoutSocket(t *testing.T) {
 	t.Parallel()
 	eachSystem(t, func(t *testing.T, d system) {
 		s := d.start(t, with{})
 		s.stopNftwld(syscall.SIGKILL)
-		t.Logf("it is gone: %v", s.crowd("2001:db8:1:", 100, nil))
+		t.Logf("nftwld is gone: %v", s.crowd("2001:db8:1:", 100, nil))
 		s.startNftwld()
 		start := time.Now()
 		for !s.in("trusted_ipv4", `192.0.2.7 \. `) {
@@ -97,16 +98,16 @@ func TestGoneWithoutSocket(t *testing.T) {
 				t.Fatal(err)
 			}
 			if time.Since(start) > 3*nstest.Patience {
-				t.Fatal("it is not told of logins")
+				t.Fatal("Dovecot does not report logins again")
 			}
-			time.Sleep(100 * time.Millisecond) // as each login is another line in the logs
+			time.Sleep(100 * time.Millisecond) // because each login is a line in the logs
 		}
-		t.Logf("it is told of logins after %v", time.Since(start))
+		t.Logf("Dovecot reports again after %v", time.Since(start))
 	})
 }
 
-// Who restarts nftwld while users log in loses no report where systemd keeps
-// the socket.
+// If systemd keeps the socket, a restart of nftwld while users log in loses no
+// report.
 func TestRestartLosesNoReport(t *testing.T) {
 	t.Parallel()
 	eachSystem(t, func(t *testing.T, d system) {
@@ -124,7 +125,7 @@ func TestRestartLosesNoReport(t *testing.T) {
 	})
 }
 
-// Counts survive a restart, and a kill but for the last minute.
+// Failures survive a restart, and a kill too, except those of the last minute.
 func TestCountsSurvive(t *testing.T) {
 	t.Parallel()
 	eachSystem(t, func(t *testing.T, d system) {
@@ -140,12 +141,11 @@ func TestCountsSurvive(t *testing.T) {
 		s.stopNftwld(syscall.SIGTERM)
 		nstest.Must(t, os.WriteFile(filepath.Join(dir, "nftwld/failures"), []byte("junk"), 0o600))
 		s.startNftwld()
-		nstest.Poll(s.t, "it to say that the file is damaged", func() bool { return strings.Contains(s.read("nftwld.log"), "starting without the saved failures") })
+		nstest.Poll(s.t, "the warning about the damaged file", func() bool { return strings.Contains(s.read("nftwld.log"), "starting without the saved failures") })
 	})
 }
 
-// Without the privilege to write to nftables it answers, and says why it does
-// nothing.
+// Without CAP_NET_ADMIN nftwld still answers, and logs what is missing.
 func TestNoPrivilege(t *testing.T) {
 	t.Parallel()
 	eachSystem(t, func(t *testing.T, d system) {
@@ -161,8 +161,8 @@ func TestNoPrivilege(t *testing.T) {
 	})
 }
 
-// With the checks turned on, Dovecot refuses whom the firewall would, and lets
-// everybody in when nftwld does not answer.
+// With auth_policy_check_before_auth, Dovecot refuses the clients that the
+// firewall would drop, and lets everybody in if nftwld does not answer.
 func TestAllow(t *testing.T) {
 	t.Parallel()
 	eachSystem(t, func(t *testing.T, d system) {
@@ -175,7 +175,7 @@ func TestAllow(t *testing.T) {
 		if err := login("192.0.2.8", "alice", password); err != nil {
 			t.Errorf("another address: %v", err)
 		}
-		nstest.Poll(s.t, "the refusal to be no failure", func() bool { return s.metric(`nftwl_failures_total{outcome="rejected"}`) != "0" })
+		nstest.Poll(s.t, "the refusal not to count as a failure", func() bool { return s.metric(`nftwl_failures_total{outcome="rejected"}`) != "0" })
 		nstest.Must(t, s.nftwld.Process.Signal(syscall.SIGSTOP))
 		if err := login("192.0.2.7", "alice", password); err != nil {
 			t.Errorf("while it hangs: %v", err)
@@ -185,17 +185,17 @@ func TestAllow(t *testing.T) {
 		if err := login("192.0.2.7", "alice", password); err != nil {
 			t.Errorf("while it is gone: %v", err)
 		}
-		// What the packages' removal refuses to bring about.
+		// With this setting, the packages refuse to be removed.
 		s.dovecot.Stop()
 		s.write("dovecot.conf", s.read("dovecot.conf")+"auth_policy_reject_on_fail = yes\n", 0o644)
 		s.startDovecot()
 		if err := login("192.0.2.8", "alice", password); err == nil {
-			t.Error("auth_policy_reject_on_fail lets in without nftwld")
+			t.Error("a login succeeds with auth_policy_reject_on_fail and without nftwld")
 		}
 	})
 }
 
-// keepSocket makes the socket that systemd would.
+// keepSocket opens the socket, as systemd would.
 func (s *server) keepSocket() *os.File {
 	s.t.Helper()
 	l, err := net.Listen("tcp", policyAddress)

@@ -1,6 +1,6 @@
-// Package e2e runs nftwld with real Dovecots and Postfixes. Nothing in it is
-// faked but the people: the servers, the kernel and every file in contrib/ are
-// the real ones, inside namespaces.
+// Package e2e runs nftwld with real Dovecots and Postfixes. Only the users are
+// faked: the servers, the kernel and every file in contrib/ are the real ones,
+// inside namespaces.
 package e2e
 
 import (
@@ -10,8 +10,8 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// A Dovecot 2.3 sleeps for a second when it is stopped: more of them than
-	// there are processors can take turns.
+	// Dovecot 2.3 sleeps for a second when it stops, so more tests than there are
+	// processors can run at once.
 	nstest.Parallel(4)
 	nstest.Main(m)
 }

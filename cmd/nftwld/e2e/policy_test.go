@@ -35,7 +35,7 @@ func TestSuccessTrusts(t *testing.T) {
 			}
 		}
 		s.reported(`protocol="imap",result="success"`, "8")
-		nstest.Poll(s.t, "them to be ignored", func() bool { return s.metric(`nftwl_ignored_total{reason="exempt"}`) == "5" })
+		nstest.Poll(s.t, "the five logins to be ignored", func() bool { return s.metric(`nftwl_ignored_total{reason="exempt"}`) == "5" })
 		for _, other := range []string{`192.0.2.9 `, `192.0.2.10 `, `198.51.100.1 `, `127.0.0.1 `} {
 			if s.in("trusted_ipv4", other) {
 				t.Errorf("%sis trusted", other)
@@ -44,8 +44,8 @@ func TestSuccessTrusts(t *testing.T) {
 	})
 }
 
-// Dovecot's own submission reports as its other services do. No relay is behind
-// it, so that the session ends after AUTH.
+// Dovecot's own submission service reports like its others. There is no relay
+// behind it, so the session ends after AUTH.
 func TestSubmission(t *testing.T) {
 	t.Parallel()
 	eachSystem(t, func(t *testing.T, d system) {
@@ -65,7 +65,7 @@ func TestSubmission(t *testing.T) {
 	})
 }
 
-// different returns so many wrong passwords.
+// different returns n different wrong passwords.
 func different(n int) (all []string) {
 	for i := range n {
 		all = append(all, fmt.Sprintf("wrong%d", i))
@@ -73,18 +73,19 @@ func different(n int) (all []string) {
 	return all
 }
 
-// tryAll tries wrong passwords, all at once: for each, Dovecot takes its time.
+// tryAll tries wrong passwords, all at once, because Dovecot delays its answer to
+// each.
 func tryAll(t *testing.T, from string, passwords []string) {
 	t.Helper()
 	tryOver(t, func() (*textproto.Conn, error) { return dial(from, "143") }, passwords)
 }
 
-// tryOver does the same over other connections.
+// tryOver does the same over connections that dial makes.
 func tryOver(t *testing.T, dial func() (*textproto.Conn, error), passwords []string) {
 	t.Helper()
 	results := make(chan error)
 	for _, p := range passwords {
-		c, err := dial() // here: another thread is in another namespace
+		c, err := dial() // in this goroutine: other threads are in another namespace
 		nstest.Must(t, err)
 		go func() { results <- imap(c, "", "alice", p) }()
 	}
@@ -113,9 +114,9 @@ func TestFailuresBan(t *testing.T) {
 		tryAll(t, guesser, []string{"wrong4"})
 		nstest.Poll(s.t, "the ban", func() bool { return s.in("banned_ipv4", `192.0.2.8 \. 143 timeout 1h expires 59m.*comment "nftwld"`) })
 		if s.in("banned_ipv4", "192.0.2.7") {
-			t.Error("the same wrong password a hundred times is banned")
+			t.Error("an address is banned for repeating one wrong password")
 		}
-		// A trusted address may fail more.
+		// A trusted address can fail more often.
 		if err := login(home, "alice", password); err != nil {
 			t.Fatal(err)
 		}

@@ -8,8 +8,8 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// startPostfix runs Postfix with its submission service, whose SASL is
-// Dovecot's.
+// startPostfix starts Postfix with its submission service, which uses Dovecot
+// SASL.
 func (s *server) startPostfix() {
 	s.t.Helper()
 	s.d.StartPostfix(s.t, server4+":587",
@@ -17,8 +17,7 @@ func (s *server) startPostfix() {
 		"postlog unix-dgram n - n - 1 postlogd\n")
 }
 
-// Postfix runs no post-login program: who only submits is known to nftwld
-// alone.
+// Postfix runs no post-login program, so only nftwld learns of its users.
 func TestPostfix(t *testing.T) {
 	t.Parallel()
 	eachSystem(t, func(t *testing.T, d system) {
@@ -44,13 +43,13 @@ func TestPostfix(t *testing.T) {
 		}
 		s.reported(`protocol="smtp",result="failure"`, "15")
 		if s.in("banned_ipv4", "192.0.2.9") {
-			t.Error("the same wrong password is banned")
+			t.Error("an address is banned for repeating one wrong password")
 		}
 	})
 }
 
-// What people have fail2ban read logs for, wherever Dovecot looks at the
-// passwords: a guesser is banned on every port, by whichever door.
+// A guesser is banned on every port, whichever protocol they use, without fail2ban
+// or logs, as long as Dovecot checks the passwords.
 func TestGuessersByEachDoor(t *testing.T) {
 	t.Parallel()
 	eachSystem(t, func(t *testing.T, d system) {

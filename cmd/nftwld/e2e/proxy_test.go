@@ -12,11 +12,12 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// A proxy that takes any password reports a success for each, before it asks the
-// backend: nobody is trusted by that, and a wrong password does not count. Where
-// the proxy looks at the password and the administrator says so, its own reports
-// trust and ban. Where the backend alone looks, it reports the client's address to
-// the proxy's nftwld, provided that it believes the proxy's word for it.
+// A proxy that accepts any password reports a success for each, before it asks the
+// backend. Such a report trusts nothing, and wrong passwords do not count. If the
+// proxy checks the password and the administrator confirms it (nftwl_trust=yes), the
+// proxy's reports trust and ban. If only the backend checks, the backend reports the
+// client's address to the proxy's nftwld, provided that the backend lists the proxy
+// in login_trusted_networks.
 func TestProxy(t *testing.T) {
 	t.Parallel()
 	const believe = "login_trusted_networks = " + server4 + "\n"
@@ -75,7 +76,7 @@ func TestProxy(t *testing.T) {
 // balancer is a load balancer with the PROXY protocol.
 const balancer = "192.0.2.250"
 
-// dialProxied connects as the balancer does for a client.
+// dialProxied connects as the balancer would for a client.
 func dialProxied(version int, from, port string) (*textproto.Conn, error) {
 	c, err := dial(balancer, port)
 	if err != nil {
@@ -102,8 +103,8 @@ func dialProxied(version int, from, port string) (*textproto.Conn, error) {
 	return c, c.W.Flush()
 }
 
-// Behind a balancer with the PROXY protocol, Dovecot reports the client's
-// address, and refuses the client itself: the firewall sees the balancer alone.
+// Behind a balancer with the PROXY protocol, Dovecot reports the client's address.
+// It refuses the client itself, because the firewall sees only the balancer.
 func TestPROXYProtocol(t *testing.T) {
 	t.Parallel()
 	eachSystem(t, func(t *testing.T, d system) {

@@ -13,7 +13,7 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// recorder takes reports in nftwld's place.
+// recorder receives reports in place of nftwld.
 type recorder struct {
 	mu      sync.Mutex
 	reports []map[string]any
@@ -40,7 +40,7 @@ func record(t *testing.T) *recorder {
 	return r
 }
 
-// take returns the reports since the last call, once there are so many.
+// take waits for n reports, and returns all since the last call.
 func (r *recorder) take(s *server, n int) (some []map[string]any) {
 	s.t.Helper()
 	nstest.Poll(s.t, fmt.Sprint(n, " reports"), func() bool {
@@ -55,8 +55,8 @@ func (r *recorder) take(s *server, n int) (some []map[string]any) {
 	return some
 }
 
-// outage makes databases that are out of order, by Dovecot's version and name.
-// In 2.4 there is no checkpassword.
+// outages has settings with a password database that is down, by name and
+// Dovecot's version. Dovecot 2.4 has no checkpassword.
 var outages = map[string]struct{ config23, config24 string }{
 	"missing passwd-file": {
 		"passdb {\n  driver = passwd-file\n  args = " + dir + "/none\n}\n" + static23,
@@ -76,7 +76,8 @@ const (
 	static24 = "userdb static {\n  fields {\n    uid = 1000\n    gid = 1000\n    home = " + dir + "/mail/%{user}\n  }\n}\n"
 )
 
-// describe puts a report into words. hashes names those that were seen.
+// describe returns a report in words, such as "failure credentials B". hashes has
+// a letter for each hash that it has seen.
 func describe(report map[string]any, hashes map[string]string) string {
 	text := "failure"
 	if report["success"] == true {
@@ -92,7 +93,7 @@ func describe(report map[string]any, hashes map[string]string) string {
 	return text + " " + hashes[hash]
 }
 
-// What Dovecot reports, on which pkg/policy builds. A letter stands for a hash.
+// pkg/policy relies on what Dovecot reports here. Each letter stands for a hash.
 func TestReports(t *testing.T) {
 	t.Parallel()
 	attempts := []struct{ user, password, plain23, plain24, other23, other24 string }{
@@ -109,7 +110,7 @@ func TestReports(t *testing.T) {
 				hashes := make(map[string]string)
 				check := func(mech, user, password, want23, want24 string) {
 					t.Helper()
-					_ = authenticate("192.0.2.7", mech, user, password) // the report says what became of it
+					_ = authenticate("192.0.2.7", mech, user, password) // the report has the result
 					report := r.take(s, 1)[0]
 					want := want24
 					if d.is23 {
@@ -134,7 +135,7 @@ func TestReports(t *testing.T) {
 				}
 				check("PLAIN", "nobody", "wrong", "failure E", "failure account E")
 				check("CRAM-MD5", "nobody", "wrong", "failure F", "failure account F")
-				// Both say so, and with 2.4 even with a fail_type.
+				// Both versions report a success; 2.4 reports it with a fail_type.
 				check("ANONYMOUS", "x", "", "success G", "success credentials G")
 			})
 		}
@@ -177,7 +178,7 @@ func TestReports(t *testing.T) {
 	})
 }
 
-// startOutage starts a server without nftwld whose database is out of order.
+// startOutage starts a server without nftwld, whose password database is down.
 func (d system) startOutage(t *testing.T, passdb string) *server {
 	t.Helper()
 	s := d.start(t, with{bare: true, passdb: passdb})
@@ -186,8 +187,8 @@ func (d system) startOutage(t *testing.T, passdb string) *server {
 	return s
 }
 
-// While the password database is out of order every user fails, here from one
-// address that is not trusted. Nobody is banned.
+// While the password database is down, every login fails, here from one address
+// that is not trusted. It is not banned.
 func TestOutageBansNobody(t *testing.T) {
 	t.Parallel()
 	eachSystem(t, func(t *testing.T, d system) {

@@ -30,7 +30,7 @@ const (
 	password = "secret"
 )
 
-// users is a passwd-file. No user 1000 need exist.
+// users is a passwd-file. The system needs no user 1000.
 const users = `alice:{PLAIN}secret:1000:1000::` + dir + `/mail/alice::
 bob:{PLAIN}secret:1000:1000::` + dir + `/mail/bob::nftwl_timeout=7d
 carol:{PLAIN}secret:1000:1000::` + dir + `/mail/carol::nftwl_trust=no
@@ -58,10 +58,10 @@ service auth {
 type system struct {
 	nstest.Debian
 	version string // of Dovecot
-	is23    bool   // it wants 2.3's settings, not 2.4's
+	is23    bool   // needs the settings of 2.3, not those of 2.4
 }
 
-// eachSystem runs a test on every system there is.
+// eachSystem runs a test on every available system.
 func eachSystem(t *testing.T, test func(*testing.T, system)) {
 	nstest.EachDebian(t, func(t *testing.T, d nstest.Debian) { test(t, find(t, d)) })
 }
@@ -72,15 +72,15 @@ func find(t testing.TB, d nstest.Debian) system {
 	return system{d, version, nstest.Is23(version)}
 }
 
-// with is what a test changes of a server that is otherwise as shipped.
+// with has a test's changes to a server that is otherwise as shipped.
 type with struct {
-	config  string // more of nftwl.yaml
-	passdb  string // and userdb, in place of the passwd-file
-	dovecot string // Dovecot settings after the drop-in
-	bare    bool   // no nftwld, and no rules
-	socket  bool   // nftwld inherits its socket, as from systemd
-	publish bool   // Dovecot is in a container, which publish makes
-	wrap    []string
+	config  string   // more lines of nftwl.yaml
+	passdb  string   // passdb and userdb, instead of the passwd-file
+	dovecot string   // Dovecot settings after the drop-in
+	bare    bool     // without nftwld and rules
+	socket  bool     // nftwld inherits its socket, as from systemd
+	publish bool     // Dovecot runs in a container, which publish makes
+	wrap    []string // the command that runs nftwld, before its own
 }
 
 type server struct {
@@ -102,8 +102,8 @@ type server struct {
 	socket  *os.File // that nftwld inherits
 }
 
-// start runs Dovecot and nftwld in new network and mount namespaces, with the
-// shipped sets. The calling goroutine stays in them: see nstest.New.
+// start starts Dovecot and nftwld in new network and mount namespaces, with the
+// shipped sets. The calling goroutine stays in the namespaces: see nstest.New.
 func (d system) start(t testing.TB, w with) *server {
 	t.Helper()
 	nstest.Build(t, "cmd/nftwld")
@@ -152,8 +152,8 @@ func (d system) start(t testing.TB, w with) *server {
 	return s
 }
 
-// startBackend runs a second Dovecot, to which s.d's passdb can hand logins on.
-// It reads the passwd-file, and reports to the same nftwld.
+// startBackend starts a second Dovecot, to which the passdb of the first can pass
+// logins on. It reads the passwd-file, and reports to the same nftwld.
 func (s *server) startBackend(settings string) {
 	s.t.Helper()
 	own := dir + "/backend"
@@ -172,13 +172,13 @@ service auth {
 	backend.startDovecot()
 }
 
-// configureDovecot writes its configuration.
+// configureDovecot writes Dovecot's configuration.
 func (s *server) configureDovecot() {
 	conf := nstest.DovecotConf{Dir: dir, Databases: s.with.passdb}.For(s.d.version)
 	s.write(s.conf, conf+config+s.with.dovecot, 0o644)
 }
 
-// startDovecot waits until it listens.
+// startDovecot starts Dovecot, and waits until it listens.
 func (s *server) startDovecot() {
 	t := s.t
 	t.Helper()
@@ -202,7 +202,7 @@ func listens(address string) bool {
 
 const policyAddress = "127.0.0.1:8085"
 
-// startNftwld waits until it listens.
+// startNftwld starts nftwld, and waits until it listens.
 func (s *server) startNftwld() {
 	t := s.t
 	t.Helper()
@@ -235,14 +235,14 @@ func (s *server) startNftwld() {
 	nstest.Poll(s.t, "nftwld to listen", func() bool { return strings.Count(s.read("nftwld.log"), "msg=listening") == s.starts })
 }
 
-// stopNftwld sends it a signal and waits for its end.
+// stopNftwld sends nftwld a signal, and waits for its exit.
 func (s *server) stopNftwld(signal syscall.Signal) {
 	s.t.Helper()
 	cmd := s.nftwld
 	nstest.Must(s.t, cmd.Process.Signal(signal))
 	late := time.AfterFunc(nstest.Patience, func() {
 		s.t.Errorf("nftwld did not end on %v", signal)
-		_ = cmd.Process.Kill() // fails where it has just exited
+		_ = cmd.Process.Kill() // fails if it has just exited
 	})
 	defer late.Stop()
 	if err := cmd.Wait(); err != nil && signal == syscall.SIGTERM {
@@ -255,14 +255,14 @@ func (s *server) write(name, text string, mode os.FileMode) {
 	nstest.Write(s.t, filepath.Join(dir, name), text, mode)
 }
 
-// read returns a file in dir; one that is missing is empty.
+// read returns the text of a file in dir, or "" if it is missing.
 func (s *server) read(name string) string {
 	s.t.Helper()
 	return nstest.Read(s.t, filepath.Join(dir, name))
 }
 
-// metric returns a line of nftwld's metrics, such as
-// nftwl_trusted_total{outcome="added"}; 0 where there is none.
+// metric returns the value of one of nftwld's metrics, such as
+// nftwl_trusted_total{outcome="added"}, or "0" if it is missing.
 func (s *server) metric(name string) string {
 	s.t.Helper()
 	m := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(name) + ` (.*)$`).FindStringSubmatch(s.get("/metrics"))
@@ -272,14 +272,14 @@ func (s *server) metric(name string) string {
 	return m[1]
 }
 
-// reported waits until nftwld has so many reports of a kind:
+// reported waits until nftwld has counted so many reports with labels such as
 // protocol="imap",result="success".
 func (s *server) reported(labels, count string) {
 	s.t.Helper()
 	nstest.Poll(s.t, count+" reports with "+labels, func() bool { return s.metric("nftwl_reports_total{"+labels+"}") == count })
 }
 
-// in tells whether a set has an element whose text matches.
+// in reports whether a set has an element whose text matches.
 func (s *server) in(set, element string) bool {
 	s.t.Helper()
 	return regexp.MustCompile(element).MatchString(nstest.Run(s.t, nstest.Need(s.t, "nft", "nftables"), "list", "set", "inet", s.table, set))

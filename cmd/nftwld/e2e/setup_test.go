@@ -13,8 +13,8 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// Dovecot reports with what nftwl setup has written, and other users can read
-// its configuration as before: dovecot-lda does, with the user's rights.
+// With the files that nftwl setup has written, Dovecot reports, and other users can
+// still read its configuration: dovecot-lda does, with the user's rights.
 func TestSetup(t *testing.T) {
 	t.Parallel()
 	eachSystem(t, func(t *testing.T, d system) {
