@@ -19,24 +19,23 @@ import (
 	"time"
 )
 
-// Body is that of Message, the mail in the inbox of each user who visits.
+// Body is the body of Message, the mail in every user's inbox.
 const (
 	Body    = "You have mail."
 	Message = "From: <root@example.org>\nSubject: test\n\n" + Body + "\n"
 )
 
-// ErrDenied is the server's no to a user name and password, as opposed to
-// anything that goes wrong later.
+// ErrDenied means that the server refused the user name and password. Later
+// failures are other errors.
 var ErrDenied = errors.New("login denied")
 
-// A Visit logs in over a new connection, and then does what a login is for:
-// without that, it would not be known whether the mail process ever got the
-// connection.
+// A Visit logs in over a new connection and then uses it, which shows that the
+// mail process really got the connection.
 type Visit func(c *textproto.Conn, user, password string) error
 
-// Dial connects from an address, which no interface need have, to a port of
-// another, on the calling goroutine's thread. What is done with the connection
-// must be done within Patience.
+// Dial connects from one address to a port of another, on the calling
+// goroutine's thread. No interface needs to have the first. The connection has
+// a deadline, Patience from now.
 func Dial(from, to, port string) (*net.TCPConn, error) {
 	c, err := dial(from, net.JoinHostPort(to, port), Patience)
 	if err != nil {
@@ -45,7 +44,7 @@ func Dial(from, to, port string) (*net.TCPConn, error) {
 	return c, c.SetDeadline(time.Now().Add(Patience))
 }
 
-// dial takes addresses and no names, so that the socket is made on this thread.
+// dial takes addresses, not names, so that this thread makes the socket.
 func dial(from, to string, timeout time.Duration) (*net.TCPConn, error) {
 	address, err := netip.ParseAddr(from)
 	if err != nil {
@@ -69,7 +68,7 @@ func dial(from, to string, timeout time.Duration) (*net.TCPConn, error) {
 	return conn.(*net.TCPConn), nil
 }
 
-// IMAP is the least of RFC 9051 that reads a message.
+// IMAP reads a message, with as little of RFC 9051 as that takes.
 func IMAP(c *textproto.Conn, user, password string) error {
 	if err := IMAPLogin(c, user, password); err != nil {
 		return err
@@ -77,8 +76,8 @@ func IMAP(c *textproto.Conn, user, password string) error {
 	return IMAPRead(c)
 }
 
-// IMAPLogin waits for the greeting and logs in. Dovecot's answer comes after
-// that of post-login, which denies a login by closing the connection.
+// IMAPLogin waits for the greeting and logs in. Dovecot answers after the
+// post-login service; if that denies the login, Dovecot closes the connection.
 func IMAPLogin(c *textproto.Conn, user, password string) error {
 	if _, err := c.ReadLine(); err != nil {
 		return fmt.Errorf("greeting: %w", err)
@@ -100,7 +99,7 @@ func IMAPRead(c *textproto.Conn) error {
 	return IMAPCommand(c, "BYE", "LOGOUT")
 }
 
-// IMAPCommand sends a command and wants to see a text before its OK.
+// IMAPCommand sends a command, and fails unless a text comes before its OK.
 func IMAPCommand(c *textproto.Conn, want, format string, args ...any) error {
 	if err := c.PrintfLine("a "+format, args...); err != nil {
 		return err
@@ -121,7 +120,7 @@ func IMAPCommand(c *textproto.Conn, want, format string, args ...any) error {
 	}
 }
 
-// POP3 is the least of RFC 1939.
+// POP3 reads a message, with as little of RFC 1939 as that takes.
 func POP3(c *textproto.Conn, user, password string) error {
 	ask := func(format string, args ...any) error {
 		if format != "" {
@@ -157,7 +156,7 @@ func POP3(c *textproto.Conn, user, password string) error {
 	return ask("QUIT")
 }
 
-// PLAIN is what a client sends in SASL's mechanism of that name.
+// PLAIN returns what a client sends with the SASL mechanism PLAIN.
 func PLAIN(user, password string) string {
 	return base64.StdEncoding.EncodeToString([]byte("\x00" + user + "\x00" + password))
 }
@@ -185,7 +184,7 @@ func Submission(c *textproto.Conn, user, password string) error {
 }
 
 // SMTPLogin waits for the greeting and sends the lines of an AUTH, the last of
-// which is to succeed.
+// which must succeed.
 func SMTPLogin(c *textproto.Conn, lines ...string) error {
 	if _, _, err := c.ReadResponse(220); err != nil {
 		return err
@@ -205,7 +204,7 @@ func SMTPLogin(c *textproto.Conn, lines ...string) error {
 	return nil
 }
 
-// smtp sends a line and wants to see a code.
+// smtp sends a line, and fails unless the answer has a code.
 func smtp(c *textproto.Conn, code int, line string) error {
 	if err := c.PrintfLine("%s", line); err != nil {
 		return err
@@ -216,7 +215,7 @@ func smtp(c *textproto.Conn, code int, line string) error {
 	return nil
 }
 
-// Certificate makes a self-signed one, in PEM.
+// Certificate makes a self-signed certificate, in PEM.
 func Certificate(t testing.TB) (cert, key string) {
 	t.Helper()
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)

@@ -19,7 +19,8 @@ type Debian struct {
 // Host is this machine.
 var Host = Debian{"host", "/"}
 
-// EachDebian runs a test on this machine and on the Debian 13 tree, both at once.
+// EachDebian runs a test on this machine and on the Debian 13 tree, at the same
+// time.
 func EachDebian(t *testing.T, test func(t *testing.T, d Debian)) {
 	t.Helper()
 	t.Run("host", func(t *testing.T) {
@@ -33,7 +34,7 @@ func EachDebian(t *testing.T, test func(t *testing.T, d Debian)) {
 }
 
 // Trixie returns the root of the Debian 13 tree that testdata/trixie.sh made,
-// and skips the test where there is none.
+// and skips the test if there is none.
 func Trixie(t testing.TB) string {
 	t.Helper()
 	cache, err := os.UserCacheDir()
@@ -45,10 +46,10 @@ func Trixie(t testing.TB) string {
 	return tree
 }
 
-// Path is where the test finds a file of the system.
+// Path returns the path under which the test finds a file of the system.
 func (d Debian) Path(name string) string { return filepath.Join(d.Root, name) }
 
-// Need skips the test where the system lacks a file of a package.
+// Need skips the test if the system lacks a file of a package.
 func (d Debian) Need(t testing.TB, name, debianPackage string) {
 	t.Helper()
 	if !fileExists(d.Path(name)) {
@@ -56,10 +57,11 @@ func (d Debian) Need(t testing.TB, name, debianPackage string) {
 	}
 }
 
-// Command is a command with its root in the system, and with the environment
-// of a unit. It gets SIGTERM when the calling goroutine's thread ends.
+// Command returns a command that runs with the system as its root directory, and
+// with the environment of a unit. It gets SIGTERM when the calling goroutine's
+// thread ends.
 func (d Debian) Command(name string, args ...string) *exec.Cmd {
-	// env looks the name up in there.
+	// env finds the program there, in the system's PATH.
 	cmd := exec.Command("/usr/bin/env", append([]string{name}, args...)...)
 	cmd.Dir = "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: d.Root, Pdeathsig: syscall.SIGTERM}
@@ -74,9 +76,9 @@ func (d Debian) Run(t testing.TB, name string, args ...string) string {
 }
 
 // Tree moves the calling goroutine's thread into a mount namespace of its own,
-// in which the system's programs can run. /run is empty, and the same there as
-// here, so that a file in it has one path; further directories are empty, too.
-// Call New before it.
+// in which the system's programs can run. The system and the test share an empty
+// /run, so that a file in it has the same path for both. The other directories
+// named are empty, too. Call New first.
 func (d Debian) Tree(t testing.TB, empty ...string) {
 	t.Helper()
 	mount := func(source, target, kind string, flags uintptr, data string) {
@@ -102,16 +104,16 @@ func (d Debian) Tree(t testing.TB, empty ...string) {
 	mount(d.Path("run"), "/run", "", unix.MS_BIND, "")
 }
 
-// Overlay puts a directory over one of the system's, read-only. Call Tree
-// before it.
+// Overlay mounts a directory over one of the system's, read-only. Call Tree
+// first.
 func (d Debian) Overlay(t testing.TB, directory, above string) {
 	t.Helper()
 	directory = d.Path(directory)
 	Must(t, unix.Mount("overlay", directory, "overlay", unix.MS_RDONLY, "lowerdir="+above+":"+directory))
 }
 
-// Whiteout makes what overlayfs takes for "no such file here": a device 0:0
-// (kernel, Documentation/filesystems/overlayfs.rst).
+// Whiteout makes a device 0:0, which hides a file in an overlay
+// (Documentation/filesystems/overlayfs.rst in the kernel's source).
 func Whiteout(t testing.TB, name string) {
 	t.Helper()
 	Must(t, os.MkdirAll(filepath.Dir(name), 0o755))

@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// Golden compares a file of the repository, which is generated, with what it
-// should be. UPDATE_DOCS=1 writes it, which is what go generate does.
+// Golden compares a generated file of the repository with the text that it should
+// have. With UPDATE_DOCS=1, which go generate sets, it writes the file.
 func Golden(t testing.TB, name, want string) {
 	t.Helper()
 	path := filepath.Join(Root(t), name)
@@ -16,23 +16,23 @@ func Golden(t testing.TB, name, want string) {
 		Must(t, os.WriteFile(path, []byte(want), 0o644))
 	}
 	if Read(t, path) != want {
-		t.Errorf("%s is stale: go generate ./cmd/... writes it anew", name)
+		t.Errorf("%s is out of date: run go generate ./cmd/...", name)
 	}
 }
 
-// A Block is one of a document's, as it is written there.
+// A Block is a code block of a document.
 type Block struct{ Language, Text string }
 
-// Blocks returns the blocks of code under a heading of a document, such as
-// "README.md", down to the next heading. A block of sh is to be run as it is:
-// TestDocsBlocksRun of cmd/nftwl looks for those that no test asks for.
+// Blocks returns the code blocks under a heading of a document, such as
+// "README.md", down to the next heading. A test must run each block of sh
+// unchanged: TestDocsBlocksRun of cmd/nftwl finds those that no test asks for.
 func Blocks(t testing.TB, document, heading string) (blocks []Block) {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join(Root(t), document))
 	if err != nil {
 		t.Fatal(err)
 	}
-	// In a block of sh, what begins with # is no heading.
+	// A line that begins with # is no heading if it is in a block.
 	parts := regexp.MustCompile("(?m)^```(\\w*)\n((?s:.*?)\n)```$|^#+ (.*)$").FindAllStringSubmatch(string(text), -1)
 	at := ""
 	for _, m := range parts {

@@ -13,20 +13,20 @@ import (
 	"time"
 )
 
-// Dir is where the files of a test's servers are, on the /run that Tree makes:
-// nothing of it reaches the host, and the paths of sockets stay short.
+// Dir has the files of a test's servers. It is on the /run that Tree mounts, so
+// that the host never sees them and the paths of sockets stay short.
 const Dir = "/run/e2e"
 
-// DovecotConf makes settings that a Dovecot of a version, such as "2.3.19",
-// needs for tests: it takes passwords without TLS, and has mail in ~/Maildir. No
-// user 1000 need exist.
+// DovecotConf has the settings that a Dovecot needs for tests: it accepts
+// passwords without TLS, and has mail in ~/Maildir. The system needs no user
+// 1000.
 type DovecotConf struct {
-	Dir       string // of the passwd-file users
-	TLS       bool   // cert.pem and key.pem are there, too
-	Databases string // passdb and userdb in place of the passwd-file
+	Dir       string // has the passwd-file users
+	TLS       bool   // Dir also has cert.pem and key.pem
+	Databases string // passdb and userdb instead of the passwd-file
 }
 
-// For returns the settings in the words of a version.
+// For returns the settings in the syntax of a version, such as "2.3.19".
 func (c DovecotConf) For(version string) string {
 	const both = `
 first_valid_uid = 1000
@@ -64,11 +64,12 @@ mail_path = ~/Maildir
 	return strings.ReplaceAll(conf+both+tls+databases, "DIR", c.Dir)
 }
 
-// Is23 tells whether a Dovecot of a version wants 2.3's settings, not 2.4's.
+// Is23 reports whether a version of Dovecot needs the settings of 2.3, not those
+// of 2.4.
 func Is23(version string) bool { return strings.HasPrefix(version, "2.3.") }
 
-// DovecotVersion returns the version of the system's Dovecot. Its users need
-// more ids than a plain user has: the test is skipped where there is but one.
+// DovecotVersion returns the version of the system's Dovecot. It skips the test if
+// the namespace has only one user, because Dovecot needs several.
 func (d Debian) DovecotVersion(t testing.TB) string {
 	t.Helper()
 	NeedUsers(t)
@@ -76,7 +77,7 @@ func (d Debian) DovecotVersion(t testing.TB) string {
 	return d.Run(t, "/usr/sbin/dovecot", "--version")
 }
 
-// Dovecot is one that was started.
+// A Dovecot is a running Dovecot.
 type Dovecot struct {
 	Pid int
 
@@ -85,24 +86,24 @@ type Dovecot struct {
 	done chan struct{} // closed once all its processes have exited
 }
 
-// StartDovecot runs the system's Dovecot with a configuration, and waits until
-// its IMAP answers at an address. What it prints is written to conf + ".out"; if
-// the test fails, that and the file log beside conf are logged. It is stopped
-// when the test ends. wrap is a command to run it under.
+// StartDovecot starts the system's Dovecot with a configuration, and waits until
+// its IMAP answers at an address. Its output goes to conf + ".out". If the test
+// fails, that and the file log beside conf are logged. Dovecot stops when the test
+// ends. wrap is a command that runs Dovecot, if there is one.
 func (d Debian) StartDovecot(t testing.TB, conf, address string, wrap ...string) *Dovecot {
 	t.Helper()
 	out, err := os.Create(conf + ".out")
 	Must(t, err)
 	argv := append(wrap, "/usr/sbin/dovecot", "-F", "-c", conf)
 	cmd := d.Command(argv[0], argv[1:]...)
-	// Not the file itself but a pipe into it, so that Wait waits for every
-	// process of Dovecot's, and with them for the last line of the log.
+	// Dovecot writes to a pipe, not to the file, so that Wait waits for all of its
+	// processes and thus for the last line of the log.
 	cmd.Stdout = struct{ io.Writer }{out}
 	cmd.Stderr = cmd.Stdout
 	Must(t, cmd.Start())
 	s := &Dovecot{cmd.Process.Pid, t, cmd, make(chan struct{})}
 	go func() {
-		_ = cmd.Wait() // the log says why it ended
+		_ = cmd.Wait() // the log has the reason
 		out.Close()
 		close(s.done)
 	}()
@@ -116,7 +117,8 @@ func (d Debian) StartDovecot(t testing.TB, conf, address string, wrap ...string)
 	return s
 }
 
-// waitForServer waits until a server greets at an address, unless it has ended.
+// waitForServer waits until a server greets at an address. It fails the test if the
+// server has exited.
 func waitForServer(t testing.TB, name, address string, done <-chan struct{}) {
 	t.Helper()
 	Until(t, name, func() error {
@@ -129,8 +131,8 @@ func waitForServer(t testing.TB, name, address string, done <-chan struct{}) {
 	})
 }
 
-// greeted waits for a greeting: Dovecot opens its ports one after the other,
-// and all before it starts the process that sends one.
+// greeted waits for a greeting. Connecting is not enough: Dovecot opens all its
+// ports before it starts the process that greets.
 func greeted(address string) error {
 	c, err := net.Dial("tcp", address)
 	if err != nil {
@@ -146,15 +148,15 @@ func greeted(address string) error {
 	return nil
 }
 
-// Stop ends it, if it has not ended, and waits until it is gone.
+// Stop ends Dovecot if it still runs, and waits until it is gone.
 func (s *Dovecot) Stop() {
 	s.t.Helper()
-	_ = s.cmd.Process.Signal(syscall.SIGTERM) // fails where it has exited
+	_ = s.cmd.Process.Signal(syscall.SIGTERM) // fails if it has exited
 	select {
 	case <-s.done:
 	case <-time.After(Patience):
 		s.t.Error("Dovecot did not stop on SIGTERM")
-		_ = s.cmd.Process.Kill() // fails where it has just exited
+		_ = s.cmd.Process.Kill() // fails if it has just exited
 		<-s.done
 	}
 }

@@ -16,21 +16,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The addresses of the side that calls NewPeer.
+// The addresses of the side that calls NewPeer, the server.
 var (
 	ServerIPv4 = netip.MustParseAddr("192.0.2.1")
 	ServerIPv6 = netip.MustParseAddr("2001:db8::1")
 )
 
-// A Peer is another machine on the network: a namespace, and a thread in it.
+// A Peer is another machine on the network: a namespace with a thread in it.
 type Peer struct {
 	work chan func()
 }
 
-// NewPeer joins the network namespace of the calling goroutine, which New
-// made, to another by a pair of interfaces, net0 and peer0. The calling side gets
-// ServerIPv4 and ServerIPv6, and routes the prefixes to the peer; each address
-// in them is the peer's own, and it can connect from any.
+// NewPeer connects the network namespace of the calling goroutine, which New
+// made, to a new one, by a pair of interfaces net0 and peer0. The calling side gets
+// ServerIPv4 and ServerIPv6, and routes the prefixes to the peer. The peer has every
+// address in these prefixes, and can connect from any of them.
 func NewPeer(t testing.TB, prefixes ...string) *Peer {
 	t.Helper()
 	p, thread := newPeer(t)
@@ -44,8 +44,8 @@ func NewPeer(t testing.TB, prefixes ...string) *Peer {
 		there = append(there, "route add local "+prefix+" dev lo")
 	}
 	program := Need(t, "ip", "iproute2")
-	// The kernel puts the news that a link is up off for a second where both
-	// ends have the same index (linkwatch_urgent_event, net/core/link_watch.c).
+	// If both ends have the same index, the kernel takes a second to notice that the
+	// link is up (linkwatch_urgent_event, net/core/link_watch.c).
 	err := ip(program, fmt.Sprintf("link add net0 index 10 type veth peer name peer0 index 11 netns %d", thread))
 	if err == nil {
 		err = ip(program, append(interfaceUp("net0", "1"), here...)...)
@@ -112,8 +112,9 @@ func waitForInterface(program, name, host string) error {
 	return fmt.Errorf("%s does not come up:\n%s", name, out)
 }
 
-// interfaceUp gives the link-local address by hand, and none is checked for a
-// duplicate: the kernel's own cannot be used for the second that this takes.
+// interfaceUp adds a link-local address without duplicate address detection. The
+// kernel's own link-local address would be unusable for the second that the
+// detection takes.
 func interfaceUp(name, host string) []string {
 	return []string{
 		"link set " + name + " addrgenmode none",
@@ -140,8 +141,8 @@ func ip(program string, commands ...string) error {
 	return nil
 }
 
-// Do runs f in the peer's network namespace. As f runs on another goroutine,
-// it must not call t.Fatal.
+// Do runs f in the peer's network namespace. f runs on another goroutine, so it
+// must not call t.Fatal.
 func (p *Peer) Do(f func()) {
 	done := make(chan struct{})
 	p.work <- func() {
@@ -152,7 +153,7 @@ func (p *Peer) Do(f func()) {
 }
 
 // Dial opens a TCP connection from an address of the peer. Closing it sends a
-// reset, so that no state of it is left to wait for.
+// reset, so that the kernel forgets the connection at once.
 func (p *Peer) Dial(from netip.Addr, to netip.AddrPort, timeout time.Duration) (*net.TCPConn, error) {
 	var conn *net.TCPConn
 	var err error
@@ -163,9 +164,8 @@ func (p *Peer) Dial(from netip.Addr, to netip.AddrPort, timeout time.Duration) (
 	return conn, conn.SetLinger(0)
 }
 
-// Connect opens a connection from an address of the peer to a port of the
-// server's. It returns nil where no answer comes in time, and fails the test
-// where there is another error.
+// Connect opens a connection from an address of the peer to a port of the server.
+// It returns nil if no answer comes in time, and fails the test on another error.
 func (p *Peer) Connect(t testing.TB, from netip.Addr, port int, timeout time.Duration) *net.TCPConn {
 	t.Helper()
 	server := ServerIPv4
@@ -180,8 +180,8 @@ func (p *Peer) Connect(t testing.TB, from netip.Addr, port int, timeout time.Dur
 	return conn
 }
 
-// FreeBind lets a socket bind to an address that is the peer's by its routes
-// alone. IPv4 needs no permission for that.
+// FreeBind lets a socket bind to an address that the peer has only by its routes.
+// IPv4 needs no permission for that.
 func FreeBind(fd int, from netip.Addr) error {
 	if from.Is4() {
 		return nil
@@ -190,7 +190,7 @@ func FreeBind(fd int, from netip.Addr) error {
 }
 
 // Echo listens on a port of all addresses, in the namespace of the calling
-// goroutine, and sends back what comes in.
+// goroutine, and sends back what it receives.
 func Echo(t testing.TB, port uint16) {
 	t.Helper()
 	if err := echo(t, port); err != nil {
@@ -198,7 +198,7 @@ func Echo(t testing.TB, port uint16) {
 	}
 }
 
-// Echo is the same on the peer.
+// Echo does the same on the peer.
 func (p *Peer) Echo(t testing.TB, port uint16) {
 	t.Helper()
 	var err error
@@ -218,7 +218,7 @@ func echo(t testing.TB, port uint16) error {
 	return nil
 }
 
-// Serve calls f for each connection, and closes it then, until the listener is
+// Serve calls f with each connection and then closes it, until the listener is
 // closed.
 func Serve(l net.Listener, f func(net.Conn)) {
 	for {

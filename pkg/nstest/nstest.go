@@ -1,8 +1,8 @@
-// Package nstest gives tests the real kernel without touching the host: it
-// runs the test binary as root of a user namespace of its own, and each test
-// that asks in a network namespace of its own.
+// Package nstest lets tests use the real kernel without touching the host. It
+// runs the test binary as root of a new user namespace, and each test that calls
+// New in a new network namespace.
 //
-// A test package opts in from TestMain:
+// A test package uses it from TestMain:
 //
 //	func TestMain(m *testing.M) { nstest.Main(m) }
 package nstest
@@ -22,17 +22,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// entered marks the environment of a test binary that runs inside its
-// namespaces already. Its value is the inode of the user namespace that it
-// left, so that a stale marker is noticed rather than believed.
+// entered is the environment variable of a test binary that already runs inside its
+// namespaces. Its value is the inode of the user namespace that the binary left,
+// which shows whether the variable is stale.
 const entered = "NFTWL_TEST_OUTSIDE_USERNS"
 
 // Main runs the tests of a package inside new user, network and mount
-// namespaces, and exits. The re-exec is needed because a process with several
-// threads, which every Go program is, cannot unshare its user namespace.
+// namespaces, and exits. It executes the test binary again, because a process with
+// several threads, like every Go program, cannot unshare its user namespace.
 //
-// Root maps 65,536 ids, as Dovecot's users need; a plain user maps the one
-// that it has.
+// As root it maps 65,536 user ids, because Dovecot needs several; another user can
+// map only its own.
 func Main(m *testing.M) {
 	outside := os.Getenv(entered)
 	if outside != "" {
@@ -58,11 +58,11 @@ func Main(m *testing.M) {
 		Cloneflags:  unix.CLONE_NEWUSER | unix.CLONE_NEWNET | unix.CLONE_NEWNS,
 		UidMappings: []syscall.SysProcIDMap{{HostID: os.Geteuid(), Size: ids}},
 		GidMappings: []syscall.SysProcIDMap{{HostID: os.Getegid(), Size: ids}},
-		// A test binary that outlives its parent would hold the terminal.
+		// Otherwise a test binary that outlives its parent would keep the terminal.
 		Pdeathsig:                  syscall.SIGKILL,
 		GidMappingsEnableSetgroups: ids > 1,
 	}
-	// Pdeathsig follows the thread that started the child.
+	// The child gets Pdeathsig when the thread that started it ends.
 	runtime.LockOSThread()
 	err := cmd.Run()
 	var exit *exec.ExitError
@@ -86,11 +86,10 @@ func userNamespace() string {
 	return strings.Trim(strings.TrimPrefix(link, "user:"), "[]")
 }
 
-// New moves the calling goroutine's thread into a network namespace of its
-// own with the loopback interface up. Sockets that the goroutine opens and
-// processes that it starts are inside; other goroutines, subtests among
-// them, are not. The thread is thrown away with the goroutine, and the
-// namespace goes with its last process.
+// New moves the calling goroutine's thread into a new network namespace with the
+// loopback interface up. Sockets that the goroutine opens and processes that it
+// starts are in that namespace. Other goroutines, including subtests, are not. The
+// thread ends with the goroutine, and the namespace with its last process.
 func New(t testing.TB) {
 	t.Helper()
 	if os.Getenv(entered) == "" {
@@ -119,8 +118,8 @@ func loopbackUp() error {
 	return unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, req)
 }
 
-// Need returns the path of a program, and skips the test where it is not
-// installed. Under CI that is a failure: a skipped test proves nothing.
+// Need returns the path of a program, and skips the test if it is not installed.
+// Under CI the test fails instead, because a skipped test proves nothing.
 func Need(t testing.TB, program, debianPackage string) string {
 	t.Helper()
 	path, err := exec.LookPath(program)
@@ -156,7 +155,7 @@ func Nft(t testing.TB, ruleset string) string {
 	return string(out)
 }
 
-// Root returns the root folder of the repository.
+// Root returns the root directory of the repository.
 func Root(t testing.TB) string {
 	t.Helper()
 	dir, err := os.Getwd()
@@ -183,7 +182,7 @@ var build struct {
 	dir string // made by the first Build, removed by Main
 }
 
-// NeedUsers skips a test that needs more users than the one who runs it.
+// NeedUsers skips a test that needs more users than the one that runs it.
 func NeedUsers(t testing.TB) {
 	t.Helper()
 	b, err := os.ReadFile("/proc/self/uid_map")
@@ -191,13 +190,13 @@ func NeedUsers(t testing.TB) {
 		t.Fatal(err)
 	}
 	if fields := strings.Fields(string(b)); len(fields) == 3 && fields[2] == "1" {
-		Skip(t, "there is one user in the tests' namespace: run the tests as root")
+		Skip(t, "the tests' namespace has only one user: run the tests as root")
 	}
 }
 
-// Build compiles a command of this module once per test binary, as a release
-// is compiled (static, trimmed), and returns its path. pkg is relative to the
-// module: "cmd/nftwl".
+// Build compiles a command of this module once for each test binary, with the
+// flags of a release (static, trimmed), and returns its path. pkg is relative to
+// the module: "cmd/nftwl".
 func Build(t testing.TB, pkg string) string {
 	t.Helper()
 	build.Lock()
@@ -208,7 +207,7 @@ func Build(t testing.TB, pkg string) string {
 			t.Fatal(err)
 		}
 		build.dir = dir
-		// Users other than root must reach the binary.
+		// Users other than root must be able to execute the binary.
 		if err := os.Chmod(dir, 0o755); err != nil {
 			t.Fatal(err)
 		}

@@ -9,7 +9,7 @@ import (
 
 func TestMain(m *testing.M) { Main(m) }
 
-// Two tests that share a ruleset, or share the host's, prove nothing.
+// Each test has its own ruleset, separate from the host's and from other tests'.
 func TestNewIsPrivate(t *testing.T) {
 	New(t)
 	Nft(t, "add table inet private")

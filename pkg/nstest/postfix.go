@@ -6,7 +6,8 @@ import (
 	"testing"
 )
 
-// Nothing is chrooted: the tests' /run is not in the queue's directory.
+// No service is chrooted, because the queue directory does not contain the tests'
+// /run.
 const (
 	mainCf = `
 compatibility_level = 3.6
@@ -34,19 +35,18 @@ rewrite unix - - n - - trivial-rewrite
 `
 )
 
-// Postfix is one that was started.
+// A Postfix is a running Postfix.
 type Postfix struct {
 	t    testing.TB
 	d    Debian
 	cmd  *exec.Cmd
-	done chan struct{} // closed once it has exited
+	done chan struct{} // closed when it has exited
 }
 
-// StartPostfix runs the system's Postfix, whose SASL is that of a Dovecot at the
-// socket auth in Dir, and waits until its submission service greets at an
-// address. main and master are more lines of its configuration. If the test
-// fails, what it prints and the file maillog in Dir are logged. It is stopped
-// when the test ends.
+// StartPostfix starts the system's Postfix, and waits until its submission service
+// greets at an address. It uses Dovecot SASL through the socket auth in Dir. main
+// and master are more lines of its configuration. If the test fails, its output and
+// the file maillog in Dir are logged. Postfix stops when the test ends.
 func (d Debian) StartPostfix(t testing.TB, address, main, master string) *Postfix {
 	t.Helper()
 	d.Need(t, "usr/sbin/postfix", "postfix")
@@ -63,7 +63,7 @@ func (d Debian) StartPostfix(t testing.TB, address, main, master string) *Postfi
 	p.cmd.Stdout, p.cmd.Stderr = out, out
 	Must(t, p.cmd.Start())
 	go func() {
-		_ = p.cmd.Wait() // the log says why it ended
+		_ = p.cmd.Wait() // the log has the reason
 		close(p.done)
 	}()
 	t.Cleanup(func() {
@@ -76,7 +76,7 @@ func (d Debian) StartPostfix(t testing.TB, address, main, master string) *Postfi
 	return p
 }
 
-// Stop ends it, if it has not ended, and waits until it is gone.
+// Stop ends Postfix if it still runs, and waits until it is gone.
 func (p *Postfix) Stop() {
 	p.t.Helper()
 	select {
@@ -86,7 +86,7 @@ func (p *Postfix) Stop() {
 	}
 	if out, err := p.d.Command("/usr/sbin/postfix", "-c", Dir+"/etc", "stop").CombinedOutput(); err != nil {
 		p.t.Errorf("postfix stop: %v\n%s", err, out)
-		_ = p.cmd.Process.Kill() // fails where it has exited
+		_ = p.cmd.Process.Kill() // fails if it has exited
 	}
 	<-p.done
 }

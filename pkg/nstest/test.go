@@ -15,12 +15,12 @@ import (
 	"time"
 )
 
-// Patience bounds each wait for something that must happen. It is no guess of
-// how long that takes: every wait ends as soon as it has happened.
+// Patience is the longest wait for something that must happen. It need not be
+// exact: every wait ends as soon as the thing has happened.
 const Patience = time.Minute
 
-// Parallel has so many tests of a package run at once, for tests that wait
-// rather than work. TestMain calls it; the command line can say otherwise.
+// Parallel runs n tests of a package at once, for tests that wait more than they
+// work. TestMain calls it; -test.parallel overrides it.
 func Parallel(n int) {
 	if err := flag.Set("test.parallel", fmt.Sprint(n)); err != nil {
 		fmt.Fprintln(os.Stderr, "nstest:", err)
@@ -36,9 +36,9 @@ func Must(t testing.TB, err error) {
 	}
 }
 
-// Until waits until check returns no error, and ends the test after Patience.
-// The longer it has waited, the rarer it looks: what it waits for needs the
-// processor more than the checks do.
+// Until waits until check returns no error, and fails the test after Patience. The
+// longer it has waited, the more rarely it checks, to leave the processor to what
+// it waits for.
 func Until(t testing.TB, what string, check func() error) {
 	t.Helper()
 	for start := time.Now(); ; {
@@ -54,7 +54,7 @@ func Until(t testing.TB, what string, check func() error) {
 	}
 }
 
-// Poll is Until for a check that has nothing to say.
+// Poll is Until for a check without an error.
 func Poll(t testing.TB, what string, done func() bool) {
 	t.Helper()
 	Until(t, what, func() error {
@@ -80,7 +80,7 @@ func output(t testing.TB, cmd *exec.Cmd) string {
 	return string(out)
 }
 
-// Write writes a file with this mode, whatever the umask, and makes its
+// Write writes a file with exactly this mode, whatever the umask, and creates its
 // directory.
 func Write(t testing.TB, name, text string, mode os.FileMode) {
 	t.Helper()
@@ -89,7 +89,7 @@ func Write(t testing.TB, name, text string, mode os.FileMode) {
 	Must(t, os.Chmod(name, mode))
 }
 
-// Read returns the text of a file. One that is missing is empty.
+// Read returns the text of a file, or "" if it is missing.
 func Read(t testing.TB, name string) string {
 	t.Helper()
 	text, err := os.ReadFile(name)
@@ -99,7 +99,7 @@ func Read(t testing.TB, name string) string {
 	return string(text)
 }
 
-// Contrib returns the text of a file that is shipped.
+// Contrib returns the text of a file in contrib.
 func Contrib(t testing.TB, name string) string {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join(Root(t), "contrib", name))
@@ -107,15 +107,15 @@ func Contrib(t testing.TB, name string) string {
 	return string(text)
 }
 
-// A Finding is what one check of nftwl doctor says.
+// A Finding is the result of one check of nftwl doctor.
 type Finding struct{ Check, Status, Text, Remedy, Command string }
 
-// Findings runs an `nftwl doctor --json`, and returns what it says in the
-// checks of some groups; without a group, in all. Each is one line, and a fault
-// has a remedy.
+// Findings runs a command such as `nftwl doctor --json`, and returns the results of
+// the checks of some groups, or of all if no group is given. It fails the test if a
+// result is not one line, or if a fault has no remedy.
 func Findings(t testing.TB, cmd *exec.Cmd, groups ...string) []Finding {
 	t.Helper()
-	out, err := cmd.Output() // which fails where a check does
+	out, err := cmd.Output() // fails if a check fails
 	var found []Finding
 	if e := json.Unmarshal(out, &found); e != nil {
 		t.Fatalf("%q: %v, %v\n%s", cmd.Args, err, e, out)
@@ -134,8 +134,8 @@ func Findings(t testing.TB, cmd *exec.Cmd, groups ...string) []Finding {
 	return found
 }
 
-// Diagnosis maps the checks of findings, none of which may be there twice, to
-// "status: text".
+// Diagnosis returns the findings as a map from the check's name to "status: text".
+// It fails the test if a check is there twice.
 func Diagnosis(t testing.TB, found []Finding) map[string]string {
 	t.Helper()
 	texts := make(map[string]string)
