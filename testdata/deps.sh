@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs what the tests need: on Debian, as root. Elsewhere it says what is
-# missing; the tests that need it are then skipped, and fail under CI.
+# Installs what the tests need, on Debian and as root. Elsewhere it reports what is
+# missing; tests that need it are then skipped, or fail under CI.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -18,11 +18,11 @@ done
 
 if [ -n "$missing" ]; then
 	if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-		echo "deps.sh: not installed, so that tests will be skipped:$missing" >&2
+		echo "deps.sh: not installed, so tests will be skipped:$missing" >&2
 		echo "deps.sh: hint: as root on Debian, this script installs them" >&2
 		exit 0
 	fi
-	# The daemons of these packages are only started by the tests.
+	# Only the tests start the daemons of these packages.
 	policy=/usr/sbin/policy-rc.d
 	if [ ! -e $policy ]; then
 		printf '#!/bin/sh\nexit 101\n' >$policy
@@ -40,5 +40,5 @@ if [ "$(id -u)" = 0 ]; then
 	[ -n "${updated-}" ] || [ -n "$(apt-cache madison openrc)" ] || apt-get update --quiet --quiet
 	sh cmd/nftwl/e2e/systemd/testdata/openrc.sh >/dev/null
 fi
-# It has no network in the tests' namespaces.
+# Now, because the tests' namespaces have no network.
 sh contrib/packaging/nfpm.sh >/dev/null

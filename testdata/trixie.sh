@@ -1,21 +1,20 @@
 #!/bin/sh
-# Makes the Debian 13 tree in which the tests run a newer nft, Dovecot 2.4,
-# Postfix, systemd and fail2ban than Debian 12 has, and prints where it is.
+# Makes a Debian 13 tree, and prints where it is. Its nft, Dovecot 2.4, Postfix,
+# systemd and fail2ban are newer than those of Debian 12, and the tests run both.
 #
 #   testdata/trixie.sh [DIR]
 #
-# DIR is ${XDG_CACHE_HOME:-$HOME/.cache}/nftwl/trixie unless given, which is
-# where the tests look. A tree that is there already gets the packages that it
-# lacks, and is otherwise left alone: remove it to have a new one. Needs root,
-# debootstrap, and a Debian mirror (DEBIAN_MIRROR chooses another than
-# debootstrap's own).
+# DIR is ${XDG_CACHE_HOME:-$HOME/.cache}/nftwl/trixie by default, which is where the
+# tests look. If the tree exists already, this only adds packages that it lacks: remove
+# it to get a new one. Needs root, debootstrap and a Debian mirror (DEBIAN_MIRROR, or
+# else debootstrap's default).
 set -eu
 
 dir=${1:-${XDG_CACHE_HOME:-$HOME/.cache}/nftwl/trixie}
 packages='nftables netbase iproute2 systemd openssh-server fail2ban postfix dovecot-sqlite valkey-server
 	dovecot-core dovecot-imapd dovecot-pop3d dovecot-submissiond dovecot-managesieved'
 
-# lacking prints those of the packages that the tree does not have.
+# lacking prints the packages that the tree lacks.
 lacking() {
 	for package in $packages; do
 		grep -A 1 -x "Package: $package" "$dir/var/lib/dpkg/status" |
@@ -40,8 +39,8 @@ if ! command -v debootstrap >/dev/null; then
 	exit 1
 fi
 
-# What a package leaves mounted or running goes with these namespaces, so
-# that removing a failed tree cannot follow a mount out of it.
+# Whatever a package leaves mounted or running ends with these namespaces, so that
+# removing a failed tree cannot follow a mount out of it.
 if [ -z "${NFTWL_TRIXIE_INSIDE-}" ]; then
 	NFTWL_TRIXIE_INSIDE=1 exec unshare --mount --pid --fork --kill-child sh "$0" "$dir"
 fi
@@ -50,7 +49,7 @@ fi
 install() {
 	mkdir -p "$1/proc" &&
 	{ mountpoint -q "$1/proc" || mount -t proc proc "$1/proc"; } &&
-	# No package may start its daemon here.
+	# No package must start its daemon here.
 	printf '#!/bin/sh\nexit 101\n' >"$1/usr/sbin/policy-rc.d" &&
 	chmod 755 "$1/usr/sbin/policy-rc.d" &&
 	for command in update "install --yes --no-install-recommends $packages" clean; do
@@ -76,8 +75,8 @@ if [ -d "$dir" ]; then
 	exit 0
 fi
 
-# Built beside its final place and renamed: an interrupted build is never
-# taken for a tree.
+# Build it under another name, and rename it, so that an interrupted build is never
+# mistaken for a tree.
 mkdir -p "$(dirname "$dir")"
 new=$(mktemp -d "$dir.XXXXXX")
 trap 'umount "$new/proc" 2>/dev/null || :; rm -rf --one-file-system "$new"' EXIT
@@ -86,8 +85,8 @@ chmod 755 "$new"
 log=$new.log
 
 { debootstrap --variant=minbase trixie "$new" ${DEBIAN_MIRROR:+"$DEBIAN_MIRROR"} && install "$new"; } >"$log" 2>&1 ||
-	failed "$log" "no tree made"
+	failed "$log" "cannot make the tree"
 rm -f "$log"
-# Two builds at once: the first to finish is kept.
+# If two builds run at once, the first one to finish is kept.
 mv -T "$new" "$dir" 2>/dev/null || [ -d "$dir" ]
 echo "$dir"

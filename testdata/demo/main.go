@@ -1,8 +1,7 @@
-// Demo shows what nftwl does to connections: a mail server with the rules of
-// contrib/nftables and the internet are two network namespaces that are thrown
-// away, joined by a pair of interfaces. It needs no root, and leaves the host's
-// ruleset alone. Without nft or ip there are no rules and no packets: it says so,
-// and shows the sets alone.
+// Demo shows what nftwl does to connections. It makes two temporary network
+// namespaces, connected by a pair of interfaces: a mail server with the rules of
+// contrib/nftables, and the internet. It needs no root, and leaves the host's
+// ruleset alone. Without nft or ip it prints a note, and shows only the sets.
 //
 //	PATH=$PWD/build:$PATH go run ./testdata/demo
 package main
@@ -43,8 +42,8 @@ func main() {
 	}
 }
 
-// enter runs this program again as root of namespaces of its own, and returns
-// its exit status.
+// enter runs this program again as root of new namespaces, and returns its exit
+// status.
 func enter(inside string) int {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), inside)
@@ -69,7 +68,7 @@ func enter(inside string) int {
 
 // A demo stops at its first error.
 type demo struct {
-	internet chan<- func() // takes functions that run there; nil without rules and packets
+	internet chan<- func() // runs the functions that it gets there; nil without nft or ip
 	err      error
 }
 
@@ -108,7 +107,7 @@ func (d *demo) show() {
 	d.print("\n# Alice reads her mail. Dovecot runs this after her login. She is not limited.")
 	d.login(alice, "alice")
 	d.opens(alice, 587, 8)
-	d.print("\n# Bob's address is an IPv6 one.")
+	d.print("\n# Bob has an IPv6 address.")
 	d.login(bob, "bob")
 	d.print("\n# Someone who guesses passwords is banned.")
 	d.opens(guesser, 993, 1)
@@ -116,7 +115,7 @@ func (d *demo) show() {
 	d.opens(guesser, 993, 1)
 	d.print("\n# The kernel has:")
 	d.run("nftwl", "list")
-	d.print("\n# A reload empties the sets: save them before, and restore them after.")
+	d.print("\n# A reload empties the sets. Save them before, and restore them after.")
 	d.run("nftwl", "save", snapshot)
 	reload()
 	d.run("nftwl", "restore", snapshot)
@@ -125,8 +124,8 @@ func (d *demo) show() {
 	d.opens(guesser, 993, 1)
 }
 
-// makeSets makes the sets without nft: nftwl restores a snapshot by itself, in
-// which each set has its own block.
+// makeSets makes the sets without nft: nftwl restore needs no nft for a snapshot. In
+// a snapshot each set has its own block.
 func (d *demo) makeSets(definitions, snapshot string) {
 	text, err := os.ReadFile(definitions)
 	if d.err == nil {
@@ -142,10 +141,10 @@ func (d *demo) makeSets(definitions, snapshot string) {
 	d.run("nftwl", "restore", snapshot)
 }
 
-// lacks names the programs that are not installed, and the packages that have
-// them; "" if all are.
+// lacks names the programs that are not installed, and their packages. It returns ""
+// if all are installed.
 func lacks(programs ...string) string {
-	// A user's PATH lacks these.
+	// The PATH of users other than root lacks these.
 	os.Setenv("PATH", os.Getenv("PATH")+":/usr/sbin:/sbin")
 	var missing []string
 	for i := 0; i < len(programs); i += 2 {
@@ -191,15 +190,15 @@ func (d *demo) start(cmd *exec.Cmd) {
 	}
 }
 
-// connect makes the server's and the internet's side of the network, and has
-// the server greet its clients.
+// connect makes both sides of the network, and starts a server that greets its
+// clients.
 func (d *demo) connect() {
 	if d.err != nil {
 		return
 	}
 	work, thread := make(chan func()), make(chan int)
 	go func() {
-		runtime.LockOSThread() // the namespace is this thread's
+		runtime.LockOSThread() // because the namespace belongs to the thread
 		d.err = unix.Unshare(unix.CLONE_NEWNET)
 		thread <- unix.Gettid()
 		for f := range work {
@@ -230,7 +229,7 @@ func (d *demo) connect() {
 	}
 }
 
-// address is the server's for a port.
+// address returns the server's address with a port.
 func address(port int) string { return net.JoinHostPort(server, strconv.Itoa(port)) }
 
 // there runs f in the internet's namespace.
@@ -262,10 +261,10 @@ func greet(l net.Listener) {
 	}
 }
 
-// opens opens connections, one after the other, and prints what becomes of
-// each. One counts as open when the server has greeted it: the limit resets a
-// connection with the last packet of its handshake, when its client believes it
-// open.
+// opens opens connections, one after the other, and prints the result of each. A
+// connection counts as open when the server has greeted the client, because the
+// limit resets it at the last packet of the handshake, when the client already
+// believes it open.
 func (d *demo) opens(from string, port, times int) {
 	if d.err != nil || d.internet == nil {
 		return
@@ -285,10 +284,10 @@ func (d *demo) opens(from string, port, times int) {
 	fmt.Println()
 }
 
-// connect opens a connection, from a thread in the internet, and waits for the
-// server's greeting.
+// connect opens a connection and waits for the server's greeting. Call it on a thread
+// in the internet's namespace.
 func connect(from, to string) error {
-	// An address and not a name, so that this thread makes the socket.
+	// With an address, not a name, this thread makes the socket.
 	dialer := net.Dialer{Timeout: time.Second, LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
 	conn, err := dialer.Dial("tcp4", to)
 	if err != nil {

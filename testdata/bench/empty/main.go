@@ -1,5 +1,5 @@
-// Command empty becomes its arguments, and does nothing else: the least that a
-// login can cost with a post-login program in Go.
+// Command empty executes its arguments and does nothing else. That is the minimum
+// cost of a post-login program in Go.
 package main
 
 import (

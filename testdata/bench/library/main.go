@@ -1,6 +1,6 @@
-// Command library trusts $IP and becomes its arguments, as nftwl login does,
-// but through the library google/nftables. It is what nftwl's own netlink code
-// is measured against.
+// Command library trusts $IP and executes its arguments, as nftwl login does,
+// but uses the library google/nftables. The benchmark compares nftwl's own netlink
+// code with it.
 package main
 
 import (
@@ -44,7 +44,7 @@ func trust(ip, user string) error {
 	var add []nftables.SetElement
 	for _, port := range []uint16{143, 993, 995, 465, 587} {
 		key := append(addr.AsSlice(), byte(port>>8), byte(port), 0, 0)
-		// A missing element is an error; it is added then.
+		// An error means that the element is missing: add it.
 		_, err := conn.FindSetElements(set, []nftables.SetElement{{Key: key}})
 		if err != nil {
 			add = append(add, nftables.SetElement{Key: key, Timeout: 24 * time.Hour, Comment: user})

@@ -1,9 +1,9 @@
-// Command login measures what a login costs with nftwl as Dovecot's
-// post-login program, next to what else it could be. make bench runs it in a
-// namespace with the binaries built.
+// Command login measures what a login costs with nftwl as Dovecot's post-login
+// program, and with other programs in its place. make bench builds the binaries and
+// runs it in a namespace.
 //
-// The programs take turns in random order, so that a machine whose speed drifts
-// treats all of them alike; the figures to quote are the ratios of the medians.
+// The programs take turns in random order, so that a machine whose speed changes
+// treats all of them alike. Quote the ratios of the medians.
 package main
 
 import (
@@ -19,8 +19,8 @@ import (
 	"time"
 )
 
-// candidate is a program to measure. A login comes from the address that
-// address gives for the number of the run.
+// candidate is a program to measure. address returns the address of each run's
+// login.
 type candidate struct {
 	name    string
 	command []string
@@ -45,8 +45,8 @@ func measure(runs int, nftwl, empty, library, script, rules string) error {
 	if out, err := exec.Command(nftwl, "restore", rules).CombinedOutput(); err != nil {
 		return fmt.Errorf("nftwl restore: %v: %s", err, out)
 	}
-	// An address of its own for every run, from a network for each program.
-	// No packet is sent to any.
+	// Each run has its own address, and each program its own network. No packets are
+	// sent.
 	fresh := func(second int) func(int) string {
 		return func(run int) string { return fmt.Sprintf("198.%d.%d.%d", second, run/250, run%250+1) }
 	}
@@ -63,7 +63,7 @@ func measure(runs int, nftwl, empty, library, script, rules string) error {
 	const warmUp = 10
 	order := rand.New(rand.NewPCG(1, 2))
 	for run := range warmUp + runs {
-		// In another order each time: a program that follows itself finds the
+		// The order changes each time, because a program that follows itself finds the
 		// caches warm, and one that follows the script finds them cold.
 		for _, i := range order.Perm(len(candidates)) {
 			took, err := candidates[i].run(run)
@@ -75,7 +75,7 @@ func measure(runs int, nftwl, empty, library, script, rules string) error {
 			}
 		}
 	}
-	// All of them did their work.
+	// Check that all of them did their work.
 	for _, address := range []string{fresh(18)(warmUp), fresh(51)(runs), fresh(19)(runs), known} {
 		if out, err := exec.Command(nftwl, "check", address).CombinedOutput(); err != nil {
 			return fmt.Errorf("after the runs: %s", out)
@@ -99,7 +99,7 @@ func measure(runs int, nftwl, empty, library, script, rules string) error {
 	return nil
 }
 
-// run executes the program once and returns how long the whole process took.
+// run executes the program once, and returns how long the whole process took.
 func (c candidate) run(run int) (time.Duration, error) {
 	cmd := exec.Command(c.command[0], c.command[1:]...)
 	cmd.Env = []string{"IP=" + c.address(run), "USER=alice"}

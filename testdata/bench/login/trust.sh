@@ -1,6 +1,6 @@
 #!/bin/sh
-# What nftwl replaces: a post-login script that asks ipcalc-ng for the family
-# and runs nft once a port. Kept to be measured against.
+# What nftwl replaces: a post-login script that asks ipcalc-ng for the family and runs
+# nft once for each port. The benchmark compares nftwl with it.
 export PATH="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 set_name=

@@ -1,11 +1,11 @@
-// Command snapshot compares nftwl save and nftwl restore with nft and with
-// what the kernel itself takes. Run it in a network namespace of its own, as
-// root: in a user namespace nft may not make its socket's buffer large enough.
+// Command snapshot compares nftwl save and nftwl restore with nft and with the
+// kernel's own dump. Run it as root in a network namespace of its own: in a user
+// namespace, nft cannot make its socket's buffer large enough.
 //
 //	unshare --net go run ./testdata/bench/snapshot
 //
-// It prints a Markdown table of medians and peak memory, and takes some four
-// minutes; with -most 65535, one.
+// It prints a Markdown table of medians and peak memory, and takes about four
+// minutes, or one with -most 65535.
 package main
 
 import (
@@ -32,12 +32,12 @@ import (
 var cases = []struct {
 	elements        int
 	family          string
-	saves, restores int // how often
+	saves, restores int // number of runs
 }{
 	{1000, "ipv4", 21, 21},
 	{65535, "ipv4", 11, 11},
 	{65535, "ipv6", 11, 11},
-	{1000000, "ipv4", 1, 3}, // for one dump the kernel alone takes the better part of a minute
+	{1000000, "ipv4", 1, 3}, // the kernel needs most of a minute for one dump
 }
 
 const tables = `table inet filter {
@@ -49,8 +49,8 @@ const tables = `table inet filter {
 
 func main() {
 	most := flag.Int("most", 1000000, "leave out the sets of more elements than `N`")
-	// The elements are added by another process: a child's peak memory, as
-	// the kernel counts it, is at least its parent's (exec_mmap).
+	// Another process adds the elements, because the kernel counts at least the
+	// parent's peak memory as a child's (exec_mmap).
 	fillSet := flag.String("fill", "", "only add -most elements to `SET`")
 	flag.Parse()
 	err := alone()
@@ -66,7 +66,8 @@ func main() {
 	}
 }
 
-// alone sees to it that no firewall in use is touched.
+// alone returns an error if this network namespace is in use, so that the benchmark
+// changes no firewall.
 func alone() error {
 	interfaces, err := net.Interfaces()
 	if err == nil && len(interfaces) > 1 {
@@ -107,10 +108,10 @@ func fill(set string, n int) error {
 	return conn.Close()
 }
 
-// figure is what a way of doing it cost.
+// figure has the measurements of one program.
 type figure struct {
 	times  []time.Duration
-	memory int64 // most of all runs, in bytes
+	memory int64 // maximum of all runs, in bytes
 }
 
 func (f *figure) median() time.Duration {
@@ -118,7 +119,7 @@ func (f *figure) median() time.Duration {
 	return f.times[len(f.times)/2]
 }
 
-// run runs a command, with its output in a file where one is named.
+// run runs a command, with its output in a file if out is not empty.
 func (f *figure) run(out string, command ...string) error {
 	cmd := exec.Command(command[0], command[1:]...)
 	cmd.Stderr = os.Stderr
@@ -166,9 +167,9 @@ func bench(most int) error {
 		if out, err := self.CombinedOutput(); err != nil {
 			return fmt.Errorf("fill: %w\n%s", err, out)
 		}
-		// A file for each: a save would restore what it has of another table.
+		// Each has its own file, because a save restores a file of another table.
 		saved, listed := filepath.Join(dir, fmt.Sprint(set, c.elements)), filepath.Join(dir, "list.nft")
-		// By turns, so that what else the machine does falls on all alike.
+		// They take turns, so that other work on the machine affects all alike.
 		for range c.saves {
 			if err := bare.dump(set, c.elements); err != nil {
 				return err
@@ -205,8 +206,8 @@ func bench(most int) error {
 	return underLogins(nftwl, dir, min(most, 262144))
 }
 
-// underLogins compares saves that nothing disturbs with those during which two
-// users a second log in.
+// underLogins compares saves on a quiet system with saves during which two users a
+// second log in.
 func underLogins(nftwl, dir string, n int) error {
 	if err := reset(); err != nil {
 		return err
@@ -274,15 +275,15 @@ func ms(f *figure) string {
 
 func mib(f *figure) string { return strconv.FormatInt(f.memory>>20, 10) + " MiB" }
 
-// reset leaves the four sets, empty.
+// reset empties the four sets.
 func reset() error {
 	cmd := exec.Command("nft", "-f", "-")
 	cmd.Stdin = strings.NewReader("flush ruleset\n" + tables)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("nft: %w\n%s", err, out)
 	}
-	// Freeing what was flushed is part of no one's figure. The kernel is done
-	// with it when a connection that deleted something is closed.
+	// Wait until the kernel has freed the flushed elements, which is not part of any
+	// measurement. It has when a connection that deleted something is closed.
 	cmd = exec.Command("nft", "add element inet filter trusted_ipv4 { 192.0.2.1 . 1 }; delete element inet filter trusted_ipv4 { 192.0.2.1 . 1 }")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("nft: %w\n%s", err, out)
@@ -290,8 +291,8 @@ func reset() error {
 	return nil
 }
 
-// dump measures the kernel's own dump of a set, read with buffers of 32 KiB
-// and thrown away.
+// dump measures the kernel's own dump of a set. It reads with buffers of 32 KiB and
+// discards what it reads.
 func (f *figure) dump(set string, elements int) error {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
 	if err != nil {
@@ -325,8 +326,8 @@ func (f *figure) dump(set string, elements int) error {
 			return err
 		}
 		size += n
-		// The end of a dump comes in a message of its own, or is the last one
-		// of a buffer, 4 bytes of error code after its header.
+		// The message that ends a dump comes alone, or is the last one in a buffer. It
+		// has a header and 4 bytes of error code.
 		if n >= 20 && (native.Uint16(buf[4:]) == unix.NLMSG_DONE || native.Uint16(buf[n-16:]) == unix.NLMSG_DONE) {
 			break
 		}
