@@ -16,10 +16,10 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// minute is how long a minute of the attack takes.
+// minute is the time that a minute of the attack takes in the test.
 const minute = time.Second
 
-// An attack is what testdata/attack.txt describes.
+// An attack is one as testdata/attack.txt describes it.
 type attack struct {
 	attackers                []netip.Addr
 	phases                   []phase
@@ -28,7 +28,7 @@ type attack struct {
 	overload                 int // minutes
 }
 
-// A phase is the pace of the attackers for some minutes. A pace is a number of
+// A phase is the attackers' pace for some minutes. A pace is a number of
 // connections a minute.
 type phase struct{ minutes, pace int }
 
@@ -45,7 +45,7 @@ func (a *attack) minutes() int {
 	return sum
 }
 
-// pace is how many connections a minute an attacker opens after some time.
+// pace returns how many connections a minute each attacker opens at some time.
 func (a *attack) pace(after time.Duration) int {
 	for _, p := range a.phases {
 		if after -= time.Duration(p.minutes) * minute; after < 0 {
@@ -98,28 +98,28 @@ func scan(line, format string, into ...any) bool {
 	return err == nil && n == len(into)
 }
 
-// A tally counts connections of one kind of people: tried, and let in.
+// A tally counts the connections of one kind of client: tried, and let in.
 type tally struct{ tried, in int }
 
 func (n *tally) String() string { return fmt.Sprintf("%6d of %6d", n.in, n.tried) }
 
 type result struct {
 	ipv4, ipv6, rotator, user, forged, delayed tally
-	syns                                       int // that were forged
+	syns                                       int // forged ones
 }
 
-// A caller opens connections, each from the next address.
+// A caller opens connections, each from the next of its addresses.
 type caller struct {
 	next  func() netip.Addr
 	port  int
 	pace  func(time.Duration) int
 	tally *tally
-	from  time.Duration // what it tries before does not count
+	from  time.Duration // connections before this do not count
 	due   time.Duration
 }
 
-// An attempt is a connection, of which first the handshake and then the echo
-// of a byte is awaited.
+// An attempt is a connection that waits first for the handshake and then for the
+// echo of a byte.
 type attempt struct {
 	fd    int32
 	sent  bool
@@ -127,9 +127,8 @@ type attempt struct {
 	tally *tally
 }
 
-// play runs the attack. It opens its sockets itself, and all in one thread,
-// since a goroutine could not be had in the namespace of the peer without a
-// thread of its own.
+// play runs the attack. It opens all its sockets in one thread, because each
+// goroutine in the peer's namespace would need a thread of its own.
 func (s *mailserver) play(a *attack) *result {
 	s.Helper()
 	var r result
@@ -184,7 +183,8 @@ func (s *mailserver) play(a *attack) *result {
 	return &r
 }
 
-// run has the callers call until the end, and calls each every few milliseconds.
+// run lets the callers open connections until the end. It looks at each of them every
+// few milliseconds.
 func run(callers []*caller, end time.Duration, each func(now time.Duration) error) error {
 	var pending []attempt
 	start := time.Now()
@@ -198,8 +198,8 @@ func run(callers []*caller, end time.Duration, each func(now time.Duration) erro
 			if now < c.due || now >= end {
 				continue
 			}
-			// Counted from now: who was late must not make up for it with a
-			// burst, or a slow machine would get them limited.
+			// Count from now: a caller that is late must not catch up with a burst,
+			// or it would be limited because the machine is slow.
 			c.due = now + minute/time.Duration(c.pace(now))
 			from := c.next()
 			fd, err := connect(from, c.port)
@@ -241,8 +241,8 @@ func run(callers []*caller, end time.Duration, each func(now time.Duration) erro
 	return nil
 }
 
-// step goes on with an attempt for which poll(2) has reported events, and
-// reports whether it is known what became of it.
+// step continues an attempt for which poll(2) has reported events, and reports
+// whether its result is known.
 func (p *attempt) step(events int16) (done bool, err error) {
 	if events == 0 {
 		return false, nil
@@ -277,7 +277,7 @@ func connect(from netip.Addr, port int) (int, error) {
 		return 0, err
 	}
 	if err = nstest.FreeBind(fd, from); err == nil {
-		// A reset on close leaves no state behind.
+		// Closing it sends a reset, so that the kernel forgets the connection at once.
 		err = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
 	}
 	if err == nil {
@@ -293,8 +293,8 @@ func connect(from netip.Addr, port int) (int, error) {
 	return fd, nil
 }
 
-// What the rules are for: attackers are kept out, and honest people notice
-// nothing, although a user is one of the attackers' neighbours.
+// The purpose of the rules: attackers are kept out, and honest clients notice
+// nothing, even a user who is the attackers' neighbour.
 func TestAttack(t *testing.T) {
 	a := readAttack(t)
 	slash64s := map[netip.Addr]bool{}
@@ -308,7 +308,8 @@ func TestAttack(t *testing.T) {
 			slash24s[netip.PrefixFrom(from, 24).Masked()] = true
 		}
 	}
-	// As fast as the minutes; and who is silent is remembered as long.
+	// The limits, and the timeout after which the sets forget a client, are as fast as
+	// the minutes.
 	faster := []edit{{"3/minute", "3/second"}, {"20/minute", "20/second"}, {"timeout 10m", "timeout 10s"}}
 	l := layouts[0]
 	rules := []struct {
@@ -338,7 +339,7 @@ func TestAttack(t *testing.T) {
 					t.Errorf("%s: %v connections get in", who, &n)
 				}
 			}
-			// At most what a network may, from so many.
+			// At most what the limit allows so many networks.
 			most := func(who string, n tally, networks int) {
 				if most := networks * (burst40 + 20*a.minutes() + 1); n.in > most || n.in == 0 {
 					t.Errorf("%s: %v, want at most %d", who, &n, most)
@@ -347,7 +348,7 @@ func TestAttack(t *testing.T) {
 			all("the user", got.user, a.minutes()*a.users[0].pace/2)
 			switch i {
 			case 0:
-				// Whoever is kept out below is kept out by nftwl.
+				// Without nftwl everyone gets in, so it is nftwl that keeps them out below.
 				all("IPv4", got.ipv4, 1)
 				all("IPv6", got.ipv6, 1)
 				all("the rotator", got.rotator, 1)

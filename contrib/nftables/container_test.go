@@ -9,10 +9,10 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// A mail server in a container, whose ports the host publishes: a packet for
-// it is forwarded, and has the container's address and port by then. The peer
-// is the container as well as the internet, so that it needs the host's
-// address as the source of what comes back to it.
+// A mail server in a container, whose ports the host publishes. When the host
+// forwards a packet to it, the packet has the container's address and port. The peer
+// is both the container and the internet, so packets that come back to it need the
+// host's address as their source.
 func TestContainer(t *testing.T) {
 	elsewhere := map[string]netip.AddrPort{
 		"ipv4": netip.MustParseAddrPort("10.9.9.9:587"),
@@ -61,8 +61,8 @@ func TestContainer(t *testing.T) {
 				s.trust(who.user, 128, "1h")
 				s.pass(who.user, 587, 2*burst5)
 
-				// What a container sends to another server's submission port is
-				// not for this host, and not limited.
+				// The limit does not count a container's connections to another server's
+				// submission port.
 				for range burst5 + 1 {
 					if conn, err := s.internet.Dial(who.stranger, elsewhere[who.name], never); err == nil {
 						conn.Close()
@@ -70,7 +70,7 @@ func TestContainer(t *testing.T) {
 					}
 				}
 				if s.has("limited", who.source, 587) {
-					t.Errorf("%s is limited for what is not for this host", who.stranger)
+					t.Errorf("%s is limited for connections to another server", who.stranger)
 				}
 
 				for _, port := range []int{587, 1465} {
@@ -79,7 +79,7 @@ func TestContainer(t *testing.T) {
 					s.refuse(who.stranger, port)
 					s.drop(who.stranger, port)
 					if !s.has("limited", who.source, port) {
-						t.Errorf("%s is not limited on the port that it sees", who.stranger)
+						t.Errorf("%s is not limited on the published port", who.stranger)
 					}
 					for range 2 * burst5 {
 						s.alive(held)

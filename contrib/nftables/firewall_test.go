@@ -22,13 +22,13 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// These tests wait for timeouts rather than work: a test for each core, as
-	// is the default, would take four times as long.
+	// These tests mostly wait for timeouts. With one test for each core, the default,
+	// they would take four times as long.
 	nstest.Parallel(8)
 	nstest.Main(m)
 }
 
-// An edit is what an administrator does to the files: old becomes new.
+// An edit is an administrator's change to the files: new replaces old.
 type edit struct{ old, new string }
 
 func uncomment(line string) edit { return edit{"#" + line, line} }
@@ -42,7 +42,7 @@ type layout struct {
 	table      string
 	prefix64   edit
 	strict     edit
-	ownsPolicy bool // what it does not accept is dropped
+	ownsPolicy bool // it drops what it does not accept
 }
 
 var layouts = []layout{
@@ -67,7 +67,7 @@ var layouts = []layout{
 	},
 }
 
-// nftVersions are the roots of the systems whose nft must do.
+// nftVersions has the roots of the systems whose nft must load the files.
 var nftVersions = []struct {
 	name string
 	root func(testing.TB) string
@@ -76,7 +76,7 @@ var nftVersions = []struct {
 	{"trixie", nstest.Trixie},
 }
 
-// each runs a test in every layout, loaded by every nft.
+// each runs a test with every layout and every nft.
 func each(t *testing.T, test func(*testing.T, layout, string)) {
 	for _, l := range layouts {
 		for _, v := range nftVersions {
@@ -88,16 +88,16 @@ func each(t *testing.T, test func(*testing.T, layout, string)) {
 	}
 }
 
-// A firewall is a machine with the files of this folder installed.
+// A firewall is a machine with the files of this directory installed.
 type firewall struct {
 	*testing.T
 	layout
 	root string
 }
 
-// install makes a machine and puts the files, edited, where an administrator
-// puts them: /etc/nftwl, and the example at /etc/nftables.conf. /etc is
-// private to the test, and holds nothing else.
+// install makes a machine, and installs the edited files where an administrator
+// would: in /etc/nftwl, and the example as /etc/nftables.conf. The machine has its
+// own /etc, with nothing else in it.
 func install(t *testing.T, l layout, root string, edits ...edit) *firewall {
 	t.Helper()
 	nstest.New(t)
@@ -169,14 +169,14 @@ func (f *firewall) up() {
 	}
 }
 
-// trust logs in from the address, as Dovecot would have nftwl do it. prefix is
-// the ipv6_prefix of the configuration.
+// trust logs in from the address, with nftwl login as Dovecot runs it. prefix is the
+// ipv6_prefix of the configuration.
 func (f *firewall) trust(address netip.Addr, prefix int, timeout string) {
 	f.Helper()
 	f.nftwl(prefix, []string{"IP=" + address.String(), "NFTWL_TIMEOUT=" + timeout}, "login", "/bin/true")
 }
 
-// run runs a command of nftwl's.
+// run runs a command of nftwl.
 func (f *firewall) run(args ...string) {
 	f.Helper()
 	f.nftwl(128, nil, args...)
@@ -218,13 +218,13 @@ func set(list string, address netip.Addr) string {
 	return list + "_ipv6"
 }
 
-// packets returns what the counters of the rules with the comment add up to.
+// packets returns the sum of the counters of all rules with the comment.
 func (f *firewall) packets(comment string) int {
 	f.Helper()
 	rules := regexp.MustCompile(`counter packets (\d+) .*comment "`+regexp.QuoteMeta(comment)+`"`).
 		FindAllStringSubmatch(f.nft("list", "table", f.table), -1)
 	if len(rules) == 0 {
-		f.Fatalf("no rule counts %q", comment)
+		f.Fatalf("no rule with a counter has the comment %q", comment)
 	}
 	sum := 0
 	for _, m := range rules {
@@ -237,7 +237,7 @@ func (f *firewall) packets(comment string) int {
 	return sum
 }
 
-// A mailserver is a firewall with something behind it: each port echoes.
+// A mailserver is a firewall with servers behind it: each port echoes.
 type mailserver struct {
 	*firewall
 	internet *nstest.Peer
@@ -257,11 +257,11 @@ func serve(t *testing.T, l layout, root string, edits ...edit) *mailserver {
 	return s
 }
 
-// A dropped SYN comes again after one second: a connection that is opened
-// within less was let in by its first packet.
+// A client repeats a dropped SYN after one second. So if a connection opens sooner,
+// its first packet got in.
 const (
-	soon  = 900 * time.Millisecond // for what must be let in, on a busy machine
-	never = 300 * time.Millisecond // for what must not
+	soon  = 900 * time.Millisecond // for connections that must get in, on a busy machine
+	never = 300 * time.Millisecond // for those that must not
 )
 
 // open opens a connection that the firewall must let in.
@@ -269,15 +269,15 @@ func (s *mailserver) open(from netip.Addr, port int) *net.TCPConn {
 	s.Helper()
 	conn := s.internet.Connect(s, from, port, soon)
 	if conn == nil {
-		s.Fatalf("%s is kept from port %d", from, port)
+		s.Fatalf("%s does not get to port %d", from, port)
 	}
 	s.Cleanup(func() { conn.Close() })
-	// It is open for its client before the last packet of the handshake arrives.
+	// The client sees it as open before the last packet of the handshake arrives.
 	s.alive(conn)
 	return conn
 }
 
-// pass opens n connections one after another.
+// pass opens n connections, one after the other, which must all get in.
 func (s *mailserver) pass(from netip.Addr, port, n int) {
 	s.Helper()
 	for range n {
@@ -328,7 +328,7 @@ func echo(conn *net.TCPConn) error {
 	return err
 }
 
-// until tries until a connection is let in, or kept out.
+// until tries until a connection gets in, or until none does.
 func (s *mailserver) until(open bool, from netip.Addr, port int) {
 	s.Helper()
 	for deadline := time.Now().Add(15 * time.Second); time.Now().Before(deadline); {

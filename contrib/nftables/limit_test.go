@@ -20,7 +20,7 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// A forger sends TCP packets of any source from the peer.
+// A forger sends TCP packets from the peer, with any source address.
 type forger struct {
 	*mailserver
 	ipv4, ipv6 int // raw sockets
@@ -37,7 +37,7 @@ func (s *mailserver) forger() *forger {
 	f := &forger{mailserver: s}
 	var err error
 	s.internet.Do(func() {
-		// Of this protocol, packets have their IP header already: raw(7), ipv6(7).
+		// With this protocol, the sender provides the IP header: raw(7), ipv6(7).
 		if f.ipv4, err = unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW); err == nil {
 			f.ipv6, err = unix.Socket(unix.AF_INET6, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
 		}
@@ -74,7 +74,7 @@ func (f *forger) trySend(from netip.AddrPort, port uint16, flags byte, seq, ackS
 	for b := append(pseudo, tcp...); len(b) > 0; b = b[2:] {
 		sum += uint32(be.Uint16(b))
 	}
-	be.PutUint16(tcp[16:], ^uint16(sum+sum>>16)) // so few words carry once
+	be.PutUint16(tcp[16:], ^uint16(sum+sum>>16)) // few words, so one carry is enough
 
 	if from.Addr().Is4() {
 		ip := append([]byte{0x45, 0, 0, byte(20 + len(tcp)), 0, 0, 0, 0, 64, unix.IPPROTO_TCP, 0, 0}, from.Addr().AsSlice()...)
@@ -86,15 +86,15 @@ func (f *forger) trySend(from netip.AddrPort, port uint16, flags byte, seq, ackS
 	return unix.Sendto(f.ipv6, ip, 0, &unix.SockaddrInet6{Addr: server.As16()})
 }
 
-// Nobody can use up another's connections by forging his address: with SYNs,
-// with ACKs, or with both, as he does not see the server's sequence number.
+// Nobody can use up a client's connections by forging its address, with SYNs, ACKs or
+// both, because the forger does not see the server's sequence number.
 func TestForgedAddress(t *testing.T) {
 	each(t, func(t *testing.T, l layout, root string) {
 		s := serve(t, l, root)
 		f := s.forger()
 		for _, silent := range []bool{false, true} {
 			if silent {
-				// One whose host does not reset what it did not ask for.
+				// A host that does not reset connections that it did not open.
 				s.internet.Do(func() {
 					nstest.Nft(s, "table inet silent { chain output { type filter hook output priority 0; tcp flags & rst == rst drop; }; }")
 				})
@@ -129,8 +129,8 @@ const overloaded = 2587
 
 var withOverloaded = edit{"nftwl_submission_ports = { 465, 587 }", "nftwl_submission_ports = { 465, 587, 2587 }"}
 
-// overload listens on the port overloaded and answers no SYN, as its backlog is
-// full, until it is relieved.
+// overload listens on the port overloaded. Its backlog is full, so no SYN is answered
+// until relieve is called.
 func (s *mailserver) overload() (relieve func() error) {
 	s.Helper()
 	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -149,7 +149,7 @@ func (s *mailserver) overload() (relieve func() error) {
 		s.Fatal(err)
 	}
 	s.Cleanup(func() { l.Close(); file.Close() })
-	// From loopback, which no rule concerns.
+	// From loopback, which no rule limits.
 	for tries := 0; ; tries++ {
 		conn, err := net.DialTimeout("tcp", fmt.Sprintf("127.0.0.1:%d", overloaded), never)
 		if err != nil {
@@ -166,8 +166,8 @@ func (s *mailserver) overload() (relieve func() error) {
 	}
 }
 
-// A client repeats a SYN that a busy server does not answer. That costs the
-// client nothing.
+// A client repeats a SYN that a busy server does not answer. The repeats do not
+// count.
 func TestFullBacklog(t *testing.T) {
 	each(t, func(t *testing.T, l layout, root string) {
 		s := serve(t, l, root, withOverloaded)
@@ -184,7 +184,7 @@ func TestFullBacklog(t *testing.T) {
 				waiting = append(waiting, fd)
 			}
 		}
-		// Three SYNs of each connection.
+		// Each connection sends three SYNs.
 		for deadline := time.Now().Add(20 * time.Second); s.packets("nftwl: strangers") < 3*len(waiting); {
 			if time.Now().After(deadline) {
 				t.Fatal("no SYN is repeated, or none is let in")
@@ -204,14 +204,14 @@ func TestFullBacklog(t *testing.T) {
 	})
 }
 
-// burst40 is the limit of a network, and ever is an edit that has it regain no
-// connection during a test.
+// burst40 is the limit of a network. ever is an edit that slows the limit down, so
+// that no connection is regained during a test.
 const burst40 = 40
 
 var ever = edit{"20/minute burst 40", "1/day burst 40"}
 
-// Who changes addresses within a network, and never exceeds the limit of one,
-// is limited all the same. That bans nobody, and keeps out no user.
+// A client that changes addresses within a network, and exceeds the limit of none of
+// them, is limited by the network. That shuts out no address, and no user.
 func TestNetwork(t *testing.T) {
 	networks := []struct {
 		name        string
@@ -250,7 +250,7 @@ func TestNetwork(t *testing.T) {
 	})
 }
 
-// Behind NAT64, each address is a source.
+// Behind NAT64, each address is limited by itself.
 func TestNAT64(t *testing.T) {
 	stranger, another := addr("64:ff9b::198.51.100.66"), addr("64:ff9b::198.51.100.67")
 	each(t, func(t *testing.T, l layout, root string) {
@@ -265,8 +265,9 @@ func TestNAT64(t *testing.T) {
 	})
 }
 
-// What someone opened before the limit set in does not get in either, nor does
-// it use up what is left to the neighbours.
+// A client completes many handshakes at once, after it has begun all of them. The
+// connections over the limit do not get in, and do not use up what the network has
+// left for the neighbours.
 func TestHalfOpen(t *testing.T) {
 	each(t, func(t *testing.T, l layout, root string) {
 		s := serve(t, l, root, ever)
@@ -297,9 +298,9 @@ func TestHalfOpen(t *testing.T) {
 	})
 }
 
-// What the attackers of the limit fill is the limit's alone: with forged
-// addresses, which fill nothing, with every address of a /47, and with as many
-// as exceed the limit, bans go on working.
+// An attack on the limit fills only the limit's own sets, so bans go on working. The
+// attackers use forged addresses, which fill nothing, every address of a /47, and as
+// many addresses as exceed the limit.
 func TestBansWhileAttacked(t *testing.T) {
 	const size = 10
 	each(t, func(t *testing.T, l layout, root string) {
@@ -316,7 +317,7 @@ func TestBansWhileAttacked(t *testing.T) {
 		}
 		for _, set := range []string{"banned_ipv4", "limited_ipv4", "submission_rate_ipv4"} {
 			if n := elements(set); n != 0 {
-				t.Errorf("%s has %d elements by forged addresses", set, n)
+				t.Errorf("%s has %d elements from forged packets", set, n)
 			}
 		}
 		for i := range 10 * size {
@@ -343,8 +344,8 @@ func TestBansWhileAttacked(t *testing.T) {
 	})
 }
 
-// New rates hold for who has been here before, too. Those who are limited stay
-// so, and what is open stays open.
+// New rates also apply to clients that connected before. Limited clients stay limited,
+// and open connections stay open.
 func TestChangedRate(t *testing.T) {
 	const burst30 = 30
 	each(t, func(t *testing.T, l layout, root string) {
@@ -390,8 +391,8 @@ func TestChangedRate(t *testing.T) {
 	})
 }
 
-// Connections that the limit does not count: one that was open before it, and
-// those that the administrator accepts before it.
+// The limit does not count a connection that was open before it was loaded, nor those
+// that the administrator accepts before it.
 func TestNotCounted(t *testing.T) {
 	before := map[string]edit{
 		"filter":     {"\t\tjump nftwl\n", "\t\tip saddr 203.0.113.7 accept\n\t\tip6 saddr 2001:db8:b:1::7 accept\n\t\tjump nftwl\n"},
@@ -423,8 +424,8 @@ func TestNotCounted(t *testing.T) {
 	})
 }
 
-// Conntrack takes a SYN for a part of the connection that had the same ports, for
-// a while after the server reset that. It is a new connection all the same.
+// For a while after the server has reset a connection, conntrack assigns a SYN with
+// the same ports to it. The limit still counts that SYN's connection as a new one.
 func TestReusedPort(t *testing.T) {
 	each(t, func(t *testing.T, l layout, root string) {
 		s := serve(t, l, root, withOverloaded)
@@ -496,7 +497,8 @@ func TestReusedPort(t *testing.T) {
 	})
 }
 
-// Packets that the kernel does not track are banned, limited and trusted too.
+// Trust, bans and limited addresses also work for packets that the kernel does not
+// track.
 func TestUntracked(t *testing.T) {
 	stateless := map[string][]edit{
 		"filter": {

@@ -10,8 +10,8 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// What one nft loads, every nft reads back, and what it prints loads again:
-// the masks of concatenated keys in particular.
+// Every version of nft can read back what another has loaded, and load what it
+// prints, including the masks of concatenated keys.
 func TestLoad(t *testing.T) {
 	each(t, func(t *testing.T, l layout, root string) {
 		for name, edits := range map[string][]edit{
@@ -50,19 +50,19 @@ func TestLoad(t *testing.T) {
 	})
 }
 
-// spelling evens out what nft 1.0.6 prints in other words than nft 1.1.3. Five
-// packets are nft's default burst.
+// spelling has the pairs that nft 1.0.6 and 1.1.3 print differently. A burst of five
+// packets is nft's default.
 var spelling = strings.NewReplacer(
 	" burst 5 packets", "",
 	"& (syn | rst | ack) == ack", "ack / syn,rst,ack",
 	"& (fin | syn | rst | ack) == syn", "syn / fin,syn,rst,ack",
 	"& (fin | syn | rst | ack) != syn", "!= syn / fin,syn,rst,ack",
 	"& (126 | 127) == 126", "126 / 126,127",
-	"meta l4proto tcp", "meta l4proto 6", // there is no /etc/protocols
+	"meta l4proto tcp", "meta l4proto 6", // without /etc/protocols
 )
 
-// Loading a file again replaces its rules, doubles none of them, and leaves the
-// elements alone.
+// Loading a file again replaces its rules, duplicates none of them, and keeps the
+// elements.
 func TestReload(t *testing.T) {
 	each(t, func(t *testing.T, l layout, root string) {
 		f := install(t, l, root)
@@ -80,7 +80,7 @@ func TestReload(t *testing.T) {
 	})
 }
 
-// sets.nft is loaded alone by others, and every other file is of use.
+// sets.nft loads alone, and nftwl.nft includes every other file.
 func TestFiles(t *testing.T) {
 	for _, v := range nftVersions {
 		t.Run(v.name, func(t *testing.T) {
@@ -106,7 +106,7 @@ func TestFiles(t *testing.T) {
 			t.Fatal(err)
 		}
 		if !strings.Contains(string(text), "# nftwl.yaml: ") {
-			t.Errorf("%s does not say which keys belong to it", file)
+			t.Errorf("%s does not name the configuration keys that belong to it", file)
 		}
 		for line := range strings.Lines(string(text)) {
 			if strings.HasPrefix(line, "\tset ") && strings.Count(string(text), line) > 1 {
@@ -119,7 +119,7 @@ func TestFiles(t *testing.T) {
 	}
 }
 
-// A program that reads the sets' definitions knows no variables.
+// sets.nft has no variables, because programs read its definitions.
 func TestSetsArePlain(t *testing.T) {
 	nstest.New(t)
 	text, err := os.ReadFile("sets.nft")

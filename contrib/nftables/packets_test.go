@@ -13,11 +13,11 @@ import (
 
 var addr = netip.MustParseAddr
 
-// A family has the same people in each of its two variants.
+// A family has the same kinds of clients in IPv4 and in IPv6.
 type family struct {
 	name              string
 	stranger, another netip.Addr // no network in common
-	source            netip.Addr // what the stranger is limited as
+	source            netip.Addr // the address under which the stranger is limited
 	user              netip.Addr
 	local             netip.Addr
 }
@@ -27,8 +27,8 @@ var families = []family{
 	{"ipv6", addr("2001:db8:a:1::66"), addr("2001:db8:a:2::66"), addr("2001:db8:a:1::"), addr("2001:db8:b:1::7"), addr("::1")},
 }
 
-// burst5 is the limit of submission.nft: as many connections at once, and the
-// next is too many.
+// burst5 is the limit of submission.nft: so many connections at once, and the next
+// one is refused.
 const burst5 = 5
 
 func TestStrangerIsLimited(t *testing.T) {
@@ -37,8 +37,8 @@ func TestStrangerIsLimited(t *testing.T) {
 		for _, who := range families {
 			t.Run(who.name, func(t *testing.T) {
 				t.Parallel()
-				// The count must be forgotten before the source is let in again, or
-				// its first connection is over the limit.
+				// The count must expire before the source gets in again. Otherwise its
+				// first connection would be over the limit.
 				s := serve(t, l, root, edit{"timeout 1h", "timeout 3s"}, edit{"timeout 10m", "timeout 1s"})
 				held := s.open(who.stranger, 587)
 				s.pass(who.stranger, 587, burst5-1)
@@ -54,7 +54,7 @@ func TestStrangerIsLimited(t *testing.T) {
 					t.Error("the limit bans")
 				}
 
-				// Nothing and nobody else suffers.
+				// Other ports and other clients are not affected.
 				s.pass(who.stranger, 465, burst5)
 				s.pass(who.stranger, 993, 2*burst5)
 				s.pass(who.stranger, 25, 2*burst5)
@@ -107,7 +107,7 @@ func TestTrustedPasses(t *testing.T) {
 				s.pass(who.user, 587, burst5)
 			}
 
-			// One who was limited when the login came.
+			// A client that was limited when it logged in.
 			s.pass(who.stranger, 587, burst5)
 			s.refuse(who.stranger, 587)
 			s.drop(who.stranger, 587)
@@ -118,13 +118,13 @@ func TestTrustedPasses(t *testing.T) {
 			}
 		}
 		if n := s.packets("nftwl: over the limit"); n != len(families) {
-			t.Errorf("%d connections were over the limit, want %d, of those not yet trusted", n, len(families))
+			t.Errorf("%d connections of untrusted clients were over the limit, want %d", n, len(families))
 		}
 	})
 }
 
-// network is the address that stands for an IPv6 address's /64. An IPv4
-// address stands for itself.
+// network returns the address that stands for an IPv6 address's /64 in the sets. An
+// IPv4 address stands for itself.
 func network(a netip.Addr) netip.Addr {
 	if a.Is4() {
 		return a
@@ -136,8 +136,8 @@ func network(a netip.Addr) netip.Addr {
 	return p.Addr()
 }
 
-// A ban from nftwl or fail2ban names an address, and IPv6 addresses beside it
-// are not meant.
+// A ban by nftwl or fail2ban names one address. Other addresses of its /64 are not
+// banned.
 func TestBannedAddress(t *testing.T) {
 	each(t, func(t *testing.T, l layout, root string) {
 		s := serve(t, l, root)
@@ -151,7 +151,7 @@ func TestBannedAddress(t *testing.T) {
 				t.Errorf("the rule for banned %s counts %d packets, want 1", who.name, got)
 			}
 		}
-		// A network is banned as a whole.
+		// A ban of a /64 covers all its addresses.
 		s.add("banned", addr("2001:db8:a:9::"), 993, "1h")
 		s.drop(addr("2001:db8:a:9::1"), 993)
 		s.pass(addr("2001:db8:a:8::1"), 993, 1)
@@ -210,14 +210,14 @@ func TestIPv6Prefix(t *testing.T) {
 			if n := s.packets("nftwl: trusted IPv6 network"); n != 2*burst5+1 {
 				t.Errorf("the rule counts %d packets, want %d", n, 2*burst5+1)
 			}
-			// An address behind NAT64 stands for itself, beside the networks.
+			// An address behind NAT64 is trusted alone, without its /64.
 			s.trust(addr("64:ff9b::192.0.2.7"), 64, "1h")
 			s.pass(addr("64:ff9b::192.0.2.7"), 587, 1)
 			s.drop(addr("64:ff9b::192.0.2.8"), 587)
 			if n := s.packets("nftwl: trusted IPv6"); n != 1 {
 				t.Errorf("the rule of single addresses counts %d packets, want 1", n)
 			}
-			// IPv4 is as ever.
+			// IPv4 does not change.
 			s.trust(families[0].user, 128, "1h")
 			s.pass(families[0].user, 587, 1)
 			s.drop(families[0].user.Next(), 587)
@@ -225,7 +225,7 @@ func TestIPv6Prefix(t *testing.T) {
 	})
 }
 
-// Whoever changes his address within a /64 is one source all the same.
+// A client that changes its address within a /64 still counts as one source.
 func TestRotationWithinA64(t *testing.T) {
 	each(t, func(t *testing.T, l layout, root string) {
 		s := serve(t, l, root)
@@ -260,8 +260,8 @@ func TestLoopbackAndSSH(t *testing.T) {
 	})
 }
 
-// The limit lets a source pass that it has no room to remember, and still
-// limits the others.
+// If the limit's set is full, a source that is not in it gets in, and the others are
+// still limited.
 func TestFullLimit(t *testing.T) {
 	each(t, func(t *testing.T, l layout, root string) {
 		s := serve(t, l, root, edit{"size 262144", "size 2"})
@@ -275,7 +275,7 @@ func TestFullLimit(t *testing.T) {
 	})
 }
 
-// What is over the limit is refused where the source cannot be kept out.
+// Connections over the limit are refused even if the limited set is full.
 func TestFullLimited(t *testing.T) {
 	each(t, func(t *testing.T, l layout, root string) {
 		s := serve(t, l, root, edit{"size 262144", "size 5"})
@@ -296,7 +296,7 @@ func TestFullLimited(t *testing.T) {
 	})
 }
 
-// The example: what else it lets in, and that it lets in nothing else.
+// The example firewall lets in what it names, and nothing else.
 func TestExample(t *testing.T) {
 	ping := nstest.Need(t, "ping", "iputils-ping")
 	for _, v := range nftVersions {
@@ -316,13 +316,13 @@ func TestExample(t *testing.T) {
 				})
 			}
 
-			// A DHCPv6 server's answer to what the client sent to all servers.
+			// A DHCPv6 server's answer to a client's multicast.
 			l, err := net.ListenPacket("udp6", "[fe80::1%net0]:546")
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer l.Close()
-			for _, port := range []int{548, 547} { // the first must not come
+			for _, port := range []int{548, 547} { // only the second gets in
 				s.internet.Do(func() {
 					err = send(port)
 				})
@@ -354,7 +354,7 @@ func send(from int) error {
 	return err
 }
 
-// What standalone.nft says of itself, beside another firewall's table.
+// standalone.nft works beside another firewall's table as its comments say.
 func TestStandaloneBesideAnotherFirewall(t *testing.T) {
 	for _, v := range nftVersions {
 		t.Run(v.name, func(t *testing.T) {
@@ -372,10 +372,10 @@ func TestStandaloneBesideAnotherFirewall(t *testing.T) {
 			for _, who := range families {
 				s.trust(who.user, 128, "1h")
 				s.pass(who.user, 587, 2*burst5)
-				s.drop(who.user, 993) // trusted, but not open in theirs
+				s.drop(who.user, 993) // trusted, but the other firewall has closed the port
 
 				s.pass(who.stranger, 587, burst5)
-				s.refuse(who.stranger, 587) // open in theirs, but over the limit
+				s.refuse(who.stranger, 587) // open in the other firewall, but over the limit
 				s.drop(who.stranger, 587)
 				s.pass(who.stranger, 143, 1)
 			}
@@ -383,10 +383,10 @@ func TestStandaloneBesideAnotherFirewall(t *testing.T) {
 	}
 }
 
-// What nftwl's chain drops, no accept after the jump lets in.
+// An accept after the jump does not let in what nftwl's chain drops.
 func TestLaterAccept(t *testing.T) {
 	later := edit{"\t\tjump nftwl\n", "\t\tjump nftwl\n\t\ttcp dport { 465, 587 } accept\n"}
-	full := edit{"size 262144", "size 1"} // refuses, and remembers nobody
+	full := edit{"size 262144", "size 1"} // so that the limit refuses but shuts nobody out
 	l := layouts[0]
 	for _, v := range nftVersions {
 		t.Run(v.name, func(t *testing.T) {
@@ -411,7 +411,7 @@ func TestLaterAccept(t *testing.T) {
 	}
 }
 
-// Loopback is no stranger wherever the jump stands.
+// Connections over loopback are never limited, wherever the jump is.
 func TestLoopbackInOwnChain(t *testing.T) {
 	serve(t, layouts[0], "/",
 		edit{"\t\tiif \"lo\" accept\n", ""}, edit{"\t\tjump nftwl\n", "\t\tjump nftwl\n\t\tiif \"lo\" accept\n"})

@@ -1,5 +1,5 @@
-// Package packaging tests what `make packages` makes, as files. That they
-// install is the affair of cmd/nftwl/e2e/systemd.
+// Package packaging tests the packages that `make packages` makes, as files.
+// cmd/nftwl/e2e/systemd installs them.
 package packaging
 
 import (
@@ -26,7 +26,7 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// run returns what a program prints.
+// run runs a program and returns its output.
 func run(t *testing.T, env []string, program string, args ...string) string {
 	t.Helper()
 	cmd := exec.Command(program, args...)
@@ -40,7 +40,7 @@ func run(t *testing.T, env []string, program string, args ...string) string {
 	return string(out)
 }
 
-// All keys are commented, and say the defaults.
+// nftwl.yaml has all keys, commented out, with their defaults.
 func TestConfig(t *testing.T) {
 	text, err := os.ReadFile("nftwl.yaml")
 	if err != nil {
@@ -53,13 +53,13 @@ func TestConfig(t *testing.T) {
 			t.Errorf("%+v, %v, of\n%s", c, err, text)
 		}
 	}
-	// Except policy and failures, which have no default.
+	// Except policy and failures, which are off by default.
 	if n, want := len(keys.FindAll(text, -1)), reflect.TypeFor[config.Config]().NumField()-2; n != want {
 		t.Errorf("%d keys of %d", n, want)
 	}
 }
 
-// What is older sorts before what is newer.
+// An older version sorts before a newer one.
 func TestVersion(t *testing.T) {
 	rpm := nstest.Need(t, "rpm", "rpm")
 	dpkg := nstest.Need(t, "dpkg", "dpkg")
@@ -93,13 +93,13 @@ func TestVersion(t *testing.T) {
 	}
 }
 
-// file is what a package has at a path.
+// A file is a file of a package.
 type file struct {
 	mode fs.FileMode
 	text []byte
 }
 
-// untar returns the files of a package's tar, less the folders.
+// untar returns the files of a package's tar, without the directories.
 func untar(t *testing.T, from io.Reader) map[string]file {
 	t.Helper()
 	files := make(map[string]file)
@@ -115,9 +115,9 @@ func untar(t *testing.T, from io.Reader) map[string]file {
 		if mode.IsDir() && mode.Perm() != 0o755 || h.Uid != 0 || h.Gid != 0 {
 			t.Errorf("%s is of %d:%d, with mode %v", h.Name, h.Uid, h.Gid, mode)
 		}
-		// Go's own bits, such as that of a folder. apk takes no such number.
+		// apk does not accept a mode with Go's own bits, such as the one for a directory.
 		if h.Mode > 0o7777 {
-			t.Errorf("%s has the mode %#o", h.Name, h.Mode)
+			t.Errorf("%s has mode %#o", h.Name, h.Mode)
 		}
 		text, err := io.ReadAll(r)
 		if err != nil {
@@ -162,7 +162,7 @@ usr/share/man/man8/nftwl.8.gz
 usr/share/man/man8/nftwld.8.gz
 ` + completions
 
-// wanted is what a package has to have.
+// wanted returns the files that a package must have.
 func wanted(t *testing.T, format string) []string {
 	t.Helper()
 	list := common
@@ -194,8 +194,8 @@ func wanted(t *testing.T, format string) []string {
 	return names
 }
 
-// A release, built twice: in folders of different names, by users with
-// different habits.
+// A release that is built twice is the same, in directories with different names and
+// by users with different settings.
 func TestPackages(t *testing.T) {
 	nstest.Need(t, "git", "git")
 	dir := t.TempDir()
@@ -232,7 +232,7 @@ func TestPackages(t *testing.T) {
 		}
 		again, err := os.ReadFile(filepath.Join(two, "build/packages", name))
 		if err != nil || !bytes.Equal(text, again) {
-			t.Errorf("%s comes out differently: %v", name, err)
+			t.Errorf("%s differs between the builds: %v", name, err)
 		}
 
 		var files map[string]file
@@ -275,7 +275,7 @@ func TestPackages(t *testing.T) {
 	}
 }
 
-// check looks at the files of a package.
+// check checks the files of a package.
 func check(t *testing.T, name string, files map[string]file) {
 	t.Helper()
 	for path, f := range files {
