@@ -24,16 +24,14 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// BenchmarkLogin measures whole logins over IMAP (connect, LOGIN, LOGOUT) and
-// prints a table of what each way to trust the clients adds to them. make bench
-// runs it.
+// BenchmarkLogin measures whole IMAP logins (connect, LOGIN, LOGOUT), and prints a
+// table of what each way to trust the clients costs. make bench runs it.
 //
-// The servers are alike but for the hook. All are up at the same time and take
-// turns in random order, so that a machine whose speed drifts treats them
-// alike; and all are started anew a few times, as one that lies badly in memory
-// or in the caches stays a few hundredths slower until its end. The figures to
-// quote are the ratios of the medians. Each login comes from an address of its
-// own, so that each has something to write.
+// The servers differ only in the hook. All run at the same time and take turns in
+// random order, so that a machine whose speed changes treats them alike. All are
+// restarted a few times, because a server that lies badly in memory or in the caches
+// stays a few percent slower until its end. Quote the ratios of the medians. Each
+// login comes from its own address, so that each has something to write.
 func BenchmarkLogin(b *testing.B) {
 	const (
 		starts = 5   // of each server
@@ -59,7 +57,7 @@ func BenchmarkLogin(b *testing.B) {
 		}},
 	}
 	order := rand.New(rand.NewPCG(1, 2))
-	// In another order each time, as it matters who follows whom.
+	// The order changes each time, because each server affects the next.
 	shuffled := func() []*candidate {
 		order.Shuffle(len(candidates), func(i, j int) {
 			candidates[i], candidates[j] = candidates[j], candidates[i]
@@ -95,7 +93,7 @@ func BenchmarkLogin(b *testing.B) {
 		}
 	}
 
-	// Not through b.Log, which indents.
+	// b.Log would indent it.
 	w := os.Stdout
 	fmt.Fprintf(w, "\nWhole IMAP logins over loopback, each from a new address: median of %d in turn, and of %d passes of %d with %d at once, Dovecot %s, %s, %s, %d processors.\n\n",
 		starts*rounds, starts*passes, logins, atOnce, strings.Fields(host.version)[0], runtime.Version(), kernel(b), runtime.NumCPU())
@@ -108,17 +106,17 @@ func BenchmarkLogin(b *testing.B) {
 			ms(c.used)/(starts*passes*logins))
 	}
 	fmt.Fprintln(w)
-	b.ReportMetric(0, "ns/op") // which would be that of all together
+	b.ReportMetric(0, "ns/op") // omits it, because it would be the sum of all candidates
 }
 
-// candidate is a server to measure, and what was measured over all its starts.
+// candidate is a server to measure, with its measurements since the first start.
 type candidate struct {
 	name   string
 	with   with
 	trusts bool
 
 	inTurn, atOnce []time.Duration
-	used           time.Duration // in the passes, by all of the server's processes
+	used           time.Duration // processor time of all of the server's processes in the passes
 
 	// Since the last start.
 	testing.TB
@@ -129,8 +127,8 @@ type candidate struct {
 	end    func() // of the goroutine
 }
 
-// start runs the server, from a goroutine of its own: see nstest.New. All that
-// is done with it is done there, until it stops or the bench fails.
+// start starts the server in a goroutine of its own: see nstest.New. Everything that
+// uses the server runs there, until it stops or the benchmark fails.
 func (c *candidate) start(b *testing.B, host dovecot) {
 	c.TB, c.count, c.clean = b, 0, nil
 	work, ended := make(chan func()), make(chan struct{})
@@ -158,7 +156,7 @@ func (c *candidate) start(b *testing.B, host dovecot) {
 	})
 }
 
-// stop sees to it that all logins did all their work, and stops the server.
+// stop checks that all logins were trusted, and stops the server.
 func (c *candidate) stop() {
 	c.do(func() {
 		want := 0
@@ -173,7 +171,7 @@ func (c *candidate) stop() {
 	c.end()
 }
 
-// Cleanup is for the helpers: what they clean up is in the namespaces.
+// Cleanup collects what the helpers clean up; end runs it, in the namespaces.
 func (c *candidate) Cleanup(f func()) { c.clean = append(c.clean, f) }
 
 // do calls f in the server's namespaces.
@@ -186,15 +184,15 @@ func (c *candidate) do(f func()) {
 	}
 	<-done
 	if c.Failed() {
-		c.FailNow() // the goroutine may have ended
+		c.FailNow() // because the goroutine may have ended
 	}
 }
 
-// clients is where the logins come from: a network that is set aside for
-// benchmarks (RFC 2544).
+// clients is the network that the logins come from, which is reserved for benchmarks
+// (RFC 2544).
 var clients = netip.MustParsePrefix("198.18.0.0/15")
 
-// dial connects from an address that was not there before.
+// dial connects from the next unused address.
 func (c *candidate) dial() net.Conn {
 	c.count++
 	from := clients.Addr().As4()
@@ -205,8 +203,8 @@ func (c *candidate) dial() net.Conn {
 	return conn
 }
 
-// login logs in once, waits until the server is at rest, and returns how long
-// the login took.
+// login logs in once, waits until the server is idle, and returns how long the login
+// took.
 func (c *candidate) login() (took time.Duration) {
 	c.do(func() {
 		start := time.Now()
@@ -220,8 +218,8 @@ func (c *candidate) login() (took time.Duration) {
 	return took
 }
 
-// pass logs in count times, so many at once, waits until the server is at
-// rest, and returns how long the logins took together.
+// pass logs in count times, atOnce of them at a time. It waits until the server is
+// idle, and returns how long the logins took together.
 func (c *candidate) pass(count, atOnce int) (took time.Duration) {
 	c.do(func() {
 		places := make(chan struct{}, atOnce)
@@ -229,7 +227,7 @@ func (c *candidate) pass(count, atOnce int) (took time.Duration) {
 		start := time.Now()
 		for range count {
 			places <- struct{}{}
-			conn := c.dial() // here: another thread is in another namespace
+			conn := c.dial() // in this goroutine: other threads are in another namespace
 			all.Go(func() {
 				defer func() { <-places }()
 				defer conn.Close()
@@ -245,8 +243,7 @@ func (c *candidate) pass(count, atOnce int) (took time.Duration) {
 	return took
 }
 
-// inAndOut logs in and out, and returns when the server has closed the
-// connection.
+// inAndOut logs in and out, and returns when the server has closed the connection.
 func inAndOut(conn net.Conn) error {
 	c := textproto.NewConn(conn)
 	if _, err := c.ReadLine(); err != nil {
@@ -264,11 +261,11 @@ func inAndOut(conn net.Conn) error {
 	return nil
 }
 
-// rest waits until the processes of the logins are gone, so that one login's
-// end does not slow the next one down.
+// rest waits until the processes of the logins are gone, so that the end of one login
+// does not slow down the next.
 func (c *candidate) rest() {
 	lasting := []string{"anvil", "auth", "config", "log", "stats"}
-	nstest.Poll(c, "Dovecot to be at rest", func() bool {
+	nstest.Poll(c, "Dovecot to be idle", func() bool {
 		for _, pid := range c.children() {
 			p := c.process(pid)
 			if p.name != "" && !slices.Contains(lasting, p.name) {
@@ -279,8 +276,8 @@ func (c *candidate) rest() {
 	})
 }
 
-// cpu is what all processes of a server at rest have used until now, with
-// those that have ended: each was waited for by its parent.
+// cpu returns the processor time that all processes of an idle server have used,
+// including those that have ended, because their parents have waited for them.
 func (c *candidate) cpu() (sum time.Duration) {
 	pids := append(c.children(), c.server.dovecot.Pid)
 	for _, pid := range pids {
@@ -289,7 +286,7 @@ func (c *candidate) cpu() (sum time.Duration) {
 	return sum
 }
 
-// children returns the process ids of those that Dovecot's master has started.
+// children returns the ids of the processes that Dovecot's master has started.
 func (c *candidate) children() (pids []int) {
 	children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", c.server.dovecot.Pid))
 	nstest.Must(c, err)
@@ -301,7 +298,7 @@ func (c *candidate) children() (pids []int) {
 	return pids
 }
 
-// process is one as proc_pid_stat(5) shows it; the zero value where it is gone.
+// process has what proc_pid_stat(5) tells about a process; zero if it is gone.
 type process struct {
 	name string
 	cpu  time.Duration // its own and its children's

@@ -11,8 +11,8 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// protocols are Dovecot's that run a post-login service, under the names that
-// its setting "protocols" has for them.
+// protocols has Dovecot's protocols that run a post-login service, by their names in
+// the setting "protocols".
 var protocols = map[string]struct {
 	port  string
 	visit nstest.Visit
@@ -23,7 +23,7 @@ var protocols = map[string]struct {
 	"sieve":      {"4190", sieve},
 }
 
-// login visits the server from one of the client's addresses.
+// login logs in and uses the server, from one of the client's addresses.
 func login(from, port string, v nstest.Visit, user, password string) error {
 	c, err := dial(from, port)
 	if err != nil {
@@ -43,7 +43,7 @@ func loginTLS(from, port string, v nstest.Visit, user, password string) error {
 	return v(textproto.NewConn(tls.Client(c, &tls.Config{InsecureSkipVerify: true})), user, password)
 }
 
-// dial connects from one of the client's addresses, or over the loopback.
+// dial connects from one of the client's addresses, or over loopback.
 func dial(from, port string) (net.Conn, error) {
 	to := from // loopback, and the server's own address
 	switch from {
@@ -55,7 +55,7 @@ func dial(from, port string) (net.Conn, error) {
 	return nstest.Dial(from, to, port)
 }
 
-// sieve is the least of RFC 5804.
+// sieve logs in and out, with as little of RFC 5804 as that takes.
 func sieve(c *textproto.Conn, user, password string) error {
 	ask := func(format string, args ...any) error {
 		if format != "" {
@@ -90,7 +90,8 @@ func sieve(c *textproto.Conn, user, password string) error {
 	return ask("LOGOUT")
 }
 
-// relay is the mail server behind Dovecot's submission. It takes every mail.
+// relay is the mail server behind Dovecot's submission service. It accepts every
+// mail.
 func relay(l net.Listener) {
 	for {
 		conn, err := l.Accept()

@@ -18,8 +18,8 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// A diagnosis is what the doctor says of a group of checks: by their names,
-// "status: text" as a regular expression.
+// A diagnosis has the expected results of checks, by name: "status: text" as a regular
+// expression.
 type diagnosis map[string]string
 
 // healthy is the diagnosis of Dovecot as shipped.
@@ -29,8 +29,8 @@ var healthy = diagnosis{
 	"dovecot.login":     "ok: a login by service nftwl was tried: it trusts 192.0.2.[0-9]+ and 2001:db8:[0-9a-f:]+; that was removed again$",
 }
 
-// but returns the diagnosis with others in it; an empty text is of a check that
-// is not made.
+// but returns the diagnosis with some results replaced. An empty text means that doctor
+// does not make the check.
 func (d diagnosis) but(others diagnosis) diagnosis {
 	all := maps.Clone(d)
 	maps.Copy(all, others)
@@ -40,8 +40,8 @@ func (d diagnosis) but(others diagnosis) diagnosis {
 // notAsked is a diagnosis without a post-login service to look at.
 var notAsked = diagnosis{"dovecot.login": ""}
 
-// diagnoses runs `nftwl doctor` by a command, and compares what it says of
-// Dovecot and of a login.
+// diagnoses runs a command such as `nftwl doctor --json`, and compares its results
+// about Dovecot with a diagnosis.
 func diagnoses(t *testing.T, cmd *exec.Cmd, want diagnosis) {
 	t.Helper()
 	found := nstest.Diagnosis(t, nstest.Findings(t, cmd, "dovecot"))
@@ -60,18 +60,17 @@ func diagnoses(t *testing.T, cmd *exec.Cmd, want diagnosis) {
 	}
 }
 
-// doctor runs where Dovecot runs.
+// doctor returns the command that runs nftwl doctor on Dovecot's system.
 func (s *server) doctor() *exec.Cmd { return s.d.Command("/usr/bin/nftwl", "doctor", "--json") }
 
-// install makes the server's configuration that of the system, which the doctor
-// asks for.
+// install makes the server's configuration that of the system, which doctor reads.
 func (s *server) install() {
 	s.t.Helper()
 	nstest.Must(s.t, unix.Mount(s.path("dovecot.conf"), s.d.Path("etc/dovecot/dovecot.conf"), "", unix.MS_BIND, ""))
 }
 
-// capable makes a second nftwl with the capability: struct vfs_cap_data,
-// revision 2, CAP_NET_ADMIN permitted and effective.
+// capable makes a second nftwl with the file capability CAP_NET_ADMIN, permitted and
+// effective (struct vfs_cap_data, revision 2).
 func capable(s *server) {
 	s.t.Helper()
 	b, err := os.ReadFile(nstest.Build(s.t, "cmd/nftwl"))
@@ -81,12 +80,12 @@ func capable(s *server) {
 	nstest.Must(s.t, unix.Setxattr(s.path("nftwl"), "security.capability", []byte(xattr), 0))
 }
 
-// What becomes of a login.
+// The results of a login.
 const (
 	trusted = iota
 	untrusted
 	denied
-	deniedAfter // it was trusted
+	deniedAfter // trusted, then denied
 )
 
 // replace edits the drop-in.
@@ -96,12 +95,12 @@ func replace(old, new string) func(string) string {
 
 const (
 	hop       = "#!/bin/sh\nexec \"$@\"\n"
-	second    = dir + "/nftwl" // another one
+	second    = dir + "/nftwl" // a second program
 	asNobody  = "service nftwl {\n  user = nobody\n}\n"
 	runSecond = "service nftwl {\n  executable = script-login " + second + " login\n}\n"
 )
 
-// Dovecot is broken in each way that is known, and the doctor and a login agree.
+// However Dovecot is broken, doctor and a real login agree.
 func TestDoctor(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
@@ -340,7 +339,7 @@ func TestDoctor(t *testing.T) {
 					w.dropIn = func(s string) string {
 						edited := names.Replace(edit(s))
 						if edited == s {
-							t.Error("the drop-in is as before")
+							t.Error("the edit does not change the drop-in")
 						}
 						return edited
 					}
@@ -352,7 +351,7 @@ func TestDoctor(t *testing.T) {
 					c.after(s)
 				}
 				diagnoses(t, s.doctor(), healthy.but(c.change))
-				wantNobody(t) // the login that the doctor tries is none here
+				wantNobody(t) // the login that doctor tries leaves nothing behind
 
 				p := protocols["imap"]
 				if c.by != "" {
@@ -376,8 +375,8 @@ func TestDoctor(t *testing.T) {
 	}
 }
 
-// A mail process that serves several logins asks as the mail user from its
-// second on.
+// A mail process that serves several logins connects to the post-login service as the
+// mail user, from the second login on.
 func TestDoctorOnListener(t *testing.T) {
 	t.Parallel()
 	for _, listener := range []string{"", "group = nogroup", "user = nobody\n    mode = 0460"} {
@@ -407,14 +406,14 @@ func (d dovecot) deniesSecondLogin(t *testing.T, listener string) {
 	nstest.Poll(t, "Dovecot's log to deny the second login", func() bool { return re.MatchString(s.log()) })
 }
 
-// manyLogins has one process serve them all.
+// manyLogins lets one process serve all logins.
 const manyLogins = `service imap {
   $COUNT = 100
   process_limit = 1
 }
 `
 
-// settings puts the name that this Dovecot has for service_count into some.
+// settings replaces $COUNT by this Dovecot's name for service_count.
 func (d dovecot) settings(s string) string {
 	name := "restart_request_count"
 	if d.is23() {
@@ -431,7 +430,7 @@ func (s *server) mailIsNobodys() {
 	nstest.Run(s.t, "chown", "-R", id+":"+id, s.path("mail"))
 }
 
-// onListener has settings of the post-login service's listener.
+// onListener returns settings of the post-login service's listener.
 func onListener(settings string) string {
 	return "service nftwl {\n  unix_listener nftwl {\n    " + settings + "\n  }\n}\n"
 }
@@ -460,8 +459,8 @@ func TestDoctorOnOwnListener(t *testing.T) {
 	}
 }
 
-// A configuration is the one that Dovecot's login has, however it is named; and
-// who is not root is told so, rather than that Dovecot's settings are wrong.
+// doctor reads the configuration that Dovecot's logins use, whatever its path. To users
+// other than root it reports that, not that Dovecot's settings are wrong.
 func TestDoctorByHand(t *testing.T) {
 	t.Parallel()
 	eachDovecot(t, func(t *testing.T, d dovecot) {
@@ -508,7 +507,8 @@ func TestDoctorWithoutLogins(t *testing.T) {
 	})
 }
 
-// unchanged makes the drop-in the test's own, which can edit it.
+// unchanged leaves the drop-in as it is, but gives the server a copy that the test can
+// edit.
 func unchanged(s string) string { return s }
 
 func (s *server) edit(old, new string) {
@@ -516,8 +516,8 @@ func (s *server) edit(old, new string) {
 	s.write("90-nftwl.conf", strings.Replace(nstest.Read(s.t, dir+"/90-nftwl.conf"), old, new, 1), 0o644)
 }
 
-// The login that the doctor tries leaves nothing behind, not even a line in the
-// log, and who was trusted stays so.
+// The login that doctor tries leaves nothing behind, not even a line in the log, and
+// trusted addresses stay trusted.
 func TestDoctorLeavesNothing(t *testing.T) {
 	t.Parallel()
 	eachDovecot(t, func(t *testing.T, d dovecot) {
@@ -529,7 +529,7 @@ func TestDoctorLeavesNothing(t *testing.T) {
 			diagnoses(t, s.doctor(), healthy)
 		}
 		wantTrusted(t, client4, "alice", day)
-		// Nor is one taken that is trusted already: of these few are not.
+		// doctor takes an address that is not trusted yet. Few here are not.
 		for i := range 128 {
 			if i != 64 {
 				nstest.Nft(t, fmt.Sprintf("add element inet filter trusted_ipv4 { 192.0.2.%d . 993 timeout 1h }", 2*i+1))
@@ -543,8 +543,8 @@ func TestDoctorLeavesNothing(t *testing.T) {
 	})
 }
 
-// With ipv6_prefix, what is tried and removed is a network; and with sets of
-// addresses, one element.
+// With ipv6_prefix, doctor tries and removes a network; with sets keyed by address
+// alone, one element.
 func TestDoctorOnOtherSets(t *testing.T) {
 	t.Parallel()
 	eachDovecot(t, func(t *testing.T, d dovecot) {
@@ -572,7 +572,7 @@ func TestDoctorReload(t *testing.T) {
 		diagnoses(t, s.doctor(), healthy.but(diagnosis{"dovecot.running": due}))
 		s.shell("doveadm reload")
 		diagnoses(t, s.doctor(), healthy)
-		// The service that the configuration names is not there yet.
+		// The service that the configuration names does not exist yet.
 		s.write("90-nftwl.conf", strings.NewReplacer("service nftwl", "service later", "unix_listener nftwl", "unix_listener later",
 			"imap nftwl", "imap later", "pop3 nftwl", "pop3 later", "submission nftwl", "submission later", "managesieve nftwl", "managesieve later").
 			Replace(nstest.Read(s.t, dir+"/90-nftwl.conf")), 0o644)
@@ -585,8 +585,8 @@ func TestDoctorReload(t *testing.T) {
 	})
 }
 
-// What the remedy says, done to the letter, ends what it is for: at once, though
-// the service lacks all that nftwl needs.
+// The remedy, followed to the letter, fixes a service that lacks everything that nftwl
+// needs, in one step.
 func TestDoctorRemedy(t *testing.T) {
 	t.Parallel()
 	eachDovecot(t, func(t *testing.T, d dovecot) {
@@ -614,7 +614,7 @@ func TestDoctorRemedy(t *testing.T) {
 	})
 }
 
-// The line that overrides the drop-in is named, in a file that Dovecot reads
+// doctor names the line that overrides the drop-in, in a file that Dovecot reads
 // later.
 func TestDoctorOverridden(t *testing.T) {
 	t.Parallel()
@@ -635,8 +635,8 @@ func TestDoctorOverridden(t *testing.T) {
 	})
 }
 
-// What has no cause that is known is told by Dovecot's log, and what hangs is not
-// waited for.
+// If doctor does not know the cause, it prints Dovecot's log. It does not wait for a
+// program that hangs.
 func TestDoctorOnFailure(t *testing.T) {
 	t.Parallel()
 	eachDovecot(t, func(t *testing.T, d dovecot) {

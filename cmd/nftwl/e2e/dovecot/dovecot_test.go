@@ -85,16 +85,16 @@ func TestTimeoutOfUser(t *testing.T) {
 	})
 }
 
-// The first promise: a login never fails because of nftwl. Each login is one
-// line in the log that says what is wrong.
+// The first promise: a login never fails because of nftwl. Each login logs one line
+// with the cause.
 func TestFailureDeniesNoLogin(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
 		name    string
-		ruleset string // loaded in place of the shipped sets
+		ruleset string // loaded instead of the shipped sets
 		config  string
 		nobody  bool     // nftwl runs as user nobody
-		wrap    []string // a command that it runs under
+		wrap    []string // a command that runs Dovecot
 		says    string
 	}{{
 		name:    "no table",
@@ -177,8 +177,8 @@ func ruleset(t *testing.T) string {
 	return nstest.Run(t, nstest.Need(t, "nft", "nftables"), "list", "ruleset")
 }
 
-// The second promise: a user who keeps logging in stays trusted, and no login
-// takes away from a trust that is longer.
+// The second promise: a user who keeps logging in stays trusted, and no login shortens
+// a longer trust.
 func TestRenewal(t *testing.T) {
 	t.Parallel()
 	const set = "table inet filter { set trusted_ipv4 { type ipv4_addr . inet_service; flags timeout; %s; }; }\n"
@@ -187,7 +187,7 @@ func TestRenewal(t *testing.T) {
 		settings    string // of the set
 		element     string
 		timeout     time.Duration
-		least, most time.Duration // of what is left after a login
+		least, most time.Duration // time left after a login
 	}{
 		{"same timeout, partly passed", "timeout 1d", "timeout 1d expires 1h", day, day - nstest.Patience, day},
 		{"another timeout, shorter", "timeout 1d", "timeout 2h expires 1h", day, day - nstest.Patience, day},
@@ -211,7 +211,7 @@ func TestRenewal(t *testing.T) {
 				t.Errorf("%s: the set holds %+v", c.name, got)
 			}
 			for _, e := range got {
-				// nft cuts what is left down to whole seconds.
+				// nft rounds the time left down to whole seconds.
 				if e.timeout != c.timeout || e.expires < c.least || e.expires > c.most {
 					t.Errorf("%s: port %d has %v left of %v; want %v to %v of %v",
 						c.name, e.port, e.expires, e.timeout, c.least, c.most, c.timeout)
@@ -222,11 +222,11 @@ func TestRenewal(t *testing.T) {
 	})
 }
 
-// What comes after nftwl, another script or Dovecot's own script-login, must
-// not be able to tell that nftwl was there.
+// The program after nftwl, another script or Dovecot's own script-login, must not be
+// able to tell that nftwl has run.
 func TestLoginLeavesNoTrace(t *testing.T) {
 	t.Parallel()
-	// It is started by both services, and notes all that exec hands on.
+	// Both services start it, and it notes everything that exec passes on.
 	const probe = `#!/bin/sh
 out=` + dir + `/seen.$1
 shift
@@ -258,11 +258,11 @@ service submission {
 }
 `})
 		loadSets(t)
-		// Of the other protocols, this one has the same environment as imap.
+		// Of the other protocols, only submission has the same environment as imap.
 		if err := login(client4, "587", nstest.Submission, "bob", password); err != nil {
 			t.Errorf("submission: %v", err)
 		}
-		wantNobody(t) // or both went through nftwl
+		wantNobody(t) // otherwise both went through nftwl
 		if err := login(client4, "143", nstest.IMAP, "bob", password); err != nil {
 			t.Errorf("imap: %v", err)
 		}
@@ -275,7 +275,7 @@ service submission {
 	})
 }
 
-// At the process limit Dovecot lets logins wait, and drops them after 10 s.
+// At the process limit Dovecot makes logins wait, and denies them after 10 s.
 func TestManyLoginsAtOnce(t *testing.T) {
 	t.Parallel()
 	const count = 110 // more than default_process_limit
@@ -313,13 +313,13 @@ service imap-login {
 	})
 }
 
-// loginsAtOnce has one client log in so many times at once, and returns what
-// becomes of each.
+// loginsAtOnce lets one client log in count times at once, and returns the result of
+// each login.
 func loginsAtOnce(t *testing.T, count int) <-chan error {
 	t.Helper()
 	results := make(chan error)
 	for range count {
-		c, err := dial(client4, "143") // here: another thread is in another namespace
+		c, err := dial(client4, "143") // in this goroutine: other threads are in another namespace
 		nstest.Must(t, err)
 		go func() {
 			defer c.Close()
@@ -329,14 +329,14 @@ func loginsAtOnce(t *testing.T, count int) <-chan error {
 	return results
 }
 
-// hold holds each login until all are there.
+// hold is a program that keeps each login until all are there.
 const hold = `#!/bin/sh
 >` + dir + `/held/$$
 : <` + dir + `/go
 exec "$@"
 `
 
-// What the drop-in's comments warn of: it denies every login.
+// The changes that the drop-in's comments warn of do deny every login.
 func TestDropInChanged(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
@@ -365,7 +365,7 @@ func TestDropInChanged(t *testing.T) {
 	}
 }
 
-// Two spaces make an empty argument, which nftwl passes over.
+// Two spaces make an empty argument, which nftwl ignores.
 func TestSecondSpace(t *testing.T) {
 	t.Parallel()
 	for _, spaced := range []string{
@@ -389,7 +389,7 @@ func TestSecondSpace(t *testing.T) {
 	}
 }
 
-// A Dovecot with IMAP alone takes the drop-in as it is.
+// The drop-in works unchanged on a Dovecot that has only IMAP.
 func TestProtocolsNotInstalled(t *testing.T) {
 	t.Parallel()
 	eachDovecot(t, func(t *testing.T, d dovecot) {

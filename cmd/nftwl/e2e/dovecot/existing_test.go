@@ -13,14 +13,14 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// note is a post-login script that notes as whom it runs.
+// note is a post-login script that notes its user, groups and capabilities.
 const note = `#!/bin/sh
 echo $(id -u) $(id -g) $(id -G) $(grep CapEff /proc/self/status) >>` + dir + `/seen/note
 exec "$@"
 `
 
-// existing is a post-login service as an administrator has it, before the
-// place of the drop-in.
+// existing returns a post-login service of the administrator's, which Dovecot reads
+// before the drop-in.
 func existing(protocol, executable, settings string) string {
 	return strings.ReplaceAll(`service PROTOCOL {
   executable = PROTOCOL PROTOCOL-postlogin
@@ -34,9 +34,9 @@ service PROTOCOL-postlogin {
 `, "PROTOCOL", protocol)
 }
 
-// A post-login service that is there already goes on: what setup says, done to
-// the letter, denies no login, has the script run as the user that it ran as,
-// and the client trusted.
+// An existing post-login service keeps working: whoever follows setup to the letter
+// denies no login, the script runs as the same user as before, and the client is
+// trusted.
 func TestExistingPostLogin(t *testing.T) {
 	t.Parallel()
 	const script = "script-login " + dir + "/note"
@@ -70,7 +70,7 @@ func TestExistingPostLogin(t *testing.T) {
 				// logIn returns what a login leaves of the script.
 				logIn := func(client, name string) string {
 					t.Helper()
-					_ = os.Remove(s.path("seen/note")) // there is none at first
+					_ = os.Remove(s.path("seen/note")) // missing at first
 					p := protocols[name]
 					if err := login(client, p.port, p.visit, "alice", password); err != nil {
 						t.Errorf("a login by %s: %v", name, err)
@@ -87,16 +87,16 @@ func TestExistingPostLogin(t *testing.T) {
 					nstest.Nft(t, "flush ruleset")
 					loadSets(t)
 					if left := logIn(client, p.name); left != p.left {
-						t.Errorf("by %s, the script leaves %q, and left %q", p.name, left, p.left)
+						t.Errorf("by %s, the script notes %q, and noted %q before", p.name, left, p.left)
 					}
 					wantTrusted(t, client, "alice", day)
 				}
 				for _, r := range s.results() {
 					if strings.HasPrefix(r.Check, "dovecot.") && r.Status == "fail" {
-						t.Errorf("the doctor finds %+v", r)
+						t.Errorf("doctor reports %+v", r)
 					}
 				}
-				// It is reported once, and is the same the next time.
+				// A second setup prints the same.
 				if out := s.shell("nftwl setup dovecot --write"); !strings.Contains(out, "there already, and the same: ") {
 					t.Errorf("the second time:\n%s", out)
 				}
@@ -110,8 +110,8 @@ func TestExistingPostLogin(t *testing.T) {
 	}
 }
 
-// shell runs a script where Dovecot runs, and waits for the reload that may be
-// in it.
+// shell runs a script on Dovecot's system. If that reloads Dovecot, it waits for the
+// reload.
 func (s *server) shell(script string) string {
 	s.t.Helper()
 	const reloaded = "SIGHUP received - reloading configuration"
@@ -125,7 +125,7 @@ func (s *server) shell(script string) string {
 
 var toDelete = regexp.MustCompile(`# Delete "(.*)" from (\S+), line (\d+)`)
 
-// follow runs a command, and does what it says is next, up to the reload.
+// follow runs a command, and then the next steps that it prints, up to the reload.
 func (s *server) follow(command string) {
 	s.t.Helper()
 	out := s.shell(command)
@@ -159,7 +159,7 @@ func (s *server) results() []nstest.Finding {
 	return nstest.Findings(s.t, s.d.Command("sh", "-c", "nftwl doctor --json"))
 }
 
-// remedy is the doctor's for a post-login service without nftwl.
+// remedy returns doctor's remedy for a post-login service without nftwl.
 func (s *server) remedy() string {
 	s.t.Helper()
 	results := s.results()
@@ -168,6 +168,6 @@ func (s *server) remedy() string {
 			return r.Command
 		}
 	}
-	s.t.Fatalf("the doctor finds nothing: %+v", results)
+	s.t.Fatalf("doctor reports no such service: %+v", results)
 	return ""
 }

@@ -14,10 +14,11 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// Those of the faults in docs/faults.md that Dovecot has a part in, beside
+// The faults in docs/faults.md that involve Dovecot, except those of
 // TestFailureDeniesNoLogin.
 
-// An error has nowhere to go, and Dovecot's script-login comes after it.
+// If stderr is closed, nftwl cannot report an error, and still executes Dovecot's
+// script-login.
 func TestStderrClosed(t *testing.T) {
 	t.Parallel()
 	eachDovecot(t, func(t *testing.T, d dovecot) {
@@ -37,8 +38,8 @@ func TestStderrClosed(t *testing.T) {
 	})
 }
 
-// The kernel makes one transaction at a time. Who logs in meanwhile waits for
-// its end, and is trusted then. It runs alone, as TestKernelBusy does.
+// The kernel makes one transaction at a time. A login waits for the end of another
+// one, and its client is trusted then. This test runs alone, like TestKernelBusy.
 func TestLoginWhileKernelIsBusy(t *testing.T) {
 	s := hostDovecot(t).start(t, with{config: "deadline: 10s\n"})
 	loadSets(t)
@@ -68,7 +69,7 @@ func TestLoginWhileKernelIsBusy(t *testing.T) {
 	s.wantLog()
 }
 
-// At the service's process_limit Dovecot has further logins wait.
+// At the service's process_limit Dovecot makes further logins wait.
 func TestProcessLimitReached(t *testing.T) {
 	t.Parallel()
 	const count = 4
@@ -84,14 +85,14 @@ func TestProcessLimitReached(t *testing.T) {
 		nstest.Must(t, os.Mkdir(s.path("held"), 0o755))
 		nstest.Must(t, unix.Mkfifo(s.path("go"), 0o600))
 		results := loginsAtOnce(t, count)
-		// For a limit of one process Dovecot speaks of the limit of its clients.
+		// If the limit is one process, Dovecot's message names client_limit.
 		reached := regexp.MustCompile(`service\(nftwl\): (client|process)_limit \(\d+\) reached`)
-		nstest.Poll(t, "Dovecot to say that the limit is reached", func() bool { return reached.MatchString(s.log()) })
-		nstest.Poll(t, "one to be in nftwl's service", func() bool {
+		nstest.Poll(t, "Dovecot to log that the limit is reached", func() bool { return reached.MatchString(s.log()) })
+		nstest.Poll(t, "one login to be in nftwl's service", func() bool {
 			held, err := os.ReadDir(s.path("held"))
 			nstest.Must(t, err)
 			if len(held) > 1 {
-				t.Fatalf("%d are in nftwl's service", len(held))
+				t.Fatalf("%d logins are in nftwl's service", len(held))
 			}
 			return len(held) == 1
 		})
@@ -107,9 +108,9 @@ func TestProcessLimitReached(t *testing.T) {
 	})
 }
 
-// busy is a transaction that takes the kernel half a second: ranges in several
-// fields are the dearest elements to add. As root of a user namespace nft's
-// socket takes no batch that is much larger.
+// busy is a transaction that takes the kernel half a second: elements with ranges in
+// several fields take it longest to add. nft's socket accepts no much larger batch from
+// root of a user namespace.
 func busy() string {
 	var b strings.Builder
 	b.WriteString("table inet other { set s { type ipv6_addr . ipv6_addr . ipv6_addr; flags interval; }; }\nadd element inet other s {\n")

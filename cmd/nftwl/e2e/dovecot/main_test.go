@@ -1,6 +1,5 @@
-// Package dovecot runs nftwl under a real Dovecot. Nothing in it is
-// faked but the people: the server, the kernel and every file in contrib/
-// are the real ones, inside namespaces.
+// Package dovecot runs nftwl under a real Dovecot. Only the users are faked: the
+// server, the kernel and every file in contrib/ are the real ones, inside namespaces.
 package dovecot
 
 import (
@@ -10,8 +9,8 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// A Dovecot 2.3 sleeps for a second when it is stopped: more of them than
-	// there are processors can take turns.
+	// Dovecot 2.3 sleeps for a second when it stops, so more tests than there are
+	// processors can run at once.
 	nstest.Parallel(4)
 	nstest.Main(m)
 }

@@ -15,8 +15,8 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// The server's addresses and its clients', all on the private namespace's
-// loopback. None is in 127.0.0.0/8, which nftwl ignores unless told otherwise.
+// The addresses of the server and its clients, all on the private namespace's
+// loopback. None is in 127.0.0.0/8, which nftwl ignores by default.
 const (
 	server4, server6 = "198.51.100.1", "2001:db8:1::1"
 	client4, client6 = "192.0.2.7", "2001:db8::7"
@@ -26,13 +26,13 @@ const dir = nstest.Dir
 
 const password = "secret"
 
-// users is a passwd-file for passdb and userdb alike. No user 1000 need exist.
+// users is a passwd-file for both passdb and userdb. The system needs no user 1000.
 const users = `alice:{PLAIN}secret:1000:1000::` + dir + `/mail/alice::
 bob:{PLAIN}secret:1000:1000::` + dir + `/mail/bob::userdb_nftwl_timeout=7d
 carol:{PLAIN}secret:1000:1000::` + dir + `/mail/carol::userdb_nftwl_trust=no
 `
 
-// relayPort is where Dovecot's submission hands mail on to.
+// relayPort is the port to which Dovecot's submission service passes mail on.
 const relayPort = "10025"
 
 const config = `
@@ -43,7 +43,7 @@ submission_relay_port = ` + relayPort + `
 !include ` + dir + `/90-nftwl.conf
 `
 
-// config24 is for Dovecot 2.4's ManageSieve.
+// config24 has settings that Dovecot 2.4 needs for ManageSieve.
 const config24 = `
 sieve_script personal {
   path = ~/sieve
@@ -57,18 +57,18 @@ type dovecot struct {
 	protocols []string
 }
 
-// eachDovecot runs a test on every Dovecot there is.
+// eachDovecot runs a test on every available Dovecot.
 func eachDovecot(t *testing.T, test func(*testing.T, dovecot)) {
 	nstest.EachDebian(t, func(t *testing.T, d nstest.Debian) { test(t, find(t, d)) })
 }
 
-// hostDovecot returns the one that is installed here.
+// hostDovecot returns the Dovecot that is installed on this machine.
 func hostDovecot(t testing.TB) dovecot {
 	t.Helper()
 	return find(t, nstest.Host)
 }
 
-// is23 tells whether it wants Dovecot 2.3's settings, not 2.4's.
+// is23 reports whether it needs the settings of 2.3, not those of 2.4.
 func (d dovecot) is23() bool { return nstest.Is23(d.version) }
 
 func find(t testing.TB, system nstest.Debian) dovecot {
@@ -77,21 +77,21 @@ func find(t testing.TB, system nstest.Debian) dovecot {
 	for _, name := range d.protocols {
 		d.Need(t, "usr/lib/dovecot/"+name, "dovecot-"+name+"d")
 	}
-	// Tested where there is one.
+	// ManageSieve is optional.
 	if _, err := os.Stat(d.Path("usr/lib/dovecot/managesieve")); err == nil {
 		d.protocols = append(d.protocols, "sieve")
 	}
 	return d
 }
 
-// with is what a test changes of a server that is otherwise as shipped.
+// with has a test's changes to a server that is otherwise as shipped.
 type with struct {
 	config  string                // /etc/nftwl.yaml; none if empty
 	dropIn  func(s string) string // edits the drop-in
 	dovecot string                // Dovecot settings after the drop-in
 	files   map[string]string     // executable files in dir
-	hide    []string              // files under /usr/lib/dovecot that are not to exist
-	wrap    []string              // a command to run Dovecot under
+	hide    []string              // files under /usr/lib/dovecot that must not exist
+	wrap    []string              // a command that runs Dovecot
 }
 
 type server struct {
@@ -101,8 +101,8 @@ type server struct {
 	dovecot *nstest.Dovecot
 }
 
-// start runs Dovecot in new network and mount namespaces, in which the nftwl
-// just built is /usr/bin/nftwl. The calling goroutine stays in them: see
+// start starts Dovecot in new network and mount namespaces, in which /usr/bin/nftwl is
+// the program just built. The calling goroutine stays in the namespaces: see
 // nstest.New.
 func (d dovecot) start(t testing.TB, w with) *server {
 	t.Helper()
@@ -124,7 +124,7 @@ func (d dovecot) start(t testing.TB, w with) *server {
 		nstest.Must(t, os.MkdirAll(s.path(name), 0o755))
 	}
 
-	// Read-only overlays: the host's own directories, and ours before them.
+	// Read-only overlays: our directories above those of the host.
 	d.Overlay(t, "usr/bin", filepath.Dir(nftwl))
 	if w.config != "" {
 		s.write("etc/nftwl.yaml", w.config, 0o644)
@@ -164,7 +164,7 @@ func (d dovecot) start(t testing.TB, w with) *server {
 	return s
 }
 
-// path is where a file in dir is, for the test and for Dovecot.
+// path returns the path of a file in dir, which is the same for Dovecot.
 func (s *server) path(name string) string { return filepath.Join(dir, name) }
 
 func (s *server) write(name, text string, mode os.FileMode) {
@@ -172,7 +172,7 @@ func (s *server) write(name, text string, mode os.FileMode) {
 	nstest.Write(s.t, s.path(name), text, mode)
 }
 
-// log is what Dovecot wrote, to its log and to stderr.
+// log returns what Dovecot wrote to its log and to stderr.
 func (s *server) log() string {
 	s.t.Helper()
 	return nstest.Read(s.t, s.path("dovecot.conf.out")) + nstest.Read(s.t, s.path("log"))
@@ -180,13 +180,14 @@ func (s *server) log() string {
 
 var (
 	logged = regexp.MustCompile(`(?m)^\w+ +\d+ [\d:]+ (.*?: (?:Warning|Error|Fatal|Panic): .*)$`)
-	// How Dovecot says that it was stopped or reloaded, and that the machine was stopped.
+	// Dovecot's messages when it was stopped or reloaded, and after the machine was
+	// suspended.
 	stopped = regexp.MustCompile(`Warning: (Killed with signal 15|SIGHUP received|Shutting down logging|Time moved forwards)`)
 )
 
-// complaints stops Dovecot and returns what it logged above the level of
-// information. Before, it waits for count of them: a process may be gone
-// while its last line is still on its way into the log.
+// complaints stops Dovecot, and returns the warnings and errors that it logged. It first
+// waits for count of them, because a process can end before its last line is in the
+// log.
 func (s *server) complaints(count int) []string {
 	s.t.Helper()
 	lines := func() []string {
@@ -205,22 +206,21 @@ func (s *server) complaints(count int) []string {
 	return lines()
 }
 
-// wantLog stops Dovecot and compares what it complained of with what it
-// should have: one regular expression a line.
+// wantLog stops Dovecot, and compares its warnings and errors with regular expressions,
+// one for each line.
 func (s *server) wantLog(want ...string) {
 	s.t.Helper()
 	got := s.complaints(len(want))
 	if !slices.EqualFunc(got, want, func(line, re string) bool {
 		return regexp.MustCompile("^" + re + "$").MatchString(line)
 	}) {
-		s.t.Errorf("Dovecot's log complains:\n\t%s\nwant:\n\t%s",
+		s.t.Errorf("Dovecot's log has:\n\t%s\nwant:\n\t%s",
 			strings.Join(got, "\n\t"), strings.Join(want, "\n\t"))
 	}
 }
 
-// wantComplaints stops Dovecot and compares what nftwl complained of to its log
-// with what it should have: one regular expression a line. Nobody else may have
-// complained.
+// wantComplaints stops Dovecot, and compares nftwl's errors in its log with regular
+// expressions, one for each line. There must be no others.
 func (s *server) wantComplaints(want ...string) {
 	s.t.Helper()
 	var lines []string

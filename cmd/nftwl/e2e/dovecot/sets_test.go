@@ -11,11 +11,11 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// An element of a set, as nft and not nftwl reads it.
+// An element of a set, as nft (not nftwl) reads it.
 type element struct {
 	address, comment string
 	port             int
-	timeout, expires time.Duration // zero on a permanent element
+	timeout, expires time.Duration // 0 if it is permanent
 }
 
 // loadSets loads the shipped set definitions.
@@ -24,7 +24,7 @@ func loadSets(t testing.TB) {
 	nstest.Nft(t, nstest.Contrib(t, "nftables/sets.nft"))
 }
 
-// elements returns what a set of table inet filter holds, by address and port.
+// elements returns the elements of a set of table inet filter, by address and port.
 func elements(t testing.TB, set string) []element {
 	t.Helper()
 	out, err := exec.Command(nstest.Need(t, "nft", "nftables"), "-j", "list", "set", "inet", "filter", set).Output()
@@ -34,7 +34,7 @@ func elements(t testing.TB, set string) []element {
 	var ruleset struct {
 		Nftables []struct {
 			Set struct {
-				Timeout int // the default
+				Timeout int // the set's default
 				Elem    []json.RawMessage
 			}
 		}
@@ -45,7 +45,7 @@ func elements(t testing.TB, set string) []element {
 	for _, object := range ruleset.Nftables {
 		for _, raw := range object.Set.Elem {
 			var e struct {
-				key  // of an element with nothing but a key
+				key  // if the element has only a key
 				Elem struct {
 					Val              key
 					Timeout, Expires int
@@ -64,7 +64,7 @@ func elements(t testing.TB, set string) []element {
 			}
 			nstest.Must(t, json.Unmarshal(k[0], &got.address))
 			nstest.Must(t, json.Unmarshal(k[1], &got.port))
-			// nft prints a timeout where it is not the set's default.
+			// nft prints a timeout only if it is not the set's default.
 			if got.timeout == 0 && got.expires != 0 {
 				got.timeout = time.Duration(object.Set.Timeout) * time.Second
 			}
@@ -77,9 +77,9 @@ func elements(t testing.TB, set string) []element {
 	return all
 }
 
-// wantTrusted compares the trusted set of an address's family with what a
-// login leaves there: the five ports, a full timeout, the user's name. The
-// other family's set must be empty.
+// wantTrusted checks that the trusted set of an address's family has what a login
+// writes: five ports, a full timeout, the user's name. The other family's set must be
+// empty.
 func wantTrusted(t *testing.T, address, user string, timeout time.Duration) {
 	t.Helper()
 	set, other := "trusted_ipv4", "trusted_ipv6"
@@ -102,7 +102,7 @@ func wantTrusted(t *testing.T, address, user string, timeout time.Duration) {
 	}
 }
 
-// wantNobody wants all sets to be empty.
+// wantNobody checks that all sets are empty.
 func wantNobody(t *testing.T) {
 	t.Helper()
 	for _, set := range []string{"trusted_ipv4", "trusted_ipv6", "banned_ipv4", "banned_ipv6"} {

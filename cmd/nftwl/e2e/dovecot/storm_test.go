@@ -13,9 +13,9 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// Many users log in at once, each from another address, while the sets are
-// saved and listed and the ruleset is loaded anew beside them: all get in, and
-// all are trusted. STORM=500 makes so many.
+// Many users log in at once, each from another address, while other programs save and
+// list the sets and load the ruleset again. All get in, and all are trusted. STORM=500
+// sets the number of users.
 func TestStorm(t *testing.T) {
 	count := 100
 	if s := os.Getenv("STORM"); s != "" {
@@ -45,7 +45,7 @@ service imap-login {
 			nstest.IP(t, "route add local 198.18.0.0/15 dev lo")
 			s.write("other.nft", "table inet other\ndelete table inet other\ntable inet other { chain c { tcp dport 25 accept; }; }\n", 0o644)
 
-			// All connections first, on this thread, which is in the namespace.
+			// First all connections, on this thread, which is in the namespace.
 			address := func(i int) string { return fmt.Sprintf("198.18.%d.%d", i/250, 1+i%250) }
 			conns := make([]*textproto.Conn, count)
 			for i := range conns {
