@@ -21,12 +21,12 @@ var (
 	smtp = []int{25, 465, 587}
 )
 
-// A set-up is one that people describe: a line, for an address, after so many
-// of which it is to be banned.
+// A setUp is a mail server's log line from an article, for an address, and the number
+// of such lines after which the address must be banned.
 type setUp struct {
 	name     string
 	line     string
-	own      string // the address in the description; "" where it gives none
+	own      string // the address in the article, or ""
 	jail     string
 	maxretry int
 	bantime  time.Duration
@@ -87,8 +87,8 @@ var setUps = []setUp{
 		"", "cyrus-imap", 3, 10 * time.Minute, imap},
 }
 
-// attackers are the addresses of the set-up with an index: its own one, and
-// one of each family that is for documentation.
+// attackers returns the addresses that attack setUps[i]: one of each family for
+// documentation, and the article's own.
 func (s setUp) attackers(i int) []netip.Addr {
 	list := []netip.Addr{addr(fmt.Sprintf("198.51.100.%d", 10+i)), addr(fmt.Sprintf("2001:db8:a:%d::66", i))}
 	if s.own != "" {
@@ -106,8 +106,7 @@ func setOf(who netip.Addr) string {
 	return "banned_ipv6"
 }
 
-// Every line of every set-up bans, after its number, on its ports, for its
-// time, and none does before.
+// Each line bans after exactly its number of failures, on its ports and for its time.
 func TestSetUps(t *testing.T) {
 	each(t, func(t *testing.T, system nstest.Debian) {
 		m := boot(t, system, with{})
@@ -155,7 +154,7 @@ func TestSetUps(t *testing.T) {
 	})
 }
 
-// neighbour is an address in another network than any attacker's.
+// neighbour is an address in a network without attackers.
 func neighbour(who netip.Addr) netip.Addr {
 	if who.Is4() {
 		return addr("203.0.113.5")
@@ -172,8 +171,8 @@ func rowOf(table string, who netip.Addr) string {
 	return ""
 }
 
-// All that Postfix and Dovecot log of one attempt counts once in a jail, and
-// is not added up over jails.
+// However many lines Postfix and Dovecot log about one attempt, it counts once in a
+// jail. Counts of different jails are not added up.
 func TestOneAttemptCountsOnce(t *testing.T) {
 	postfix, dovecot23, pam, dovecot24 := addr("198.51.100.1"), addr("198.51.100.2"), addr("198.51.100.3"), addr("2001:db8:a::4")
 	attempts := map[netip.Addr][]string{
@@ -212,7 +211,7 @@ func TestOneAttemptCountsOnce(t *testing.T) {
 				}
 			}
 		}
-		// Who comes last in the log shows that every jail has read it all.
+		// When the last address in the log is banned, every jail has read the whole log.
 		end := m.endOfLog()
 		for who, jails := range counts {
 			for _, jail := range []string{"postfix-sasl", "postfix-lost", "postfix-spam", "dovecot", "dovecot-auth", "cyrus-imap"} {
@@ -223,7 +222,7 @@ func TestOneAttemptCountsOnce(t *testing.T) {
 		}
 		m.banned(end)
 
-		// The third attempt is one too many, and one jail says so.
+		// The third attempt is one too many: one jail bans.
 		for who, lines := range attempts {
 			for _, line := range lines {
 				m.log(fmt.Sprintf(line, who))
@@ -237,8 +236,8 @@ func TestOneAttemptCountsOnce(t *testing.T) {
 	})
 }
 
-// endOfLog makes an attacker of one's own for each jail, and waits until he is
-// banned: every line before his has then been read. It returns his bans.
+// endOfLog logs failures of a new address for each jail, and waits until these addresses
+// are banned. The jails have then read every line before. It returns these bans.
 func (m *machine) endOfLog() bans {
 	m.Helper()
 	want := make(bans)
@@ -254,7 +253,7 @@ func (m *machine) endOfLog() bans {
 		}
 		want[s.ban(who)] = s.ports
 	}
-	nstest.Poll(m, "the last line of the log to be acted on", func() bool {
+	nstest.Poll(m, "the bans for the last lines of the log", func() bool {
 		got := m.bans()
 		for b := range want {
 			if got[b] == nil {
@@ -281,8 +280,8 @@ func TestAggressive(t *testing.T) {
 	})
 }
 
-// What a client chooses, such as the name of a user, neither bans another nor
-// runs.
+// Text that a client chooses, such as a user name, neither bans another address nor
+// runs as a command.
 func TestHostileNames(t *testing.T) {
 	attacker, victim := "198.51.100.66", "203.0.113.5"
 	names := []string{
@@ -294,7 +293,7 @@ func TestHostileNames(t *testing.T) {
 		"x) rhost=" + victim + " ",
 		"x[" + victim + "]: SASL LOGIN authentication failed: x",
 	}
-	// One line bans.
+	// So that a single line bans.
 	var jails strings.Builder
 	for _, jail := range []string{"postfix-sasl", "dovecot", "dovecot-auth", "cyrus-imap"} {
 		fmt.Fprintf(&jails, "[%s]\nmaxretry = 1\n", jail)
@@ -316,7 +315,7 @@ func TestHostileNames(t *testing.T) {
 		for b := range m.bans() {
 			switch b.address {
 			case victim:
-				t.Errorf("a name has banned %s from %s", victim, b.comment)
+				t.Errorf("a user name bans %s, with the jail %s", victim, b.comment)
 			case attacker:
 				caught[b.comment] = true
 			}
@@ -325,12 +324,12 @@ func TestHostileNames(t *testing.T) {
 			t.Error("the attacker is not banned")
 		}
 		if m.status("test", "-e", "/run/ran") == 0 {
-			t.Error("a name was run")
+			t.Error("a user name ran as a command")
 		}
 	})
 }
 
-// What fail2ban takes for an address is never taken for a flag.
+// nftwl never takes what fail2ban passes as an address for a flag.
 func TestHostileAddress(t *testing.T) {
 	each(t, func(t *testing.T, system nstest.Debian) {
 		m := boot(t, system, with{})
@@ -339,6 +338,6 @@ func TestHostileAddress(t *testing.T) {
 		if log := m.said(); !strings.Contains(log, `nftwl: error: "--help" is not an IP address`) {
 			t.Error(log)
 		}
-		nstest.Must(m, os.Truncate(m.Path(journal), 0)) // so that stop finds no complaint
+		nstest.Must(m, os.Truncate(m.Path(journal), 0)) // because stop looks for complaints
 	})
 }

@@ -13,13 +13,13 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// The lines of two jails.
+// Log lines that two jails count.
 const (
 	wrongPassword = "dovecot: imap-login: Disconnected: Connection closed (auth failed, 1 attempts in 2 secs): user=<alice>, method=PLAIN, rip=%s, lip=192.0.2.1, session=<S>"
 	wrongSASL     = "postfix/smtpd[371]: warning: unknown[%s]: SASL LOGIN authentication failed: UGFzc3dvcmQ6"
 )
 
-// fail logs failures of an address.
+// fail logs failures by an address.
 func (m *machine) fail(line string, who netip.Addr, times int) {
 	m.Helper()
 	for range times {
@@ -27,14 +27,14 @@ func (m *machine) fail(line string, who netip.Addr, times int) {
 	}
 }
 
-// login has Dovecot's user log in.
+// login lets a user log in with Dovecot.
 func (m *machine) login(who netip.Addr) {
 	m.Helper()
 	m.run("env", "IP="+who.String(), "USER=alice", "nftwl", "login", "/bin/true")
 }
 
-// Who has logged in is never banned, however often a password is wrong there;
-// and who logs in after two wrong ones has not yet been banned for the third.
+// An address that has logged in is never banned, however many wrong passwords come from
+// it. That holds if the login comes after two wrong ones and before a third.
 func TestTrusted(t *testing.T) {
 	each(t, func(t *testing.T, system nstest.Debian) {
 		m := boot(t, system, with{})
@@ -60,7 +60,7 @@ func TestTrusted(t *testing.T) {
 			m.pass(who, 993)
 		}
 
-		// Trust that has ended protects no more.
+		// When the trust ends, its protection ends too.
 		for _, who := range late {
 			m.run("nftwl", "remove", who.String())
 			m.fail(wrongPassword, who, 1)
@@ -103,7 +103,7 @@ func TestIPv6Network(t *testing.T) {
 	})
 }
 
-// An unban takes what its own jail has banned, and nothing else.
+// An unban removes only what its own jail has banned.
 func TestUnban(t *testing.T) {
 	each(t, func(t *testing.T, system nstest.Debian) {
 		m := boot(t, system, with{})
@@ -120,8 +120,8 @@ func TestUnban(t *testing.T) {
 		}
 		m.banned(want)
 
-		// The second jail's shorter ban adds port 25 and what is not there, and
-		// leaves the rest to the first.
+		// The second jail's shorter ban adds port 25, which is missing, and leaves the
+		// other ports to the first jail.
 		m.run("fail2ban-client", "set", "postfix-lost", "banip", both.String())
 		want[ban{"banned_ipv4", both.String(), "postfix-lost", 10 * time.Minute}] = []int{25}
 		m.banned(want)
@@ -130,7 +130,7 @@ func TestUnban(t *testing.T) {
 		m.banned(want)
 		m.drop(both, 143)
 
-		// A longer one takes over.
+		// A longer ban takes them over.
 		m.run("fail2ban-client", "set", "postfix-lost", "bantime", "5h")
 		m.run("fail2ban-client", "set", "postfix-lost", "banip", both.String())
 		delete(want, ban{"banned_ipv4", both.String(), "dovecot", time.Hour})
@@ -140,8 +140,8 @@ func TestUnban(t *testing.T) {
 		m.banned(want)
 		m.drop(both, 143)
 
-		// Its end by hand opens the ports of both; all jails at once is what fail2ban
-		// has another command for.
+		// Ending it by hand opens the ports of both jails. fail2ban has another command
+		// that ends the bans of all jails.
 		m.run("fail2ban-client", "set", "dovecot", "banip", both.String())
 		m.run("fail2ban-client", "set", "postfix-lost", "unbanip", both.String())
 		delete(want, ban{"banned_ipv4", both.String(), "postfix-lost", 5 * time.Hour})
@@ -149,14 +149,14 @@ func TestUnban(t *testing.T) {
 		m.run("fail2ban-client", "unban", both.String())
 		m.banned(want)
 
-		// All jails unban an address; what the administrator did stays.
+		// All jails unban the address; the administrator's ban stays.
 		m.run("fail2ban-client", "unban", byHand.String())
 		delete(want, ban{"banned_ipv6", byHand.String(), "dovecot", time.Hour})
 		m.banned(want)
 		m.drop(byHand, 993)
 		m.pass(byHand, 995)
 
-		// By hand, too, and fail2ban does not mind when its own unban finds
+		// Unban by hand. fail2ban does not complain when its own unban then finds
 		// nothing.
 		m.run("nftwl", "unban", "--comment", "dovecot", one.String())
 		m.pass(one, 993)
@@ -166,8 +166,8 @@ func TestUnban(t *testing.T) {
 	})
 }
 
-// A ban ends when its time is over, in the kernel and in fail2ban; the next one
-// can be longer, and one without end is a very long one.
+// A ban ends when its time is over, in the kernel and in fail2ban. The next one can be
+// longer. A permanent ban is a very long one.
 func TestBantimes(t *testing.T) {
 	each(t, func(t *testing.T, system nstest.Debian) {
 		m := boot(t, system, with{jails: `[dovecot]
@@ -188,7 +188,7 @@ action = nftwl
 		first := ban{"banned_ipv4", repeated.String(), "dovecot", 8 * time.Second}
 		nstest.Poll(m, "the ban", func() bool { return m.bans()[first] != nil })
 		m.banned(permanent)
-		nstest.Poll(m, "fail2ban to unban, too", func() bool { return m.count("[dovecot] Unban "+repeated.String()) == 1 })
+		nstest.Poll(m, "fail2ban to unban too", func() bool { return m.count("[dovecot] Unban "+repeated.String()) == 1 })
 
 		m.fail(wrongPassword, repeated, 3)
 		second := ban{"banned_ipv4", repeated.String(), "dovecot", 16 * time.Second}
@@ -199,7 +199,7 @@ action = nftwl
 		m.run("fail2ban-client", "set", "postfix-sasl", "unbanip", forGood.String())
 		m.banned(bans{})
 
-		// An action that names no ports has those of nftwl.yaml.
+		// An action without ports uses those of nftwl.yaml.
 		m.run("fail2ban-client", "set", "cyrus-imap", "banip", repeated.String())
 		m.banned(bans{{"banned_ipv4", repeated.String(), "cyrus-imap", 10 * time.Minute}: {143, 465, 587, 993, 995}})
 		m.run("fail2ban-client", "set", "cyrus-imap", "unbanip", repeated.String())
@@ -207,8 +207,8 @@ action = nftwl
 	})
 }
 
-// Neither a restart of fail2ban, nor a reload of the firewall, nor a reboot
-// ends or prolongs a ban.
+// Neither a restart of fail2ban, nor a reload of the firewall, nor a reboot ends or
+// extends a ban.
 func TestRestarts(t *testing.T) {
 	const slack = 3 * time.Second
 	each(t, func(t *testing.T, system nstest.Debian) {
@@ -228,7 +228,7 @@ func TestRestarts(t *testing.T) {
 			t.Helper()
 			now := m.left()
 			if !slices.Equal(slices.Sorted(maps.Keys(now)), slices.Sorted(maps.Keys(before))) {
-				t.Fatalf("%s: banned are\n%v\nand should be\n%v", what, m.bans(), want)
+				t.Fatalf("%s: the bans are\n%v\nwant\n%v", what, m.bans(), want)
 			}
 			for key, end := range now {
 				if d := end.Sub(before[key]); d.Abs() > slack {
@@ -242,7 +242,7 @@ func TestRestarts(t *testing.T) {
 		restored := func(n int) {
 			t.Helper()
 			nstest.Poll(m, "fail2ban to restore its bans", func() bool { return strings.Count(m.said(), "] Restore Ban ") == n })
-			// A jail that answers has done what was before: fail2ban runs one
+			// When a jail has made a new ban, it has made all before it: fail2ban runs one
 			// command of an action at a time.
 			m.run("fail2ban-client", "set", "cyrus-imap", "banip", "203.0.113.200")
 			nstest.Poll(m, "a ban after that", func() bool {
@@ -262,7 +262,7 @@ func TestRestarts(t *testing.T) {
 		m.run("fail2ban-client", "reload")
 		same("fail2ban is reloaded")
 
-		// What nftwl-persist.service does around a reload of nftables.service.
+		// As nftwl-persist.service does around a reload of nftables.service.
 		m.run("nftwl", "save")
 		reload()
 		m.run("nftwl", "restore")
@@ -278,8 +278,8 @@ func TestRestarts(t *testing.T) {
 		restored(4)
 		same("after a reboot, with fail2ban")
 
-		// Nothing was saved. What fail2ban has banned, it bans again, for the
-		// time that is left: its bans are half an hour old by now.
+		// Nothing was saved. fail2ban bans again what it had banned, for the time left:
+		// its bans are half an hour old by now.
 		m.stop()
 		reload()
 		m.age(30 * time.Minute)
@@ -299,14 +299,14 @@ func TestRestarts(t *testing.T) {
 	})
 }
 
-// Who fails again after the firewall has lost the ban is banned again, and so
-// is everybody else who does, though fail2ban has them all as banned.
+// After the firewall has lost the bans, every address that fails again is banned again,
+// although fail2ban still lists all of them as banned.
 func TestFlushedRuleset(t *testing.T) {
 	each(t, func(t *testing.T, system nstest.Debian) {
 		m := boot(t, system, with{})
 		v4, v6, later := addr("198.51.100.66"), addr("2001:db8:a:66::1"), addr("198.51.100.67")
 		banned := func(who netip.Addr) ban { return ban{setOf(who), who.String(), "dovecot", time.Hour} }
-		// Failures of the same moment are those that the ban came too late for.
+		// fail2ban ignores failures that come at the same moment as the ban.
 		long := time.Now().Add(-10 * time.Second)
 		fail := func(who netip.Addr, when time.Time) {
 			m.logAt(when, slices.Repeat([]string{fmt.Sprintf(wrongPassword, who)}, 3)...)
@@ -324,7 +324,7 @@ func TestFlushedRuleset(t *testing.T) {
 			nstest.Poll(m, "the ban, again", func() bool {
 				n := 0
 				for _, e := range m.list() {
-					// fail2ban counts it from the last failure.
+					// fail2ban counts the time from the last failure.
 					if e.Address == who.String() && e.Comment == "dovecot" && seconds(e.Timeout) > time.Hour-nstest.Patience && seconds(e.Timeout) <= time.Hour {
 						n++
 					}
@@ -334,15 +334,15 @@ func TestFlushedRuleset(t *testing.T) {
 			m.drop(who, 993)
 		}
 
-		// fail2ban logs that as an error, once for all of a jail's bans.
+		// fail2ban logs this as an error, once for all bans of a jail.
 		if n := strings.Count(m.said(), "Invariant check failed. Trying to restore a sane environment\n"); n != 1 {
-			t.Errorf("fail2ban has found %d times that the firewall was loaded anew", n)
+			t.Errorf("fail2ban has logged the new firewall %d times", n)
 		}
-		nstest.Must(m, os.Truncate(m.Path(journal), 0)) // so that stop finds no complaint
+		nstest.Must(m, os.Truncate(m.Path(journal), 0)) // because stop looks for complaints
 	})
 }
 
-// age makes the bans in the database of a fail2ban that is stopped older.
+// age makes the bans older in the database of fail2ban, which must be stopped.
 func (m *machine) age(by time.Duration) {
 	m.Helper()
 	m.run("python3", "-c", fmt.Sprintf(`
@@ -370,8 +370,8 @@ func TestUnbanAll(t *testing.T) {
 	})
 }
 
-// With norestored=1, a start of fail2ban runs no command for the bans that it
-// restores, and as the price of it neither does their unban.
+// With norestored=1, fail2ban runs no command for the bans that it restores at its
+// start. The price is that it runs none for their unban either.
 func TestNoRestored(t *testing.T) {
 	each(t, func(t *testing.T, system nstest.Debian) {
 		m := boot(t, system, with{jails: "[dovecot]\naction = nftwl[norestored=1, port=\"%(port)s\"]\n"})
@@ -385,15 +385,15 @@ func TestNoRestored(t *testing.T) {
 		m.start()
 		nstest.Poll(m, "fail2ban to restore its bans", func() bool { return strings.Count(m.said(), "[dovecot] Restore Ban ") == 2 })
 		m.run("fail2ban-client", "set", "dovecot", "unbanip", who.String())
-		// By the ban of another it has done with those before him.
+		// When it has banned another address, it has handled all bans before.
 		last := addr("2001:db8:a::66")
 		m.fail(wrongPassword, last, 3)
 		m.banned(bans{banned(who): imap, {"banned_ipv6", last.String(), "dovecot", time.Hour}: imap})
 	})
 }
 
-// Who is banned by fail2ban's own action is banned by nftwl after the restart
-// with the files of contrib/fail2ban.
+// After a restart with the files of contrib/fail2ban, nftwl bans the addresses that
+// fail2ban's own action had banned.
 func TestFromPlainFail2ban(t *testing.T) {
 	each(t, func(t *testing.T, system nstest.Debian) {
 		m := boot(t, system, with{jails: "[dovecot]\naction = nftables[port=\"imap,imaps\"]\n"})
@@ -405,7 +405,7 @@ func TestFromPlainFail2ban(t *testing.T) {
 		m.write("etc/fail2ban/jail.d/test.local", "")
 		m.start()
 		b := ban{set: "banned_ipv4", address: who.String(), comment: "dovecot"}
-		nstest.Poll(m, "nftwl's own", func() bool {
+		nstest.Poll(m, "nftwl's ban", func() bool {
 			for got, ports := range m.bans() {
 				b.bantime = got.bantime
 				if got == b && slices.Equal(ports, imap) {
@@ -419,7 +419,7 @@ func TestFromPlainFail2ban(t *testing.T) {
 		}
 		m.drop(who, 993)
 		if tables := m.run("nft", "list", "tables"); strings.Contains(tables, "f2b") {
-			t.Errorf("fail2ban's own table is there still:\n%s", tables)
+			t.Errorf("fail2ban's own table still exists:\n%s", tables)
 		}
 	})
 }

@@ -9,9 +9,9 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// BenchmarkRestart measures, in seconds, what a restart of fail2ban costs with a
-// thousand bans: to stop; to start, until it has done with its bans, of which
-// the kernel has kept the elements; and the same with all of them lost.
+// BenchmarkRestart measures how many seconds a restart of fail2ban with a thousand bans
+// takes: the stop, the start until all bans are restored while the kernel still has
+// them, and the same after the kernel has lost them.
 func BenchmarkRestart(b *testing.B) {
 	const count = 1000
 	for _, system := range []nstest.Debian{nstest.Host, {Release: "trixie", Root: nstest.Trixie(b)}} {

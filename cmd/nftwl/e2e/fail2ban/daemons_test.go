@@ -16,16 +16,16 @@ import (
 
 const dir = nstest.Dir
 
-// Clients are in 192.0.2.0/24 and 2001:db8::/64, which are on the loopback
-// interface, too.
+// Clients are in 192.0.2.0/24 and 2001:db8::/64, which are also on the loopback
+// interface.
 const server4, server6 = "198.51.100.1", "2001:db8:ffff::1"
 
-// users is a passwd-file. PAM has the machine's own, as Debian's
-// /etc/pam.d/dovecot says.
+// users is a passwd-file. PAM has the machine's own users, by Debian's
+// /etc/pam.d/dovecot.
 const users = "alice:{PLAIN}secret:1000:1000::" + dir + "/mail/alice::\n"
 
-// IMAP takes passwords without TLS, and POP3 does not. PAM is asked for root and
-// pam-… alone: each passdb that is asked logs a line of its own.
+// IMAP accepts passwords without TLS, and POP3 does not. Dovecot asks PAM only for root
+// and pam-…, because each passdb that it asks logs a line.
 const (
 	databases23 = `
 passdb {
@@ -94,7 +94,7 @@ tlsmgr unix - - n 1000? 1 tlsmgr
 `
 )
 
-// daemons are a Dovecot and a Postfix of one Debian, and what they have logged.
+// daemons has a Dovecot and a Postfix of one Debian, and their logs.
 type daemons struct {
 	testing.TB
 	nstest.Debian
@@ -103,8 +103,8 @@ type daemons struct {
 	syslog  chan string
 }
 
-// newDaemons makes network and mount namespaces for them, in which the calling
-// goroutine stays: see nstest.New.
+// newDaemons makes network and mount namespaces for them. The calling goroutine stays
+// in the namespaces: see nstest.New.
 func newDaemons(t testing.TB, system nstest.Debian) *daemons {
 	t.Helper()
 	d := &daemons{TB: t, Debian: system}
@@ -114,8 +114,8 @@ func newDaemons(t testing.TB, system nstest.Debian) *daemons {
 	return d
 }
 
-// startDaemons starts both. Dovecot logs to a file of its own or, like Postfix
-// and PAM, to syslog.
+// startDaemons starts both. Dovecot logs to its own file or, like Postfix and PAM, to
+// syslog.
 func startDaemons(t testing.TB, system nstest.Debian, dovecotLog string) *daemons {
 	t.Helper()
 	version := system.DovecotVersion(t)
@@ -151,8 +151,8 @@ func startDaemons(t testing.TB, system nstest.Debian, dovecotLog string) *daemon
 	return d
 }
 
-// openSyslog puts a /dev before the daemons that has the devices they need, and
-// a log socket that is ours.
+// openSyslog gives the daemons a /dev with the devices that they need, and with our
+// log socket.
 func (d *daemons) openSyslog() {
 	d.Helper()
 	dev := filepath.Join(dir, "dev")
@@ -178,8 +178,8 @@ func (d *daemons) openSyslog() {
 	}()
 }
 
-// stop stops both, and returns all that they have logged, as it is in the
-// files of a Debian: rsyslog's with the name of the machine after the time.
+// stop stops both, and returns everything that they have logged, in the format of
+// Debian's files: rsyslog writes the machine's name after the time.
 func (d *daemons) stop() (log string) {
 	d.Helper()
 	d.postfix.Stop()
@@ -198,7 +198,7 @@ func (d *daemons) stop() (log string) {
 	return log + nstest.Read(d, dir+"/dovecot.log")
 }
 
-// milter answers the end of each message with a reply: as much of the protocol
+// milter answers the end of each message with a reply, with as little of the protocol
 // as Postfix needs for that (postfix/src/milter/milter8.c).
 func (d *daemons) milter(address, reply string) {
 	d.Helper()
@@ -219,7 +219,7 @@ func (d *daemons) milter(address, reply string) {
 				return
 			}
 			switch packet[0] {
-			case 'O': // version 6, no actions, nothing but the end of the message
+			case 'O': // version 6, no actions, only the end of the message
 				send([]byte{'O', 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0x03, 0x7f})
 			case 'E':
 				send([]byte("y" + reply + "\x00"))

@@ -40,13 +40,13 @@ enabled = true
 		}
 		m.diagnoses("skip: no jail bans through nftwl")
 
-		// It has asked for nothing that fail2ban complains of.
+		// doctor has asked for nothing that fail2ban complains about.
 		m.stop()
 		m.diagnoses("fail: fail2ban does not answer")
 	})
 }
 
-// A file of nftwl's that is gone keeps fail2ban from starting.
+// If one of nftwl's files is missing, fail2ban does not start.
 func TestDoctorMissingFile(t *testing.T) {
 	each(t, func(t *testing.T, system nstest.Debian) {
 		m := boot(t, system, with{})

@@ -18,19 +18,20 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// A visit is a conversation with a server, and how often each jail counts it.
+// A visit is a conversation with a server, and the number of failures that each jail
+// counts for it.
 type visit struct {
 	name string
 	port string
 	tls  bool     // from the first byte
-	talk []string // in turn, how a line of the server's begins, and what the client sends
+	talk []string // alternately the start of a line of the server, and what the client sends
 	end  ending
 	want counts
 }
 
 type counts map[string]int
 
-// What counts: the jails, and "dovecot" with "mode = aggressive".
+// The jails that count, and "dovecot" with "mode = aggressive".
 const (
 	failed  = "dovecot"
 	probed  = "dovecot, aggressive"
@@ -43,9 +44,9 @@ const (
 type ending int
 
 const (
-	reset  ending = iota // as attackers do, and people whose network is gone
-	finish               // a close without a goodbye
-	leave                // the server closes, after a goodbye
+	reset  ending = iota // a reset, from an attacker or a client that lost its network
+	finish               // the client closes without saying goodbye
+	leave                // the server closes, after the client has said goodbye
 )
 
 func b64(text string) string { return base64.StdEncoding.EncodeToString([]byte(text)) }
@@ -62,7 +63,7 @@ func dial(from netip.Addr, port string) (*net.TCPConn, error) {
 	return nstest.Dial(from.String(), server, port)
 }
 
-// hold has the visit's conversation, and ends it.
+// hold holds the visit's conversation, and ends it.
 func (v visit) hold(raw *net.TCPConn) error {
 	defer raw.Close()
 	conn := net.Conn(raw)
@@ -165,7 +166,7 @@ var visits = []visit{
 
 const victim = "203.0.113.5"
 
-// hostile are names of users that look like a part of the log's line.
+// hostile has user names that look like a part of the log's line.
 var hostile = []string{
 	"<", ">", "a>b", "<a>", "a b", "a,b", "a)b", "a(b", "a:b", "a\tb", "é", "%u",
 	victim, "a," + victim, "a," + victim + ",<S>", "a," + victim + "): unknown user", "a," + victim + ",sasl:plain",
@@ -182,8 +183,8 @@ var hostile = []string{
 	strings.Repeat("a", 200) + ">," + victim,
 }
 
-// withHostile adds the visits of clients with hostile names. Those with a
-// parenthesis, or a space before PAM, are what the filter leaves out.
+// withHostile adds the visits of clients with hostile user names. The filter does not
+// count names with a parenthesis.
 func withHostile(visits []visit) []visit {
 	for _, name := range hostile {
 		n := 1
@@ -197,9 +198,9 @@ func withHostile(visits []visit) []visit {
 	return visits
 }
 
-// The filters count what the programs log today: clients of every kind talk to
-// a real Dovecot and a real Postfix, each from an address of its own. A release
-// that words a line anew fails this.
+// The filters count what current programs log. Clients of every kind talk to a real
+// Dovecot and a real Postfix, each from its own address. If a new release changes the
+// wording of a line, this test fails.
 func TestRealLogs(t *testing.T) {
 	each(t, func(t *testing.T, system nstest.Debian) {
 		for _, log := range []string{"syslog", dir + "/dovecot.log"} {
@@ -214,7 +215,7 @@ func TestRealLogs(t *testing.T) {
 					clients[addr(fmt.Sprintf("2001:db8::%x", i+1))] = v
 				}
 				var wg sync.WaitGroup
-				// A login process of Dovecot's serves one client.
+				// A login process of Dovecot serves one client.
 				slots := make(chan bool, 20)
 				for from, v := range clients {
 					slots <- true
@@ -234,7 +235,7 @@ func TestRealLogs(t *testing.T) {
 
 				for _, jail := range []string{failed, probed, guessed, sasled, lost, spammed} {
 					got := d.count(jail, "file")
-					delete(got, addr(server4)) // that both are up was tried from there
+					delete(got, addr(server4)) // from which the test checked that both run
 					if log == "syslog" {
 						journal := d.count(jail, "journal")
 						delete(journal, addr(server4))
@@ -253,7 +254,7 @@ func TestRealLogs(t *testing.T) {
 						delete(got, from)
 					}
 					if len(got) > 0 {
-						t.Errorf("%s counts %v, which have not connected", jail, got)
+						t.Errorf("%s counts %v, which did not connect", jail, got)
 					}
 				}
 			})
@@ -276,14 +277,14 @@ func (d *daemons) count(jail, logtype string) map[netip.Addr]int {
 	return found
 }
 
-// A failure is a line that a filter finds.
+// A failure is a line that a filter matches.
 type failure struct {
 	address netip.Addr
 	line    string
 }
 
-// failures has fail2ban-regex find a jail's failures in the log, as they are in
-// a file or from the journal.
+// failures returns a jail's failures in the log, as fail2ban-regex finds them, in a
+// file or from the journal.
 func (d *daemons) failures(jail, logtype string) (found []failure) {
 	d.Helper()
 	config := filepath.Join(dir, "fail2ban")

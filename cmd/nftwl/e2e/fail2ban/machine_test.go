@@ -22,8 +22,7 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// firewall is the file that nftables.service would load, at boot and at each
-// reload.
+// firewall is the file that nftables.service would load at boot and at each reload.
 const firewall = `flush ruleset
 include "nftwl/nftwl.nft"
 table inet filter {
@@ -35,8 +34,8 @@ table inet filter {
 }
 `
 
-// allJails enables what contrib/fail2ban has, and not what Debian does. The
-// logs are files; Debian 13's own choice is the journal.
+// allJails enables the jails of contrib/fail2ban, and disables Debian's. The logs are
+// files; Debian 13 would use the journal.
 const allJails = `[DEFAULT]
 postfix_backend = auto
 dovecot_backend = auto
@@ -57,15 +56,15 @@ enabled = true
 enabled = true
 `
 
-// with is what differs between the machines of the tests.
+// with has what differs between the tests' machines.
 type with struct {
 	config   string              // /etc/nftwl.yaml; none if empty
 	firewall func(string) string // edits a file of /etc/nftwl
-	jails    string              // more than is in /etc/fail2ban/jail.local
+	jails    string              // more lines of /etc/fail2ban/jail.local
 }
 
-// A machine is a mail server with a firewall, nftwl and fail2ban, all of them
-// in the places where they are installed; and the internet, a cable away.
+// A machine is a mail server with a firewall, nftwl and fail2ban, all installed where
+// they belong, and connected to the internet.
 type machine struct {
 	testing.TB
 	nstest.Debian
@@ -74,7 +73,7 @@ type machine struct {
 	out      strings.Builder
 }
 
-// each runs a test on every system, whose fail2ban is 1.0 or 1.1.
+// each runs a test on every system: their fail2ban is 1.0 and 1.1.
 func each(t *testing.T, test func(t *testing.T, system nstest.Debian)) {
 	t.Parallel()
 	nstest.EachDebian(t, func(t *testing.T, system nstest.Debian) {
@@ -83,8 +82,8 @@ func each(t *testing.T, test func(t *testing.T, system nstest.Debian)) {
 	})
 }
 
-// boot makes a machine in new network and mount namespaces, loads its firewall
-// and starts fail2ban. The calling goroutine stays in them: see nstest.New.
+// boot makes a machine in new network and mount namespaces, loads its firewall and
+// starts fail2ban. The calling goroutine stays in the namespaces: see nstest.New.
 func boot(t testing.TB, system nstest.Debian, w with) *machine {
 	t.Helper()
 	m := &machine{TB: t, Debian: system}
@@ -102,7 +101,7 @@ func boot(t testing.TB, system nstest.Debian, w with) *machine {
 	m.write("var/log/mail.log", "")
 	m.write("var/log/auth.log", "")
 
-	// Read-only overlays: the machine's own directories, and ours before them.
+	// Read-only overlays: our directories above those of the machine.
 	m.Overlay(t, "usr/bin", filepath.Dir(nftwl))
 	m.write("run/etc/nftables.conf", firewall)
 	rules, err := filepath.Glob(filepath.Join(contrib, "nftables/*.nft"))
@@ -119,7 +118,7 @@ func boot(t testing.TB, system nstest.Debian, w with) *machine {
 	} else {
 		nstest.Whiteout(t, m.Path("run/etc/nftwl.yaml"))
 	}
-	// fail2ban looks up its own name, which a test's name server does not know.
+	// fail2ban looks up its own host name, and there is no name server.
 	host, err := os.Hostname()
 	nstest.Must(m, err)
 	m.write("run/etc/hosts", "127.0.0.1 localhost "+host+"\n::1 localhost "+host+"\n")
@@ -145,7 +144,7 @@ func boot(t testing.TB, system nstest.Debian, w with) *machine {
 	return m
 }
 
-// configureFail2ban makes a directory of a system's configuration and our files.
+// configureFail2ban makes a directory with the system's configuration and our files.
 func configureFail2ban(t testing.TB, system nstest.Debian, dir string) {
 	t.Helper()
 	for _, from := range []string{system.Path("etc/fail2ban"), filepath.Join(nstest.Root(t), "contrib/fail2ban")} {
@@ -153,7 +152,7 @@ func configureFail2ban(t testing.TB, system nstest.Debian, dir string) {
 	}
 }
 
-// without has a file of the machine's gone for a while.
+// without runs a function while a file of the machine is missing.
 func (m *machine) without(name string, f func()) {
 	m.Helper()
 	nstest.Must(m, os.Rename(m.Path(name), m.Path(name+".gone")))
@@ -185,7 +184,7 @@ func (m *machine) status(name string, args ...string) int {
 
 const journal = "var/log/fail2ban.log"
 
-// said is what fail2ban has logged.
+// said returns fail2ban's log.
 func (m *machine) said() string {
 	return nstest.Read(m, m.Path(journal))
 }
@@ -198,8 +197,7 @@ func (m *machine) found(jail string, who netip.Addr) int {
 	return strings.Count(m.said(), fmt.Sprintf("[%s] Found %s - ", jail, who))
 }
 
-// complaint is any line of fail2ban's log that an administrator would have to
-// look into.
+// complaint matches the lines of fail2ban's log that an administrator should look at.
 var complaint = regexp.MustCompile(`(?m)^.*(?:WARNING|ERROR|CRITICAL) .*$`)
 
 // start starts fail2ban, and waits until it watches the logs.
@@ -213,7 +211,7 @@ func (m *machine) start() {
 	nstest.Must(m, cmd.Start())
 	done := make(chan struct{})
 	go func() {
-		_ = cmd.Wait() // its log says why it ended
+		_ = cmd.Wait() // its log has the reason
 		close(done)
 	}()
 	m.fail2ban = cmd
@@ -228,7 +226,7 @@ func (m *machine) start() {
 	})
 }
 
-// stop stops fail2ban, and sees that it had nothing to complain of.
+// stop stops fail2ban, and checks that it has logged no complaint.
 func (m *machine) stop() {
 	m.Helper()
 	m.run("fail2ban-client", "stop")
@@ -243,7 +241,7 @@ func (m *machine) stop() {
 	}
 }
 
-// log writes a line, without its time, to the log of the mail server.
+// log writes lines, given without their time, to the mail server's log.
 func (m *machine) log(lines ...string) { m.logAt(time.Now(), lines...) }
 
 func (m *machine) logAt(when time.Time, lines ...string) {
@@ -259,13 +257,13 @@ func (m *machine) logAt(when time.Time, lines ...string) {
 	nstest.Must(m, err)
 }
 
-// A ban is what the elements of an address have in common.
+// A ban has what the elements of an address have in common.
 type ban struct {
 	set, address, comment string
 	bantime               time.Duration
 }
 
-// bans maps bans to their ports.
+// bans has the ports of each ban.
 type bans map[ban][]int
 
 func (m *machine) bans() bans {
@@ -281,7 +279,7 @@ func (m *machine) bans() bans {
 	return all
 }
 
-// left maps address, port and comment to the end of the ban.
+// left returns the end of each ban, by address, port and comment.
 func (m *machine) left() map[string]time.Time {
 	m.Helper()
 	all := make(map[string]time.Time)
@@ -306,12 +304,12 @@ func (m *machine) list() (elements []element) {
 
 func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
 
-// banned waits until exactly these bans are in force.
+// banned waits until there are exactly these bans.
 func (m *machine) banned(want bans) {
 	m.Helper()
 	nstest.Until(m, "the bans", func() error {
 		if got := m.bans(); !reflect.DeepEqual(got, want) {
-			return fmt.Errorf("they are\n%v\nand should be\n%v", got, want)
+			return fmt.Errorf("they are\n%v\nwant\n%v", got, want)
 		}
 		return nil
 	})
@@ -326,14 +324,14 @@ func (b bans) String() string {
 	return strings.Join(lines, "\n")
 }
 
-// A dropped SYN comes again after one second: a connection that is opened
-// within less was let in by its first packet.
+// A client repeats a dropped SYN after one second. So if a connection opens sooner, its
+// first packet got in.
 const (
-	soon  = 900 * time.Millisecond // for what must be let in, on a busy machine
-	never = 300 * time.Millisecond // for what must not
+	soon  = 900 * time.Millisecond // for connections that must get in, on a busy machine
+	never = 300 * time.Millisecond // for those that must not
 )
 
-// reaches tells whether the firewall lets an address in.
+// reaches reports whether the firewall lets an address in.
 func (m *machine) reaches(from netip.Addr, port int, timeout time.Duration) bool {
 	m.Helper()
 	conn := m.internet.Connect(m, from, port, timeout)
@@ -347,7 +345,7 @@ func (m *machine) reaches(from netip.Addr, port int, timeout time.Duration) bool
 func (m *machine) pass(from netip.Addr, port int) {
 	m.Helper()
 	if !m.reaches(from, port, soon) {
-		m.Errorf("%s is kept from port %d", from, port)
+		m.Errorf("%s does not get to port %d", from, port)
 	}
 }
 

@@ -12,12 +12,12 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// fail2ban tests its filters with lines that people have sent it. They are in
-// its package, and stay there.
+// fail2ban tests its filters with log lines from its users. This test reads them from
+// fail2ban's package.
 const upstream = "usr/lib/python3/dist-packages/fail2ban/tests/files/logs"
 
-// Where our jails are meant to do otherwise: the start of what a program says,
-// and why.
+// Lines that our jails treat differently on purpose: how the program's text starts, and
+// the reason.
 var differ = []struct{ jail, text, why string }{
 	{lost, "lost connection after CONNECT ", "port scanners and monitoring do that, and it is no attempt"},
 	{lost, "lost connection after STARTTLS ", "clients that do not like the certificate do that"},
@@ -28,8 +28,7 @@ var differ = []struct{ jail, text, why string }{
 	{lost, "COMMAND ", "postscreen keeps such clients away itself"},
 }
 
-// A sample is a line of fail2ban's, and what it says that its filter makes of
-// it.
+// A sample is one of fail2ban's lines, and the result of fail2ban's own filter.
 type sample struct {
 	modes []string // of the filter; "" is the default
 	line  string
@@ -37,7 +36,8 @@ type sample struct {
 	Host  string
 }
 
-// samples reads a file of them: fail2ban/tests/samplestestcase.py.
+// samples reads a file of samples, in the format of
+// fail2ban/tests/samplestestcase.py.
 func samples(t *testing.T, file string) (all []sample) {
 	t.Helper()
 	text, err := os.ReadFile(file)
@@ -78,8 +78,8 @@ func samples(t *testing.T, file string) (all []sample) {
 	return all
 }
 
-// Our filters make of fail2ban's own samples what its filters make of them: each
-// line counts in one jail, for its address.
+// Our filters match the same of fail2ban's samples as fail2ban's own: each line counts
+// in one jail, for its address.
 func TestUpstreamLogs(t *testing.T) {
 	each(t, func(t *testing.T, system nstest.Debian) {
 		d := newDaemons(t, system)
@@ -116,7 +116,7 @@ func TestUpstreamLogs(t *testing.T) {
 					want = []netip.Addr{addr(s.Host)}
 				}
 				got := found[s.line]
-				// A line that is there twice counts twice.
+				// A line that occurs twice counts twice.
 				if n := strings.Count("\n"+log.String(), "\n"+s.line+"\n"); n > 1 {
 					got = got[:len(got)/n]
 				}
@@ -138,7 +138,7 @@ func TestUpstreamLogs(t *testing.T) {
 			t.Logf("%s, mode %q: %d lines", c.file, c.mode, tried)
 		}
 		for i, d := range differ {
-			// fail2ban 1.0 counts a connection lost after AUTH, as we do.
+			// fail2ban 1.0 counts a connection lost after AUTH, like our filter.
 			if !used[i] && !strings.HasPrefix(d.text, "lost connection after AUTH") {
 				t.Errorf("the filters do not differ: %s", d.text)
 			}
