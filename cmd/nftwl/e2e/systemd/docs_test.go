@@ -10,9 +10,9 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// The commands of the README and of docs, as they are written there, on a
-// machine that was installed by the README. TestDocsBlocksRun of cmd/nftwl finds
-// those that are in no test.
+// The commands of the README and of docs, run as they are written, on a machine that
+// was installed as the README says. TestDocsBlocksRun of cmd/nftwl finds commands that
+// no test runs.
 func TestDocsCommands(t *testing.T) {
 	eachWay(t, func(t *testing.T, b nstest.Debian, source bool) {
 		m := newUninstalled(t, b)
@@ -69,7 +69,7 @@ func TestDocsCommands(t *testing.T) {
 				m.inSources(b.Text)
 			}
 		} else {
-			// standalone.nft alone is not in use.
+			// Only standalone.nft is not in use.
 			shows(m.shell("diff -r /usr/share/nftwl/nftables /etc/nftwl || test $? = 1"), "Only in /usr/share/nftwl/nftables: standalone.nft\n")
 			m.run("dpkg", "--install", "/root/old.deb")
 			m.shell("apt install ./nftwl_*_amd64.deb")
@@ -92,7 +92,7 @@ func TestDocsPrivileges(t *testing.T) {
 		m.run("sh", "-euc", "systemctl daemon-reload; systemctl restart dovecot")
 		m.logsIn(1)
 		if _, err := m.try("nftwl", "check", "-q", client(1)); err == nil {
-			t.Error("it is trusted without the capability")
+			t.Error("a login is trusted without the capability")
 		}
 		m.shell(blocks[1].Text)
 		m.learns(1)
@@ -103,7 +103,7 @@ func TestDocsPrivileges(t *testing.T) {
 		words := strings.Join(strings.Fields(string(text)), " ")
 		const user, executable = "user = nftwl-login", "executable = script-login /usr/local/sbin/nftwl login"
 		if !strings.Contains(words, "`"+user+"` and `"+executable+"`") {
-			t.Errorf("the document has other settings than %s and %s", user, executable)
+			t.Errorf("the document lacks the settings %s and %s", user, executable)
 		}
 		m.run("sed", "-i", "-e", "s,user = root,"+user+",", "-e", "s,executable = script-login .*,"+executable+",", "/etc/dovecot/conf.d/90-nftwl.conf")
 		m.run("doveadm", "reload")
@@ -127,7 +127,7 @@ func TestDocsFail2ban(t *testing.T) {
 		}
 		m.installs(false)
 		m.settle()
-		// Its logs are files here, and there is none of sshd's.
+		// fail2ban reads files here, and there is no log of sshd.
 		m.write("etc/fail2ban/jail.d/defaults-debian.conf", "")
 		m.write("etc/fail2ban/jail.local", "[DEFAULT]\npostfix_backend = polling\ndovecot_backend = polling\nbackend = polling\n")
 		m.write("var/log/mail.log", "")
@@ -150,7 +150,7 @@ func TestDocsFail2ban(t *testing.T) {
 		shell(nstest.Blocks(t, "docs/fail2ban.md", "With fail2ban"))
 		answers()
 		m.run("fail2ban-client", "set", "dovecot", "banip", "198.51.100.66")
-		nstest.Until(m, "it bans", func() error {
+		nstest.Until(m, "fail2ban bans", func() error {
 			_, err := m.try("nftwl", "check", "-q", "--banned", "--port", "143", "198.51.100.66")
 			return err
 		})
@@ -166,7 +166,7 @@ func TestDocsFail2ban(t *testing.T) {
 		shell(nstest.Blocks(t, "docs/fail2ban.md", "Undo"))
 		answers()
 		if out := m.run("fail2ban-client", "status"); strings.Contains(out, "postfix-lost") {
-			t.Errorf("its jails are left: %s", out)
+			t.Errorf("nftwl's jails still exist: %s", out)
 		}
 	})
 }

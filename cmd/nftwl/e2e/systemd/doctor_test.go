@@ -13,13 +13,13 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// doctor returns the status and the text of each check in a group.
+// doctor returns the result of each check in a group.
 func (m *machine) doctor(group string) map[string]string {
 	m.Helper()
 	return nstest.Diagnosis(m, m.findings(group))
 }
 
-// remedies returns the commands of the remedies, by check.
+// remedies returns the commands of doctor's remedies, by check.
 func (m *machine) remedies(group string) map[string]string {
 	m.Helper()
 	commands := make(map[string]string)
@@ -29,8 +29,8 @@ func (m *machine) remedies(group string) map[string]string {
 	return commands
 }
 
-// diagnoses checks that these checks say this, each a regular expression, and
-// that the others of the group are ok.
+// diagnoses compares the results of checks with regular expressions. All other checks of
+// the group must be ok.
 func (m *machine) diagnoses(what, group string, want map[string]string) {
 	m.Helper()
 	got := m.doctor(group)
@@ -47,8 +47,8 @@ func (m *machine) diagnoses(what, group string, want map[string]string) {
 	}
 }
 
-// A fault is a way to break a machine, and to fix it again. With nil, the
-// doctor's remedies fix it, as they are written.
+// A fault breaks a machine and fixes it again. If fix is nil, doctor's remedies fix it,
+// run as they are written.
 type fault struct {
 	name       string
 	make, mend func()
@@ -71,13 +71,13 @@ func (m *machine) tries(group string, faults []fault) {
 		} else {
 			f.mend()
 		}
-		// The next one shows whether it is fixed.
+		// The next fault's diagnosis shows whether it is fixed.
 		m.settle()
 	}
 	m.diagnoses("all mended", group, nil)
 }
 
-// commands makes a function of a line for a shell.
+// commands returns a function that runs a line of shell.
 func (m *machine) commands(line string) func() {
 	return func() {
 		m.Helper()
@@ -85,8 +85,8 @@ func (m *machine) commands(line string) func() {
 	}
 }
 
-// only takes programs away that are none of a test's business, and take their
-// time to say so.
+// only removes programs that a test does not need, but that doctor would spend time
+// on.
 func (m *machine) only() {
 	m.Helper()
 	m.run("rm", "-f", "/usr/bin/fail2ban-client")
@@ -103,7 +103,8 @@ func TestDoctorPersistence(t *testing.T) {
 			"persistence.unit":     "fail: nftwl-persist.service is not enabled:" + late,
 			"persistence.snapshot": "skip: no snapshot yet: " + file,
 		})
-		// The remedy of a fresh machine, as it is written, enables what README does.
+		// The remedy for a fresh machine, run as it is written, enables what the README
+		// enables.
 		commands := m.remedies("persistence")
 		m.run("sh", "-euc", commands["persistence.unit"])
 		m.settle()
@@ -132,7 +133,7 @@ func TestDoctorPersistence(t *testing.T) {
 			m.run("cp", "-p", "/run/good", file)
 		}
 		older := func() {
-			// In its place, as it has an owner.
+			// Overwrite it, so that its owner stays.
 			nstest.Must(m, os.WriteFile(m.file(snapshotFile), []byte(m.older(2*time.Hour)), 0))
 		}
 		nothing := map[string]string{"persistence.save": "skip: nothing is saved while nftwl-persist.service is "}
@@ -208,7 +209,7 @@ func TestDoctorPersistence(t *testing.T) {
 				map[string]string{"persistence.snapshot": "fail: .*none of the sets in it is one of table inet filter"}},
 		})
 
-		// Where there is no table, the remedy brings the rules as well.
+		// If there is no table, the remedy also loads the rules.
 		m.tries("sets", []fault{
 			{"flushed by hand", m.commands("nft flush ruleset"), nil, map[string]string{"sets": "fail: table inet filter does not exist"}},
 			{"flushed, and the boot file has an error", m.commands("nft flush ruleset; echo nonsense >>/etc/nftables.conf"), m.commands(asBefore + "; nft -f /etc/nftables.conf; systemctl start nftwl-save"),
@@ -217,7 +218,7 @@ func TestDoctorPersistence(t *testing.T) {
 		m.run("nft", "list", "chain", "inet", "filter", "input")
 		m.diagnoses("the rules are back", "persistence", nil)
 
-		// As nftwl-save.timer says.
+		// The interval of nftwl-save.timer.
 		m.run("systemctl", "stop", "nftwl-save.timer")
 		m.run("ln", "-sf", "/dev/null", "/etc/systemd/system/nftwl-save.timer")
 		m.run("systemctl", "daemon-reload")
@@ -226,7 +227,7 @@ func TestDoctorPersistence(t *testing.T) {
 	})
 }
 
-// Where a unit of ours loads the rules.
+// On a machine where one of our units loads the rules.
 func TestDoctorStandalone(t *testing.T) {
 	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newStandalone(t, b)
@@ -261,7 +262,7 @@ func TestDoctorStandalone(t *testing.T) {
 	})
 }
 
-// A Dovecot that does not run, or that its unit keeps from nftables.
+// A Dovecot that does not run, or whose unit withholds CAP_NET_ADMIN.
 func TestDoctorDovecotUnit(t *testing.T) {
 	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newMachine(t, b)

@@ -12,9 +12,9 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// From a plain fail2ban to nftwl's jails and back, by each command of the
-// document, in its order; with wrong passwords that Dovecot logs where this
-// system's fail2ban looks for them: a file, or the journal.
+// From a plain fail2ban to nftwl's jails and back, with each command of the document, in
+// its order. Dovecot logs wrong passwords where this system's fail2ban reads them: in a
+// file or in the journal.
 func TestFail2banDocument(t *testing.T) {
 	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newMachine(t, b)
@@ -25,7 +25,7 @@ func TestFail2banDocument(t *testing.T) {
 		nstest.Must(m, err)
 		blocks := regexp.MustCompile("(?s)\n```sh\n(.*?\n)```\n").FindAllStringSubmatch(string(text), -1)
 		if len(blocks) != 3 {
-			t.Fatalf("%d blocks of commands, and not to set up, to end bans and to undo", len(blocks))
+			t.Fatalf("the document has %d blocks of commands, want 3: to set up, to end bans and to undo", len(blocks))
 		}
 		const who, port = "198.51.100.66", "143"
 		banned := func(address string, want bool) {
@@ -48,12 +48,12 @@ func TestFail2banDocument(t *testing.T) {
 		m.run("fail2ban-client", "set", "dovecot", "banip", who)
 		banned(who, true)
 		if out := m.run("sh", "-euc", blocks[1][1]); !strings.Contains(out, who) || !strings.Contains(out, client(7)) {
-			t.Errorf("who is banned is not shown:\n%s", out)
+			t.Errorf("the banned address is not in\n%s", out)
 		}
 		banned(who, false)
 		banned(client(7), true)
 
-		// In prose: all of them; and a network.
+		// The document's prose: ending all bans, and banning a network.
 		m.run("fail2ban-client", "unban", "--all")
 		banned(client(7), true)
 		m.run("nftwl", "flush", "banned")
@@ -69,7 +69,7 @@ func TestFail2banDocument(t *testing.T) {
 		m.run("fail2ban-client", "unban", "203.0.113.0/24")
 		m.fail2banBans("203.0.113.0/24", false)
 
-		// A jail of ours that another file enables: fail2ban runs on as it was.
+		// If another file enables one of our jails, fail2ban runs on unchanged.
 		m.write("etc/fail2ban/jail.local", "[dovecot-auth]\nenabled = true\n")
 		m.run("systemctl", "restart", "fail2ban")
 		m.fail2banRuns("postfix-sasl", "postfix-lost", "dovecot", "dovecot-auth")
@@ -77,7 +77,7 @@ func TestFail2banDocument(t *testing.T) {
 		m.fail2banRuns("postfix-sasl", "postfix-lost", "dovecot", "dovecot-auth")
 		m.run("rm", "/etc/fail2ban/jail.local")
 
-		// As it should be, with each of our jails enabled.
+		// The undo as described, with each of our jails enabled.
 		m.run("nftwl", "setup", "fail2ban", "--write")
 		m.write("etc/fail2ban/jail.d/nftwl.local", "[dovecot]\nenabled = true\n[dovecot-auth]\nenabled = true\n[postfix-lost]\nenabled = true\n[postfix-spam]\nenabled = true\n")
 		m.run("systemctl", "restart", "fail2ban")
@@ -88,23 +88,22 @@ func TestFail2banDocument(t *testing.T) {
 		m.fail2banRuns()
 		banned(who, false)
 		if left, _ := filepath.Glob(m.file("etc/fail2ban/*/nftwl*")); len(left) > 0 {
-			t.Errorf("still there: %q", left)
+			t.Errorf("not removed: %q", left)
 		}
 	})
 }
 
-// withFail2ban starts fail2ban as its package does, where the logs that it reads
-// are there.
+// withFail2ban starts fail2ban as its package does, with the logs that it reads.
 func (m *machine) withFail2ban() {
 	m.Helper()
 	if _, err := os.Stat(m.file("usr/bin/fail2ban-server")); err != nil {
 		nstest.Skip(m, "fail2ban is not installed: apt-get install fail2ban")
 	}
-	// rsyslog would make them.
+	// rsyslog would create them.
 	for _, name := range []string{"auth.log", "mail.log"} {
 		m.write("var/log/"+name, "")
 	}
-	// Debian 13's fail2ban reads the journal, an older one a file.
+	// Debian 13's fail2ban reads the journal, an older one reads a file.
 	if !strings.Contains(m.read("etc/fail2ban/paths-debian.conf"), "dovecot_backend = systemd") {
 		m.write("etc/dovecot/conf.d/92-log.conf", "log_path = /var/log/mail.log\n")
 	}
@@ -152,7 +151,7 @@ func (m *machine) read(name string) string {
 	return nstest.Read(m, m.file(name))
 }
 
-// guesses tries a wrong password by IMAP, and hangs up.
+// guesses tries a wrong password over IMAP, and hangs up.
 func (m *machine) guesses(from, password string) {
 	m.Helper()
 	if err := m.visit(from, nstest.IMAPLogin, password); !errors.Is(err, nstest.ErrDenied) {

@@ -7,9 +7,9 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// Installed, and nothing else: whoever does what doctor says, and nothing but
-// that, has logins that are trusted, and stay so. No command fails that it
-// prints, nor one that the command then prints as the next.
+// On a machine where nftwl is only installed, an administrator who follows doctor and
+// nothing else gets logins that are trusted and stay trusted. No command that doctor
+// prints fails, nor the next steps that these commands print.
 func TestFreshDoctor(t *testing.T) {
 	eachWay(t, func(t *testing.T, b nstest.Debian, source bool) {
 		m := newUninstalled(t, b)

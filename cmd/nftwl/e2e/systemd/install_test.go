@@ -18,9 +18,9 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// The README's installation, as it is written there, on a mail server that has
-// never heard of nftwl, from a package and from source. It ends with a doctor
-// that finds nothing. Undone as the README says, mail still comes and goes.
+// The README's installation, run as it is written, from a package and from source, on a
+// mail server without nftwl. At the end doctor finds nothing. After the README's undo,
+// mail still works.
 func TestReadmeInstall(t *testing.T) {
 	eachWay(t, func(t *testing.T, b nstest.Debian, source bool) {
 		m := newUninstalled(t, b)
@@ -42,10 +42,10 @@ func TestReadmeInstall(t *testing.T) {
 		// 587 is open to strangers, up to the limit.
 		opens := m.internet()
 		if n := opens("587", 12); n == 0 || n == 12 {
-			t.Errorf("with nftwl, a stranger opens %d of 12 connections", n)
+			t.Errorf("with nftwl, a stranger can open %d of 12 connections", n)
 		}
 
-		// The other way, which goes as well.
+		// The README's other way works too.
 		m.write("etc/nftwl.yaml", "policy: {}\n")
 		m.run("nftwl", "setup", "policy", "--write")
 		m.run("sh", "-euc", "systemctl daemon-reload; systemctl enable --now nftwld.socket nftwld; doveadm reload")
@@ -66,10 +66,10 @@ func TestReadmeInstall(t *testing.T) {
 		}
 		for _, port := range []string{"465", "587"} {
 			if n := opens(port, 12); n != 12 {
-				t.Errorf("port %s: %d of 12 connections open after the end, under\n%s", port, n, rules)
+				t.Errorf("port %s: %d of 12 connections open after the undo, under\n%s", port, n, rules)
 			}
 		}
-		m.run("systemctl", "reload", "nftables") // which nothing is part of any more
+		m.run("systemctl", "reload", "nftables") // from here on, no unit of nftwl's takes part
 		m.settle()
 		after := m.etc()
 		for path, text := range after {
@@ -79,13 +79,13 @@ func TestReadmeInstall(t *testing.T) {
 		}
 		m.left(defaults)
 		if units := m.run("systemctl", "list-units", "--all", "--plain", "--no-legend", "nftwl*"); units != "" {
-			t.Errorf("still there: %s", units)
+			t.Errorf("not removed: %s", units)
 		}
 	})
 }
 
-// eachWay runs a test for each way to install: from a package, and from source
-// where there is Go.
+// eachWay runs a test for each way to install: from a package and, if there is Go, from
+// source.
 func eachWay(t *testing.T, test func(t *testing.T, b nstest.Debian, source bool)) {
 	onEach(t, func(t *testing.T, b nstest.Debian) {
 		t.Run("package", func(t *testing.T) { t.Parallel(); test(t, b, false) })
@@ -95,7 +95,7 @@ func eachWay(t *testing.T, test func(t *testing.T, b nstest.Debian, source bool)
 	})
 }
 
-// installs goes through the README's installation.
+// installs follows the README's installation.
 func (m *machine) installs(source bool) {
 	m.Helper()
 	m.write("etc/apt/apt.conf.d/90-nftwl-test", "APT::Get::Assume-Yes \"true\";\n")
@@ -103,10 +103,10 @@ func (m *machine) installs(source bool) {
 	for _, b := range nstest.Blocks(m, "README.md", "Install") {
 		switch {
 		case b.Language == "nft":
-			// What is pasted, below the distribution's first lines.
+			// The example, pasted below the distribution's first lines.
 			m.write("etc/nftables.conf", flushed+b.Text)
 		case b.Language != "sh":
-			// Shown, but nothing to paste: setup writes it, or it is the default.
+			// Not to be pasted: setup writes it, or it is the default.
 		case strings.Contains(b.Text, "make build"):
 			if source {
 				m.inSources(b.Text)
@@ -119,7 +119,7 @@ func (m *machine) installs(source bool) {
 	m.healthy()
 }
 
-// undoes goes through the README's way back.
+// undoes follows the README's undo.
 func (m *machine) undoes(source bool) {
 	m.Helper()
 	text := nstest.Blocks(m, "README.md", "Undo")[0].Text
@@ -140,22 +140,22 @@ func (m *machine) shell(text string) string {
 	return m.run("sh", "-euc", "cd /root\n"+text)
 }
 
-// inSources runs a block in a copy of the sources, with Go.
+// inSources runs a block of a document in a copy of the source, with Go.
 func (m *machine) inSources(text string) {
 	m.Helper()
 	out, err := exec.Command("go", "env", "GOROOT", "GOCACHE", "GOMODCACHE").Output()
 	nstest.Must(m, err)
 	env := lines(string(out))
-	// The machine does not see all of the host's directories, such as /tmp.
+	// The machine lacks some of the host's directories, such as /tmp.
 	nstest.Run(m, "tar", "-cf", m.file("root/sources.tar"), "-C", nstest.Root(m), "cmd", "contrib", "pkg", "go.mod", "go.sum", "Makefile")
 	m.run("sh", "-euc", `mkdir -p /root/sources; cd /root/sources; tar -xf ../sources.tar
 		export PATH="$PATH:$1/bin" GOCACHE="$2" GOMODCACHE="$3"
 		`+text, "sh", env[0], env[1], env[2])
 }
 
-// internet gives the machine a network with another one on it, and servers for
-// submission, which greet. What it returns tells how many connections of so many
-// they have greeted.
+// internet connects the machine to another one, and starts submission servers that greet
+// their clients. It returns a function that opens connections and counts how many of
+// them are greeted.
 func (m *machine) internet() (opens func(port string, times int) int) {
 	m.Helper()
 	inNetwork := func(join func() error, f func()) {
@@ -164,7 +164,7 @@ func (m *machine) internet() (opens func(port string, times int) int) {
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			runtime.LockOSThread() // and thrown away with the goroutine
+			runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
 			if err = join(); err == nil {
 				f()
 			}
@@ -230,13 +230,15 @@ func (m *machine) internet() (opens func(port string, times int) int) {
 	}
 }
 
-// enabled is where nftables.service is, which stays: it is not nftwl's.
+// enabled is the link that enables nftables.service. It stays, because it is not
+// nftwl's.
 const enabled = "systemd/system/sysinit.target.wants"
 
-// flushed is how a distribution's /etc/nftables.conf begins.
+// flushed is the start of a distribution's /etc/nftables.conf.
 const flushed = "#!/usr/sbin/nft -f\nflush ruleset\n\n"
 
-// healthy runs the doctor, who may leave out what is not in use.
+// healthy checks that doctor finds nothing wrong, and has checks of every group, even if
+// it skips them.
 func (m *machine) healthy() {
 	m.Helper()
 	groups := make(map[string]bool)
@@ -249,7 +251,7 @@ func (m *machine) healthy() {
 	}
 	for _, group := range []string{"config", "kernel", "sets", "rules", "dovecot", "persistence", "fail2ban"} {
 		if !groups[group] {
-			m.Errorf("doctor has not looked at %s", group)
+			m.Errorf("doctor has no checks of %s", group)
 		}
 	}
 }

@@ -22,8 +22,8 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// A machine boots systemd on a tree of files, which it does not change: its
-// disk is a layer above, and lasts from one boot to the next.
+// A machine boots systemd on a tree of files, which stays unchanged: the machine's disk is
+// a layer above it, and lasts from one boot to the next.
 type machine struct {
 	testing.TB
 	dir    string // upper is the disk
@@ -33,8 +33,8 @@ type machine struct {
 	exited chan syscall.WaitStatus
 }
 
-// newMachine prepares a machine on which nftwl, its units and a ruleset are
-// installed, and nothing is enabled. It boots it.
+// newMachine prepares a machine with nftwl, its units and a ruleset installed, but not
+// enabled, and boots it.
 func newMachine(t testing.TB, b nstest.Debian) *machine {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -46,15 +46,15 @@ func newMachine(t testing.TB, b nstest.Debian) *machine {
 	m.write("etc/nftwl.yaml", "# all defaults\n")
 	m.write(defaults, "# all defaults\n")
 	m.write("etc/systemd/journald.conf.d/volatile.conf", "[Journal]\nStorage=volatile\n")
-	// Nothing that was installed or enabled by hand, and no state.
-	// No consoles and sessions either.
+	// Without anything that was installed or enabled by hand, without state, and without
+	// consoles and sessions.
 	for _, dir := range []string{"etc/systemd/system", "etc/nftwl", "usr/lib/systemd/system/multi-user.target.wants", "var"} {
 		dir := m.disk(dir)
 		nstest.Must(m, os.MkdirAll(dir, 0o755))
 		nstest.Must(m, unix.Setxattr(dir, "trusted.overlay.opaque", []byte("y"), 0))
 	}
 	m.sparse()
-	// Or the first boot does what an update asks for.
+	// Otherwise the first boot does what systemd does after an update.
 	m.write("etc/.updated", "")
 	m.write("var/.updated", "")
 	nstest.Must(m, os.MkdirAll(m.disk("var/lib"), 0o755))
@@ -66,7 +66,7 @@ func newMachine(t testing.TB, b nstest.Debian) *machine {
 	m.copy(filepath.Join(contrib, "systemd"), "etc/systemd/system")
 	m.copy(filepath.Join(contrib, "nftables"), "etc/nftwl")
 	m.write("etc/nftables.conf", nstest.Contrib(t, "nftables/nftables.conf"))
-	// Tests restart it oftener than it bears.
+	// Tests restart it more often than its limit allows.
 	m.write("etc/systemd/system/nftables.service.d/test.conf", "[Unit]\nStartLimitIntervalSec=0\n")
 	t.Cleanup(func() {
 		if m.pid != 0 {
@@ -80,9 +80,8 @@ func newMachine(t testing.TB, b nstest.Debian) *machine {
 	return m
 }
 
-// sparse masks what a boot does besides, which no test needs: the units, and the
-// generators, which would run at each daemon-reload, too. They would take a
-// third of its time.
+// sparse masks units and generators that no test needs. They would take a third of a
+// boot's time, and the generators would also run at each daemon-reload.
 func (m *machine) sparse() {
 	m.Helper()
 	masked := []string{"system/dev-hugepages.mount", "system/dev-mqueue.mount", "system/sys-fs-fuse-connections.mount",
@@ -107,15 +106,15 @@ func (m *machine) install() {
 	m.settle()
 }
 
-// disk is the path of a file that the machine does not have in its tree.
+// disk returns the path of a file on the machine's disk, which hides the tree's.
 func (m *machine) disk(path string) string { return filepath.Join(m.dir, "upper", path) }
 
-// file is the path of a file as the running machine has it.
+// file returns the path of a file as the running machine sees it.
 func (m *machine) file(path string) string {
 	return filepath.Join("/proc", strconv.Itoa(m.pid), "root", path)
 }
 
-// write writes a file to the disk of a machine, be it on or off.
+// write writes a file to the disk of a machine that is on or off.
 func (m *machine) write(path, text string) {
 	m.Helper()
 	name := m.disk(path)
@@ -123,7 +122,7 @@ func (m *machine) write(path, text string) {
 		name = m.file(path)
 	}
 	nstest.Must(m, os.MkdirAll(filepath.Dir(name), 0o755))
-	nstest.Must(m, os.WriteFile(name, []byte(text), 0o644)) // its mode stays
+	nstest.Must(m, os.WriteFile(name, []byte(text), 0o644)) // an existing file keeps its mode
 }
 
 func (m *machine) copy(from, to string) {
@@ -143,7 +142,7 @@ func (m *machine) copy(from, to string) {
 
 const bootName = "nftwl-test-boot"
 
-// boot starts PID 1, with an empty ruleset, and waits until it is up.
+// boot starts PID 1 with an empty ruleset, and waits until the machine is up.
 func (m *machine) boot() {
 	m.Helper()
 	if m.pid != 0 {
@@ -161,7 +160,7 @@ func (m *machine) boot() {
 	cmd.Stdout, cmd.Stderr = &out, &out
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC,
-		// systemd makes groups below, and deletes none of another's.
+		// systemd makes control groups below this one, and deletes only its own.
 		UseCgroupFD: true,
 		CgroupFD:    int(fd.Fd()),
 		Setsid:      true,
@@ -170,7 +169,7 @@ func (m *machine) boot() {
 	m.pid = cmd.Process.Pid
 	m.exited = make(chan syscall.WaitStatus, 1)
 	go func() {
-		_ = cmd.Wait() // its status is what is looked at
+		_ = cmd.Wait() // the tests look at the status
 		m.exited <- cmd.ProcessState.Sys().(syscall.WaitStatus)
 	}()
 	nstest.Until(m, "systemd is up", func() error {
@@ -180,7 +179,8 @@ func (m *machine) boot() {
 			m.Fatalf("PID 1 exits with %v: %s", status, out.String())
 		default:
 		}
-		// Once systemd answers, it is not asked again and again while it boots.
+		// Once systemd answers, this waits, instead of asking again and again during the
+		// boot.
 		state, err := m.try("systemctl", "is-system-running", "--wait")
 		switch strings.TrimSpace(state) {
 		case "running", "degraded":
@@ -191,11 +191,11 @@ func (m *machine) boot() {
 	m.settle()
 }
 
-// boot is PID 1 before it becomes systemd.
+// boot runs as PID 1, and becomes systemd.
 func boot(args []string) error {
 	lower, dir := args[0], args[1]
-	// The group that it is in becomes the root of those that it sees. The
-	// thread that unshares must be the one that calls exec.
+	// Its control group becomes the root of those that it sees. The thread that unshares
+	// must also call exec.
 	runtime.LockOSThread()
 	if err := unix.Unshare(unix.CLONE_NEWCGROUP); err != nil {
 		return fmt.Errorf("unshare cgroup namespace: %w", err)
@@ -244,8 +244,8 @@ func boot(args []string) error {
 	); err != nil {
 		return err
 	}
-	// Sysctls of the host are not to be changed. The machine has the host's boot
-	// id: another one, mounted here, would not be in the units' own /proc.
+	// The machine must not change the host's sysctls. It has the host's boot id, because
+	// another one, mounted here, would be missing in the units' own /proc.
 	sysctl := filepath.Join(root, "proc/sys")
 	err := unix.Mount(sysctl, sysctl, "", unix.MS_BIND, "")
 	if err == nil {
@@ -254,7 +254,7 @@ func boot(args []string) error {
 	if err != nil {
 		return fmt.Errorf("/proc/sys read-only: %w", err)
 	}
-	// Nor are its modules, its clock and its devices.
+	// Nor must it change the host's modules, clock and devices.
 	for _, c := range []uintptr{unix.CAP_SYS_MODULE, unix.CAP_SYS_TIME, unix.CAP_SYS_RAWIO} {
 		if err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0); err != nil {
 			return err
@@ -263,15 +263,15 @@ func boot(args []string) error {
 	if err := unix.Chdir(root); err != nil {
 		return err
 	}
-	// See pivot_root(2): the old root comes to lie on the new one.
+	// The old root is then mounted on the new one: see pivot_root(2).
 	if err := unix.PivotRoot(".", "."); err != nil {
 		return fmt.Errorf("pivot_root: %w", err)
 	}
 	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
 		return err
 	}
-	// As systemd has it where it is not in a container: credentials are mounted
-	// by a process of their own, from which they spread.
+	// As systemd does outside of a container: a process of its own mounts credentials,
+	// and the mounts must spread from there.
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""); err != nil {
 		return fmt.Errorf("share the mounts: %w", err)
 	}
@@ -279,8 +279,8 @@ func boot(args []string) error {
 		[]string{"container=nftwl-test", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"})
 }
 
-// off waits until PID 1 has ended by a signal: SIGHUP is what a reboot looks
-// like from outside of a PID namespace, and SIGINT a power-off (reboot(2)).
+// off waits until a signal has ended PID 1. From outside of a PID namespace, a reboot
+// looks like SIGHUP, and a power-off like SIGINT (reboot(2)).
 func (m *machine) off(signal syscall.Signal) {
 	m.Helper()
 	select {
@@ -290,14 +290,14 @@ func (m *machine) off(signal syscall.Signal) {
 			m.Error(err)
 		}
 		if !status.Signaled() || status.Signal() != signal {
-			m.Fatalf("PID 1 ends with %#x and not by %v", status, signal)
+			m.Fatalf("PID 1 ended with %#x, want %v", status, signal)
 		}
 	case <-time.After(nstest.Patience):
 		m.Fatalf("the machine does not go down:\n%s", m.journal())
 	}
 }
 
-// reboot, powerOff and kill are the ways down.
+// reboot, powerOff and kill are the ways to end a machine.
 func (m *machine) reboot() {
 	m.Helper()
 	m.run("systemctl", "reboot")
@@ -317,7 +317,7 @@ func (m *machine) kill() {
 	m.off(syscall.SIGKILL)
 }
 
-// command is a command on the machine.
+// command returns a command that runs on the machine.
 func (m *machine) command(ctx context.Context, program string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, "nsenter", append([]string{"-t", strconv.Itoa(m.pid), "-m", "-u", "-i", "-n", "-p", "-C", program}, args...)...)
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8"}
@@ -332,7 +332,7 @@ func (m *machine) try(program string, args ...string) (string, error) {
 	return string(out), err
 }
 
-// findings is what nftwl doctor says in a group of checks, or in all.
+// findings returns nftwl doctor's results in a group of checks, or in all.
 func (m *machine) findings(groups ...string) []nstest.Finding {
 	m.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), nstest.Patience)
@@ -349,7 +349,7 @@ func (m *machine) run(program string, args ...string) string {
 	return out
 }
 
-// fails runs a program that must fail, and returns what it says.
+// fails runs a program that must fail, and returns its output.
 func (m *machine) fails(program string, args ...string) string {
 	m.Helper()
 	out, err := m.try(program, args...)
@@ -360,8 +360,8 @@ func (m *machine) fails(program string, args ...string) string {
 	return out
 }
 
-// settle waits until no job is left: systemctl does not wait for the units
-// that follow the one that it is told.
+// settle waits until no jobs are left. systemctl waits only for the unit that it is given,
+// not for those that follow.
 func (m *machine) settle() {
 	m.Helper()
 	nstest.Until(m, "no jobs", func() error {
@@ -373,12 +373,12 @@ func (m *machine) settle() {
 	})
 }
 
-// state checks what a unit is.
+// state checks a unit's state.
 func (m *machine) state(unit, want string) {
 	m.Helper()
 	got, _ := m.try("systemctl", "is-active", unit)
 	if strings.TrimSpace(got) != want {
-		m.Errorf("%s is %s, and should be %s", unit, strings.TrimSpace(got), want)
+		m.Errorf("%s is %s, want %s", unit, strings.TrimSpace(got), want)
 	}
 }
 
@@ -387,7 +387,7 @@ func (m *machine) journal(args ...string) string {
 	return out
 }
 
-// An entry of the journal, of those by which PID 1 tells of jobs.
+// An entry of the journal about a job, which PID 1 has written.
 type entry struct {
 	Unit    string `json:"UNIT"`
 	Job     string `json:"JOB_TYPE"`
@@ -409,12 +409,11 @@ func (m *machine) jobs(kind string) (done []string) {
 	return done
 }
 
-// Control groups outlast the processes in them, and so the namespaces. Those
-// of a run have names that begin with groupPrefix.
+// Control groups outlive the processes in them and the namespaces. The names of a run's
+// groups begin with groupPrefix.
 func groupPrefix() string { return filepath.Base(os.Getenv(scratch)) + "-" }
 
-// groupRoot is where enter mounts the hierarchy of cgroup2, wherever and
-// however the host has it.
+// groupRoot is where enter mounts cgroup2, wherever the host has it.
 func groupRoot() string { return filepath.Join(os.Getenv(scratch), "cgroup") }
 
 func removeGroup(dir string) error {
@@ -424,7 +423,7 @@ func removeGroup(dir string) error {
 			err = errors.Join(err, removeGroup(filepath.Join(dir, e.Name())))
 		}
 	}
-	// Those that have just died may still be counted.
+	// Processes that have just ended can still be counted.
 	for range 100 {
 		e := unix.Rmdir(dir)
 		if e != unix.EBUSY {
@@ -439,7 +438,7 @@ func removeGroup(dir string) error {
 func (m *machine) shows(unit, property, want string) {
 	m.Helper()
 	if got := m.property(unit, property); got != want {
-		m.Errorf("%s has %s=%s and not %s", unit, property, got, want)
+		m.Errorf("%s has %s=%s, want %s", unit, property, got, want)
 	}
 }
 

@@ -18,14 +18,14 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// The mail server's address and its clients', on the machine's loopback. None
-// is in 127.0.0.0/8, which nftwl ignores.
+// The addresses of the mail server and its clients, on the machine's loopback. None is
+// in 127.0.0.0/8, which nftwl ignores.
 const (
 	mailServer  = "198.51.100.1"
 	mailClients = "198.18.0.0/15"
 )
 
-// client is the address of a mail client: none has the number 0.
+// client returns the address of a mail client. The numbers begin with 1.
 func client(n int) string {
 	a := netip.MustParsePrefix(mailClients).Addr().As4()
 	a[2], a[3] = byte(n>>8), byte(n)
@@ -37,7 +37,7 @@ protocols = imap
 !include_try conf.d/9[0-2]-*.conf
 `
 
-// mail configures a Dovecot that does not know of nftwl, and does not start it.
+// mail configures a Dovecot without nftwl, but does not start it.
 func (m *machine) mail() {
 	m.Helper()
 	if _, err := os.Stat(m.file("usr/lib/dovecot/imap")); err != nil {
@@ -52,7 +52,7 @@ func (m *machine) mail() {
 	m.addresses()
 }
 
-// addresses gives a machine that has just booted its network.
+// addresses configures the network of a machine that has just booted.
 func (m *machine) addresses() {
 	m.Helper()
 	m.run("ip", "address", "add", mailServer+"/32", "dev", "lo")
@@ -65,8 +65,7 @@ func (m *machine) visit(from string, v nstest.Visit, password string) error {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		// The thread, which goes to the machine's network, is thrown away with
-		// the goroutine.
+		// The thread enters the machine's network, and ends with the goroutine.
 		runtime.LockOSThread()
 		if err = m.joinNetwork(); err != nil {
 			return
@@ -85,7 +84,7 @@ func (m *machine) visit(from string, v nstest.Visit, password string) error {
 	return err
 }
 
-// imap logs in from an address, and out.
+// imap logs in from an address, and logs out.
 func (m *machine) imap(from string) error {
 	return m.visit(from, func(c *textproto.Conn, user, password string) error {
 		if err := nstest.IMAPLogin(c, user, password); err != nil {
@@ -98,7 +97,7 @@ func (m *machine) imap(from string) error {
 	}, "secret")
 }
 
-// logsIn has a client log in, who must not be denied.
+// logsIn lets a client log in, and fails the test if the login is denied.
 func (m *machine) logsIn(n int) {
 	m.Helper()
 	if err := m.imap(client(n)); err != nil {
@@ -115,12 +114,13 @@ func (m *machine) joinNetwork() error {
 	return unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET)
 }
 
-// atOnce is how many log in at the same time.
+// atOnce is how many clients log in at the same time.
 const atOnce = 10
 
-// crowd has clients with the numbers from 1 log in, each once. It stops when
-// so many have, and what happens meanwhile is done, which can wait for a
-// client's turn. It returns how many have and which were denied.
+// crowd lets clients log in once each, with numbers from 1 on, while it runs a function.
+// The function can wait for a client's turn. crowd stops when the function has returned
+// and enough clients have logged in. It returns their number, and those that were
+// denied.
 func (m *machine) crowd(least int, meanwhile func(turn func(n int))) (n int, denied []error) {
 	m.Helper()
 	var last atomic.Int64
@@ -139,7 +139,7 @@ func (m *machine) crowd(least int, meanwhile func(turn func(n int))) (n int, den
 		})
 	}
 	func() {
-		// Even where the test ends in it.
+		// Even if the test ends in it.
 		defer clients.Wait()
 		defer done.Store(true)
 		meanwhile(func(n int) {
@@ -161,7 +161,7 @@ func upTo(n int) (numbers []int) {
 	return numbers
 }
 
-// trusts checks that the clients with these numbers are trusted on each port.
+// trusts waits until the clients with these numbers are trusted on each port.
 func (m *machine) trusts(numbers ...int) {
 	m.Helper()
 	nstest.Until(m, "all are trusted", func() error {

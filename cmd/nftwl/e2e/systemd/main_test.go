@@ -1,6 +1,6 @@
-// Package systemd boots a real systemd as PID 1, and sees that the units in
-// contrib/systemd lose nothing. It needs real root, as systemd does, and so
-// no user namespace.
+// Package systemd boots a real systemd as PID 1, and checks that the units in
+// contrib/systemd lose nothing. systemd needs real root, so these tests use no user
+// namespace.
 package systemd
 
 import (
@@ -20,11 +20,11 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// scratch is a tmpfs that goes with the mount namespace of the tests.
+// scratch is a tmpfs that ends with the tests' mount namespace.
 const scratch = "NFTWL_TEST_SCRATCH"
 
-// TestMain runs the tests as PID 1 of namespaces of their own, so that
-// whatever they start and mount ends with them, even where they are killed.
+// TestMain runs the tests as PID 1 of new namespaces, so that everything that they start
+// and mount ends with them, even if they are killed.
 func TestMain(m *testing.M) {
 	switch {
 	case os.Args[0] == bootName:
@@ -35,7 +35,7 @@ func TestMain(m *testing.M) {
 	case os.Geteuid() != 0:
 		os.Exit(m.Run()) // newMachine skips
 	case os.Getenv(scratch) != "":
-		// Half of the time a machine waits.
+		// Because a machine waits half of the time.
 		nstest.Parallel(2 * runtime.GOMAXPROCS(0))
 		fail(enter(os.Getenv(scratch)))
 		os.Exit(m.Run())
@@ -52,18 +52,18 @@ func TestMain(m *testing.M) {
 		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWPID,
 		Pdeathsig:  syscall.SIGKILL,
 	}
-	// Pdeathsig follows the thread that started the child.
+	// The child gets Pdeathsig when the thread that started it ends.
 	runtime.LockOSThread()
 	interrupt := make(chan os.Signal, 1)
 	signal.Notify(interrupt, os.Interrupt, syscall.SIGTERM)
 	fail(cmd.Start())
 	go func() {
 		<-interrupt
-		_ = cmd.Process.Kill() // unless it has ended by itself
+		_ = cmd.Process.Kill() // fails if it has ended by itself
 	}()
 	err = cmd.Wait()
 	if err != nil {
-		// A test that was killed, or ran out of time, cleans up nothing.
+		// Because a test that was killed, or ran out of time, cleans up nothing.
 		again := exec.Command("/proc/self/exe")
 		again.Args[0], again.Env = cleanName, cmd.Env
 		again.Stderr = os.Stderr
@@ -85,7 +85,8 @@ func fail(err error) {
 	}
 }
 
-// hostRuleset is without elements and counters, which packets change.
+// hostRuleset returns the host's ruleset without elements and counters, which packets
+// change.
 func hostRuleset() string {
 	out, err := exec.Command("nft", "--stateless", "--terse", "list", "ruleset").CombinedOutput()
 	if errors.Is(err, exec.ErrNotFound) {
@@ -95,9 +96,9 @@ func hostRuleset() string {
 	return string(out)
 }
 
-// enter mounts what belongs to the new namespaces.
+// enter mounts the file systems of the new namespaces.
 func enter(dir string) error {
-	// The tests themselves run inside as well, and so must not do this again.
+	// The tests also run inside, and must not do this again.
 	err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
 	if err == nil {
 		err = unix.Mount("proc", "/proc", "proc", 0, "")
@@ -116,7 +117,7 @@ func enter(dir string) error {
 
 const cleanName = "nftwl-test-clean"
 
-// clean removes what does not go with the namespaces.
+// clean removes what does not end with the namespaces.
 func clean() error {
 	err := enter(os.Getenv(scratch))
 	if err != nil {
@@ -129,8 +130,8 @@ func clean() error {
 	return err
 }
 
-// onEach runs a test on this machine's systemd, and on that of Debian 13, at
-// once with the other tests.
+// onEach runs a test with this machine's systemd and with that of Debian 13, in parallel
+// with other tests.
 func onEach(t *testing.T, test func(t *testing.T, b nstest.Debian)) {
 	t.Helper()
 	t.Parallel()

@@ -12,7 +12,7 @@ import (
 
 const policyKey = "0123456789abcdef0123456789abcdef"
 
-// installNftwld puts the program where its unit wants it.
+// installNftwld installs the program where its unit expects it.
 func (m *machine) installNftwld() {
 	m.Helper()
 	program, err := os.ReadFile(nstest.Build(m, "cmd/nftwld"))
@@ -21,7 +21,7 @@ func (m *machine) installNftwld() {
 	nstest.Must(m, os.Chmod(m.file("usr/bin/nftwld"), 0o755))
 }
 
-// nftwld enables the units of nftwld, as the administrator does.
+// nftwld enables the units of nftwld, as an administrator would.
 func (m *machine) nftwld() {
 	m.Helper()
 	m.installNftwld()
@@ -33,8 +33,8 @@ func (m *machine) nftwld() {
 	m.settle()
 }
 
-// report sends the report of a login, as Dovecot does, and returns the status
-// of the answer. It waits in the socket where nobody accepts.
+// report sends the report of a login, like Dovecot's, and returns the status of the
+// answer. While nftwld does not run, the report waits in the socket.
 func (m *machine) report(user, hash, remote string, success bool) string {
 	m.Helper()
 	body := fmt.Sprintf(`{"login":%q,"pwhash":%q,"remote":%q,"protocol":"imap","success":%v}`, user, hash, remote, success)
@@ -65,8 +65,8 @@ func (m *machine) holds(set, element string) {
 	})
 }
 
-// In its sandbox it trusts and bans, and what it has counted survives a
-// restart. A report that comes while it does not run waits.
+// In its sandbox nftwld trusts and bans, and its counts survive a restart. A report that
+// comes while it does not run waits.
 func TestNftwld(t *testing.T) {
 	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newMachine(t, b)
@@ -87,7 +87,7 @@ func TestNftwld(t *testing.T) {
 			t.Errorf("%+v", s)
 		}
 
-		// A stopped service is started by the report.
+		// A report starts the stopped service.
 		m.run("systemctl", "stop", "nftwld.service")
 		m.state("nftwld.service", "inactive")
 		if got := m.report("alice", "1", "192.0.2.9", true); got != ok {
@@ -96,10 +96,11 @@ func TestNftwld(t *testing.T) {
 		m.holds("trusted_ipv4", "192.0.2.9 . 993")
 		m.state("nftwld.service", "active")
 
-		// A wrong configuration is refused, and said; the service goes on.
+		// After a reload with a wrong configuration the service goes on, and its status
+		// has the error.
 		m.write("etc/nftwl.yaml", "policy: {}\nfailures: {limit: none}\n")
 		m.run("systemctl", "reload", "nftwld")
-		nstest.Until(m, "systemd is told", func() error {
+		nstest.Until(m, "the status has the error", func() error {
 			if s := m.property("nftwld.service", "StatusText"); !strings.Contains(s, "/etc/nftwl.yaml:2: failures.limit") {
 				return fmt.Errorf("status %q", s)
 			}
@@ -108,7 +109,7 @@ func TestNftwld(t *testing.T) {
 		m.report("alice", "1", "192.0.2.10", true)
 		m.holds("trusted_ipv4", "192.0.2.10 . 993")
 
-		// One that hangs is killed and started again, without a report lost.
+		// systemd kills and restarts an nftwld that hangs, and no report is lost.
 		m.write("etc/nftwl.yaml", "policy: {}\n")
 		m.write("etc/systemd/system/nftwld.service.d/test.conf", "[Service]\nWatchdogSec=1s\nRestartSec=10ms\n")
 		m.run("systemctl", "daemon-reload")

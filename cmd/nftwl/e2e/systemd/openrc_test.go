@@ -10,7 +10,7 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// What Alpine's service does, as far as it touches the ruleset.
+// The parts of Alpine's service that change the ruleset.
 const openrcNftables = `#!/sbin/openrc-run
 extra_started_commands="reload"
 
@@ -35,8 +35,8 @@ stop() {
 }
 `
 
-// The real OpenRC runs the services. PID 1 is systemd all the same, as on a
-// Debian where OpenRC is only installed: it has no part in this.
+// newOpenRC returns a machine on which the real OpenRC runs the services. PID 1 is still
+// systemd, as on a Debian where OpenRC is only installed, but it does not matter here.
 func newOpenRC(t *testing.T) *machine {
 	t.Helper()
 	cache, err := os.UserCacheDir()
@@ -48,7 +48,7 @@ func newOpenRC(t *testing.T) *machine {
 		nstest.Skip(t, "no OpenRC at %s: run cmd/nftwl/e2e/systemd/testdata/openrc.sh", tree)
 	}
 	nstest.Need(t, "nft", "nftables")
-	// A copy, as a tree in another one cannot lie above it.
+	// A copy, because overlayfs cannot put a part of a tree above that tree.
 	layer := filepath.Join(t.TempDir(), "openrc")
 	if out, err := exec.Command("cp", "-a", tree, layer).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
@@ -67,7 +67,7 @@ func newOpenRC(t *testing.T) *machine {
 
 const openrcConf = "etc/rc.conf.d/nftwl.conf"
 
-// cron is what nftwl.conf says that crond should run each minute.
+// cron returns the command that nftwl.conf tells crond to run each minute.
 func (m *machine) cron() string {
 	m.Helper()
 	text, err := os.ReadFile(m.file(openrcConf))
@@ -134,7 +134,7 @@ func TestOpenRC(t *testing.T) {
 	m.has(want, 0)
 }
 
-// A snapshot that does not fit the sets any more is kept as well.
+// A snapshot that no longer fits the sets is kept.
 func TestOpenRCOtherSets(t *testing.T) {
 	t.Parallel()
 	m := newOpenRC(t)

@@ -13,9 +13,8 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// A step is something that happens to a machine. It does not wait for what it
-// started: systemctl returns when nftables.service is done, and before the
-// units around it are.
+// A step is something that happens to a machine. It does not wait until everything has
+// finished: systemctl returns when nftables.service has, before the units around it.
 type step struct {
 	name string
 	do   func(o *orders)
@@ -27,7 +26,7 @@ func on(name, program string, args ...string) step {
 
 const byHand = "nft -f by hand"
 
-// steps are those under systemd. The last two boot the machine.
+// steps has the steps under systemd. The last two boot the machine.
 var steps = []step{
 	on("reload", "systemctl", "reload", nftables),
 	on("restart", "systemctl", "restart", nftables),
@@ -42,7 +41,7 @@ var steps = []step{
 	{"power cut", func(o *orders) { o.kill(); o.boot() }},
 }
 
-// openrcSteps are the same under OpenRC, whose service ends when its hooks do.
+// openrcSteps has the same steps under OpenRC, whose service ends when its hooks have.
 var openrcSteps = []step{
 	on("reload", "rc-service", "nftables", "reload"),
 	on("restart", "rc-service", "nftables", "restart"),
@@ -57,27 +56,27 @@ var openrcSteps = []step{
 	{"power cut", func(o *orders) { o.kill(); o.boot(); o.up() }},
 }
 
-// boots is how many of the steps, at their end, boot the machine.
+// boots is the number of steps, the last ones, that boot the machine.
 const boots = 2
 
-// orders are tried on one machine, one after the other.
+// orders tries orders of steps on one machine, one after the other.
 type orders struct {
 	*machine
-	extra  int  // elements, besides those of fill
-	boots  bool // whether they boot as often as they do anything else
+	extra  int  // number of elements in addition to those of fill
+	boots  bool // whether the steps that boot are as frequent as the others
 	steps  []step
-	save   []string // what the timer runs, or cron
-	start  []string // with stop, the firewall
+	save   []string // the command of the timer, or of cron
+	start  []string // starts the firewall; stop stops it
 	stop   []string
 	settle func()
 	random *rand.Rand
-	names  []string // steps of the present order
-	n      int      // orders tried
-	lost   int      // of those, how many lost elements
+	names  []string // steps of the current order
+	n      int      // number of orders tried
+	lost   int      // number of those that lost elements
 }
 
-// otherKeys loads sets with another key type, into which the snapshot cannot be
-// restored, and then the right ones again.
+// otherKeys loads sets with another key type, so that the snapshot cannot be restored,
+// and then the right ones again.
 func (o *orders) otherKeys(program, service string) {
 	o.Helper()
 	good, err := os.ReadFile(o.file("etc/nftables.conf"))
@@ -97,13 +96,13 @@ func (o *orders) otherKeys(program, service string) {
 	}
 }
 
-// prepare has the sets hold what the orders must not lose, and saves it.
+// prepare adds elements that the orders must not lose, and saves them.
 func (o *orders) prepare() {
 	o.Helper()
 	o.fill()
 	var b strings.Builder
 	for i := range o.extra {
-		// 30,000 and more are of one list, and of both families.
+		// They are in both lists and of both families.
 		set, address := "trusted_ipv4", fmt.Sprintf("10.%d.%d.%d", i>>16, i>>8&255, i&255)
 		switch i % 4 {
 		case 1:
@@ -120,25 +119,25 @@ func (o *orders) prepare() {
 	o.run(o.save[0], o.save[1:]...)
 }
 
-// again makes a machine that has lost elements as good as new.
+// again resets a machine that has lost elements.
 func (o *orders) again() {
 	o.Helper()
 	o.run(o.stop[0], o.stop[1:]...)
 	o.settle()
 	for _, name := range []string{snapshotFile, snapshotFile + ".old"} {
-		_ = os.Remove(o.file(name)) // it need not be there
+		_ = os.Remove(o.file(name)) // can be missing
 	}
 	o.run(o.start[0], o.start[1:]...)
 	o.settle()
 	o.prepare()
 }
 
-// order tries one order: what the sets held, and was saved, they hold after, no
-// more and no less.
+// order tries one order of steps. Afterwards the sets must have exactly the elements that
+// were saved.
 func (o *orders) order(order []step) {
 	o.Helper()
 	o.n++
-	// One comes and one goes each time.
+	// Each time one element is added and one removed.
 	address := func(n int) string { return fmt.Sprintf("2001:db8:203::%x", n) }
 	o.run("nftwl", "add", address(o.n))
 	o.run("nftwl", "remove", address(o.n-1))
@@ -153,23 +152,23 @@ func (o *orders) order(order []step) {
 	}
 	o.settle()
 	if o.names[len(o.names)-1] == byHand {
-		// No unit sees that: what heals it is the next save.
-		_, _ = o.try(o.save[0], o.save[1:]...) // the elements tell
+		// No unit notices that. The next save restores the elements.
+		_, _ = o.try(o.save[0], o.save[1:]...) // the elements show whether it worked
 	}
-	// A restore gives each element what it has left at its begin, and so makes
-	// its life as much longer as the restore takes.
+	// A restore gives each element the time left at the restore's start, so the element
+	// expires later by as long as the restore takes.
 	diffs := o.diff(want, 0, slack+time.Since(began))
 	if len(diffs) == 0 {
 		return
 	}
 	o.lost++
-	o.Errorf("order %d: %s: of %d elements, %d are not as before: %s", o.n, strings.Join(o.names, ", "), len(want), len(diffs), diffs[0])
+	o.Errorf("order %d: %s: of %d elements, %d differ: %s", o.n, strings.Join(o.names, ", "), len(want), len(diffs), diffs[0])
 	o.again()
 }
 
-// pass tries orders of so many steps in which each run of n steps occurs: the
-// steps of one order go on without a pause, and the next order begins with
-// the last n-1 of the one before.
+// pass tries orders of length steps, in which each sequence of n steps occurs. The steps
+// of an order follow each other without a pause. Each order begins with the last n-1
+// steps of the order before.
 func (o *orders) pass(steps []step, n, length int) {
 	o.Helper()
 	steps = slices.Clone(steps)
@@ -186,7 +185,7 @@ func (o *orders) pass(steps []step, n, length int) {
 	}
 }
 
-// each tries each order of so many steps by itself.
+// each tries each order of n steps separately.
 func (o *orders) each(steps []step, n int, before ...step) {
 	o.Helper()
 	if n == 0 {
@@ -198,7 +197,7 @@ func (o *orders) each(steps []step, n int, before ...step) {
 	}
 }
 
-// longer tries random orders for so long.
+// longer tries random orders for a time.
 func (o *orders) longer(d time.Duration) {
 	o.Helper()
 	for end := time.Now().Add(d); time.Now().Before(end); {
@@ -210,8 +209,8 @@ func (o *orders) longer(d time.Duration) {
 	}
 }
 
-// deBruijn is a cyclic sequence in which each word of n letters, out of k,
-// occurs once: the Lyndon words whose length divides n, in order.
+// deBruijn returns a cyclic sequence in which each word of n letters, out of k, occurs
+// once: the Lyndon words whose length divides n, in order.
 func deBruijn(k, n int) (sequence []int) {
 	word := make([]int, n+1)
 	var extend func(t, p int)
@@ -232,18 +231,18 @@ func deBruijn(k, n int) (sequence []int) {
 	return sequence
 }
 
-// many is how many elements make a save and a restore take longer than the
-// next command takes to come.
+// many is a number of elements with which a save and a restore take longer than it takes
+// the next command to start.
 const many = 30000
 
-// TestSteps tries the steps in every order of three: no order of what happens
-// to a machine, however fast it follows, loses an element that was saved once,
-// brings back one that was removed, or makes a life longer. All orders are on one
-// machine, and on the others those of three steps without a boot, and of two.
+// TestSteps tries the steps in every order of three. No order, however fast the steps
+// follow each other, loses an element that was saved once, brings back one that was
+// removed, or extends the time left. One machine tries all orders. The others try those
+// of three steps without a boot, and those of two.
 //
-// SOAK=10m goes on with longer orders at random for so long. ORDERS=each tries
-// the orders of one, two and three steps without a boot one by one, which tells
-// exactly which ones lose elements. SEED=N repeats a run.
+// SOAK=10m tries longer random orders for that time. ORDERS=each tries the orders of one,
+// two and three steps without a boot separately, which shows exactly which ones lose
+// elements. SEED=N repeats a run.
 func TestSteps(t *testing.T) {
 	onEach(t, func(t *testing.T, b nstest.Debian) {
 		for _, extra := range []int{0, many} {
@@ -309,7 +308,7 @@ func tryOrders(t *testing.T, o *orders) {
 		for n := 1; n <= 3; n++ {
 			tried, lost := o.n, o.lost
 			o.each(awake, n)
-			t.Logf("of %d steps: %d orders, %d lost elements", n, o.n-tried, o.lost-lost)
+			t.Logf("with %d steps: %d orders, %d lost elements", n, o.n-tried, o.lost-lost)
 		}
 	case o.boots:
 		o.pass(o.steps, 3, 12)

@@ -9,8 +9,8 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// nftwld set up as docs/policy.md says, after the README's way; and back.
-// Its doctor finds nothing in between.
+// nftwld, set up as docs/policy.md says on a machine that was installed as the README
+// says, and then back to the wrapper. In between doctor finds nothing.
 func TestOtherWay(t *testing.T) {
 	eachWay(t, func(t *testing.T, b nstest.Debian, source bool) {
 		m := newUninstalled(t, b)
@@ -39,22 +39,23 @@ func TestOtherWay(t *testing.T) {
 		m.healthy()
 		m.state("nftwld.socket", "inactive")
 		if m.exists("etc/nftwl/policy.key") || strings.Contains(m.run("cat", "/etc/nftwl.yaml"), "\npolicy:") {
-			t.Error("something is left of it")
+			t.Error("something of nftwld is left")
 		}
 	})
 }
 
-// exists tells whether the machine has a file.
+// exists reports whether the machine has a file.
 func (m *machine) exists(path string) bool {
 	_, err := os.Lstat(m.file(path))
 	return err == nil
 }
 
-// learns has a client log in, and waits until it is trusted.
+// learns lets a client log in, and waits until it is trusted.
 func (m *machine) learns(n int) {
 	m.Helper()
 	nstest.Until(m, client(n)+" is trusted", func() error {
-		// Dovecot may still be reading its configuration: the first login can be by the old one.
+		// The first login can be by the old configuration, while Dovecot reads the new
+		// one.
 		m.logsIn(n)
 		if _, err := m.try("nftwl", "check", "-q", client(n)); err != nil {
 			return errors.New("it is not")

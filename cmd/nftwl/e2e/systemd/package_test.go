@@ -20,11 +20,11 @@ import (
 // A manager installs packages.
 type manager struct {
 	suffix  string
-	install []string // these end with the file's name
+	install []string // the package's file follows
 	upgrade []string
 	remove  []string
-	// What becomes of a package's configuration where the administrator has
-	// another: at an upgrade, and after the removal.
+	// If the administrator has changed a package's configuration file, aside is where an
+	// upgrade puts the new one, and saved where a removal leaves the changed one.
 	aside, saved string
 }
 
@@ -32,7 +32,7 @@ var (
 	dpkg = manager{
 		suffix:  ".deb",
 		install: []string{"dpkg", "--install"},
-		// What unattended upgrades do.
+		// As unattended upgrades do.
 		upgrade: []string{"dpkg", "--force-confdef", "--force-confold", "--install"},
 		remove:  []string{"dpkg", "--remove", "nftwl"},
 		aside:   "etc/nftwl.yaml.dpkg-dist",
@@ -40,7 +40,7 @@ var (
 	}
 	rpm = manager{
 		suffix: ".rpm",
-		// There is no shell in rpm's database on Debian.
+		// On Debian, rpm's database has no shell.
 		install: []string{"rpm", "--install", "--nodeps"},
 		upgrade: []string{"rpm", "--upgrade", "--nodeps"},
 		remove:  []string{"rpm", "--erase", "nftwl"},
@@ -56,13 +56,13 @@ func TestPackageDeb(t *testing.T) {
 
 		m.run("dpkg", "--purge", "nftwl")
 		m.left("etc/nftwl", "etc/nftwl-defaults.yaml")
-		// Half of a firewall that would not load without.
+		// /etc/nftables.conf still loads, because /etc/nftwl stays.
 		m.run("nft", "--check", "--file", "/etc/nftables.conf")
 		m.logsIn(400)
 	})
 }
 
-// As there is no other tree with rpm than this one's.
+// Only this machine has rpm, not the Debian 13 tree.
 func TestPackageRPM(t *testing.T) {
 	t.Parallel()
 	nstest.Need(t, "rpm", "rpm")
@@ -70,7 +70,7 @@ func TestPackageRPM(t *testing.T) {
 	m.livesThrough(rpm)
 }
 
-// Dovecot's configuration can name the program in several ways.
+// A removal fails, in whichever way Dovecot's configuration names the program.
 func TestPackageNamed(t *testing.T) {
 	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newUninstalled(t, b)
@@ -88,7 +88,7 @@ func TestPackageNamed(t *testing.T) {
 			m.hint(out)
 		}
 		m.logsIn(1)
-		// A script names it for Dovecot, in one way or the other.
+		// A script that Dovecot runs names the program, in one way or another.
 		const wrap = "/usr/local/bin/wrap.sh"
 		for _, c := range []struct{ program, text string }{
 			{wrap, "#!/bin/sh\nexec /usr/bin/nftwl login \"$@\"\n"},
@@ -102,13 +102,13 @@ func TestPackageNamed(t *testing.T) {
 				t.Errorf("%s: it does not say why: %s", c.text, out)
 			}
 		}
-		// Scripts that do not, and what is no script.
+		// Scripts that do not name it, and files that are no scripts.
 		m.write(wrap[1:], "#!/bin/sh\n# not /usr/bin/nftwl\nexec \"$@\" # nftwl-like\n")
 		m.write("usr/local/bin/wrap.bin", "\x00 /usr/bin/nftwl \n")
 		names(wrap + " /usr/local/bin/wrap.bin /dev/zero /usr/local/bin/missing")
 		m.run("dpkg", "--remove", "nftwl")
 		m.run("dpkg", "--install", "/root/new.deb")
-		// Another's, of which the package has no part.
+		// A program that does not belong to the package.
 		m.run("sh", "-euc", `cp /bin/true /usr/local/bin/nftwl
 			sed -i -e "s,/usr/bin/nftwl,/usr/local/bin/nftwl," /usr/share/nftwl/dovecot/90-nftwl.conf
 			mv /usr/share/nftwl/dovecot/90-nftwl.conf /etc/dovecot/conf.d/`)
@@ -116,8 +116,8 @@ func TestPackageNamed(t *testing.T) {
 	})
 }
 
-// An upgrade restarts nftwld, and a removal ends it: Dovecot lets everybody in
-// without it, unless its settings say otherwise.
+// An upgrade restarts nftwld, and a removal ends it. Without nftwld Dovecot lets everybody
+// in, unless its settings say otherwise.
 func TestPackageNftwld(t *testing.T) {
 	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newUninstalled(t, b)
@@ -173,7 +173,7 @@ func TestPackageNftwld(t *testing.T) {
 	})
 }
 
-// hint runs the command that a package's script has as a hint.
+// hint runs the command in the hint of a package's script.
 func (m *machine) hint(out string) {
 	m.Helper()
 	hint := regexp.MustCompile(`(?m)^nftwl: hint: (rm .*)$`).FindStringSubmatch(out)
@@ -183,8 +183,8 @@ func (m *machine) hint(out string) {
 	m.shell(hint[1])
 }
 
-// apk is not in Debian: what it does is done here step by step, in its order,
-// and whatever its scripts say.
+// Debian has no apk. This test does what apk does, step by step, in its order, and
+// whether or not its scripts fail.
 func TestPackageAPK(t *testing.T) {
 	t.Parallel()
 	m := newUninstalled(t, nstest.Host)
@@ -198,7 +198,7 @@ func TestPackageAPK(t *testing.T) {
 			find usr -depth -type d | sed s,^,/, | xargs rmdir 2>/dev/null
 			./.post-deinstall 1.2.3`)
 	}
-	m.run("rm", "/usr/bin/systemctl") // which Alpine has not
+	m.run("rm", "/usr/bin/systemctl") // Alpine has none
 	const conf = "/etc/dovecot/conf.d/90-nftwl.conf"
 	m.run("cp", "/usr/share/nftwl/dovecot/90-nftwl.conf", conf)
 	m.run("doveadm", "reload")
@@ -208,7 +208,7 @@ func TestPackageAPK(t *testing.T) {
 	m.logsIn(1)
 	m.left("etc/nftwl-defaults.yaml", conf[1:], "run/dovecot/nftwl", "usr/bin/nftwl", "usr/bin/nftwld")
 
-	// What an earlier removal has left, which came to no end.
+	// Files that an earlier, interrupted removal has left.
 	m.run("rm", conf)
 	m.run("doveadm", "reload")
 	m.run("sh", "-euc", "cp -a /root/apk/usr /; cp /usr/bin/nftwl /usr/bin/.nftwl.kept; cp /usr/bin/nftwld /usr/bin/.nftwld.kept")
@@ -219,8 +219,8 @@ func TestPackageAPK(t *testing.T) {
 	m.logsIn(2)
 }
 
-// The administrator's own unit loads the firewall at boot, and does so without
-// the package, too.
+// The administrator's own unit loads the firewall at boot, also after the package is
+// removed.
 func TestPackageStandalone(t *testing.T) {
 	t.Parallel()
 	nstest.Need(t, "rpm", "rpm")
@@ -240,7 +240,7 @@ func TestPackageStandalone(t *testing.T) {
 					m.shell(b.Text)
 				}
 			}
-			// It may, and what its end does is the administrator's affair.
+			// The administrator can change what the unit does when it ends.
 			m.run("sed", "-i", "-e", "s,^ExecStop=.*,ExecStop=/usr/sbin/nft delete table inet nftwl,", "/etc/systemd/system/"+persist)
 			m.run("systemctl", "daemon-reload")
 			m.run("systemctl", "enable", "--now", "theirs", "nftwl-persist")
@@ -260,7 +260,7 @@ func TestPackageStandalone(t *testing.T) {
 	}
 }
 
-// Jails that would ban nobody are worth a word.
+// A removal warns about enabled jails, which would then ban nobody.
 func TestPackageFail2ban(t *testing.T) {
 	t.Parallel()
 	nstest.Need(t, "fail2ban-client", "fail2ban")
@@ -276,15 +276,15 @@ func TestPackageFail2ban(t *testing.T) {
 	}
 }
 
-// builtPackages makes the packages for this machine, and those of an earlier
-// version with another configuration, and returns the folders of both.
+// builtPackages makes packages for this machine, and packages of an earlier version with
+// another configuration. It returns the directories of both.
 var builtPackages = sync.OnceValues(func() ([2]string, error) {
 	var dirs [2]string
 	work, err := os.MkdirTemp("", "nftwl-packages-")
 	if err != nil {
 		return dirs, err
 	}
-	// A copy, of which the earlier version is made.
+	// A copy of the source, for the earlier version.
 	script := `
 		cp -r cmd contrib docs pkg go.mod go.sum LICENSE ./*.md "$1"
 		cd "$1"
@@ -299,8 +299,8 @@ var builtPackages = sync.OnceValues(func() ([2]string, error) {
 	return [2]string{filepath.Join(work, "old"), filepath.Join(work, "new")}, nil
 })
 
-// newUninstalled is a machine without nftwl, with a Dovecot that runs and
-// does not know of it, and with the packages in /root.
+// newUninstalled returns a machine without nftwl. A Dovecot without nftwl runs on it, and
+// the packages are in /root.
 func newUninstalled(t *testing.T, b nstest.Debian) *machine {
 	t.Helper()
 	if cache, err := os.UserCacheDir(); err == nil {
@@ -313,14 +313,14 @@ func newUninstalled(t *testing.T, b nstest.Debian) *machine {
 	nstest.Must(m, err)
 	for _, path := range append(units, m.file("usr/bin/nftwl"), m.file("etc/nftwl"), m.file("etc/nftwl.yaml"),
 		m.file("etc/systemd/system/dovecot.service.d"), m.file("etc/systemd/system/standalone"),
-		// Trees made for containers have them: one forbids to start anything,
-		// the others leave documents out.
+		// Trees for containers have these files: one keeps services from starting, the
+		// others leave out documents.
 		m.file("usr/sbin/policy-rc.d"), m.file("etc/dpkg/dpkg.cfg.d")) {
 		nstest.Must(m, os.RemoveAll(path))
 	}
 	m.run("systemctl", "daemon-reload")
 
-	// What is installed.
+	// The packages that are installed.
 	if out, err := exec.Command("cp", "-a", filepath.Join(b.Root, "var/lib/dpkg"), m.file("var/lib")).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
@@ -349,7 +349,7 @@ func (m *machine) dropIns() []string {
 	return found
 }
 
-// livesThrough installs, uses, upgrades, removes and installs again.
+// livesThrough installs, uses, upgrades, removes and reinstalls the package.
 func (m *machine) livesThrough(p manager) {
 	m.Helper()
 	pkg := func(command []string, version string) string {
@@ -395,7 +395,7 @@ func (m *machine) livesThrough(p manager) {
 		m.Error("Dovecot was restarted")
 	}
 
-	// In use, over a boot.
+	// It is in use, also after a boot.
 	m.run("cp", "-r", "/usr/share/nftwl/nftables", "/etc/nftwl")
 	m.run("mv", "/etc/nftwl/nftables.conf", "/etc/nftables.conf")
 	m.run("systemctl", "enable", "--now", "nftables", "nftwl-persist")
@@ -415,7 +415,7 @@ func (m *machine) livesThrough(p manager) {
 	m.addresses()
 	m.trusts(2)
 
-	// The upgrade: no login is denied, no unit of the firewall is touched.
+	// The upgrade denies no login, and restarts no unit of the firewall.
 	const entered = "ActiveEnterTimestampMonotonic"
 	persist, firewall := m.property("nftwl-persist.service", entered), m.property(nftables, entered)
 	n, denied := m.crowd(100, func(turn func(int)) {
@@ -441,12 +441,12 @@ func (m *machine) livesThrough(p manager) {
 		m.Errorf("the new configuration: %v\n%s", err, text)
 	}
 
-	// The removal, which Dovecot's configuration forbids.
+	// The removal fails because of Dovecot's configuration.
 	if out := m.fails(p.remove[0], p.remove[1:]...); !strings.Contains(out, "EVERY LOGIN") {
 		m.Errorf("it does not say why: %s", out)
 	}
 	m.logsIn(300)
-	// As the message says; and a file that Dovecot does not read is none.
+	// What the message says. A file that Dovecot does not read does not matter.
 	for _, path := range m.dropIns() {
 		nstest.Must(m, os.Rename(path, path+".off"))
 	}
@@ -471,14 +471,14 @@ func (m *machine) livesThrough(p manager) {
 	m.run("systemctl", "restart", nftables)
 	nstest.Must(m, os.Remove(m.file("etc/dovecot/conf.d/90-nftwl.conf.off")))
 
-	// Again, with what was saved at the removal.
+	// A new installation restores what the removal saved.
 	pkg(p.install, "new")
 	m.run("systemctl", "enable", "--now", "nftwl-persist")
 	m.settle()
 	m.has(want, 0)
 }
 
-// etc is what is in /etc.
+// etc returns the text of each file in /etc.
 func (m *machine) etc() map[string]string {
 	m.Helper()
 	files := make(map[string]string)
@@ -495,8 +495,8 @@ func (m *machine) etc() map[string]string {
 	return files
 }
 
-// left checks which files and folders with our name there are, but for what
-// is in such a folder, and dpkg's notes.
+// left checks which files and directories have our name, without looking into such
+// directories or dpkg's database.
 func (m *machine) left(want ...string) {
 	m.Helper()
 	var got []string
@@ -511,7 +511,7 @@ func (m *machine) left(want ...string) {
 				return nil
 			case err != nil:
 				return err
-			case d.Type()&fs.ModeDevice != 0: // hides a file of the tree's
+			case d.Type()&fs.ModeDevice != 0: // a whiteout, which hides a file of the tree
 				return nil
 			}
 			name, _ := filepath.Rel(root, path)
@@ -530,6 +530,6 @@ func (m *machine) left(want ...string) {
 	slices.Sort(got)
 	slices.Sort(want)
 	if want = slices.Compact(want); !slices.Equal(got, want) {
-		m.Errorf("left are %q, and not %q", got, want)
+		m.Errorf("the files left are %q, want %q", got, want)
 	}
 }

@@ -15,25 +15,25 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// An element as `nftwl list --json` has it, but for the time of its end.
+// An element of `nftwl list --json`, without the rest of its data.
 type element struct {
 	List, Address string
 	Port          int
 }
 
-type life struct {
-	until   time.Time // zero where it is permanent
+type value struct {
+	until   time.Time // when it expires; zero if it is permanent
 	comment string
 }
 
-type elements map[element]life
+type elements map[element]value
 
-// slack is how far off the end of a life may be: an element loses the time
-// between a save and the kernel's flush, and gains none. On a busy machine that
-// takes its time; what the tests look for is minutes off.
+// slack is how much the time left can differ. An element loses the time between a save
+// and the kernel's flush, which is longer on a busy machine, and gains none. The errors
+// that the tests look for are minutes.
 const slack = 10 * time.Second
 
-// defaults is a configuration for the tests, whatever the machine's own is.
+// defaults is a configuration for the tests, independent of the machine's own.
 const defaults = "etc/nftwl-defaults.yaml"
 
 func (m *machine) elements() elements {
@@ -47,7 +47,7 @@ func (m *machine) elements() elements {
 	nstest.Must(m, json.Unmarshal([]byte(m.run("nftwl", "--config", "/"+defaults, "list", "--json")), &listed))
 	found := make(elements)
 	for _, l := range listed {
-		f := life{comment: l.Comment}
+		f := value{comment: l.Comment}
 		if l.Expires != nil {
 			f.until = now.Add(time.Duration(*l.Expires * float64(time.Second)))
 		}
@@ -56,8 +56,8 @@ func (m *machine) elements() elements {
 	return found
 }
 
-// diff returns in what the kernel's elements differ from these, each with the
-// life that it had but for some time lost on purpose, give or take the slack.
+// diff returns how the kernel's elements differ from those wanted. Each must have its old
+// time left, less a time lost on purpose, with a tolerance of slack.
 func (m *machine) diff(want elements, lost, slack time.Duration) (diffs []string) {
 	m.Helper()
 	got := m.elements()
@@ -68,7 +68,7 @@ func (m *machine) diff(want elements, lost, slack time.Duration) (diffs []string
 		delete(got, key)
 		if w.until.IsZero() {
 			if !ok || g != w {
-				say("%+v is %+v, and should be %+v", key, g, w)
+				say("%+v is %+v, want %+v", key, g, w)
 			}
 			continue
 		}
@@ -76,21 +76,21 @@ func (m *machine) diff(want elements, lost, slack time.Duration) (diffs []string
 		left := w.until.Sub(now)
 		switch {
 		case !ok && left > slack:
-			say("%+v is lost, %v before its end", key, left)
+			say("%+v is lost, with %v left", key, left)
 		case !ok:
 		case g.until.Sub(w.until).Abs() > slack:
-			say("%+v ends in %v and not in %v", key, g.until.Sub(now), left)
+			say("%+v has %v left, want %v", key, g.until.Sub(now), left)
 		case g.comment != w.comment:
-			say("%+v has comment %q and not %q", key, g.comment, w.comment)
+			say("%+v has comment %q, want %q", key, g.comment, w.comment)
 		}
 	}
 	for key, g := range got {
-		say("%+v is there, %+v, and should not", key, g)
+		say("%+v is there, but must not: %+v", key, g)
 	}
 	return diffs
 }
 
-// has checks that the kernel has these elements, no more and no less.
+// has checks that the kernel has exactly these elements.
 func (m *machine) has(want elements, lost time.Duration) {
 	m.Helper()
 	if diffs := m.diff(want, lost, slack); len(diffs) > 0 {
@@ -120,7 +120,7 @@ func (m *machine) fill() elements {
 	return e
 }
 
-// login adds an element that no save before can have.
+// login adds elements that no earlier save can have.
 func (m *machine) login(n int) elements {
 	m.Helper()
 	m.run("nftwl", "add", fmt.Sprintf("203.0.113.%d", n), fmt.Sprintf("2001:db8:203::%d", n))
@@ -129,7 +129,7 @@ func (m *machine) login(n int) elements {
 
 const (
 	snapshotFile = "var/lib/nftwl/sets.nft"
-	// What /var/lib/nftwl is a symlink to.
+	// /var/lib/nftwl is a symlink.
 	snapshotOnDisk = "var/lib/private/nftwl/sets.nft"
 )
 
@@ -146,7 +146,7 @@ func (m *machine) snapshot() string {
 
 var savedAt = regexp.MustCompile(`^(.*, saved )([^,\n]+)`)
 
-// older is the snapshot as if it had been saved so much earlier.
+// older returns the snapshot with an earlier time in its header.
 func (m *machine) older(by time.Duration) string {
 	m.Helper()
 	text := m.snapshot()
@@ -159,7 +159,7 @@ func (m *machine) older(by time.Duration) string {
 	return header[1] + saved.Add(-by).Format(time.RFC3339Nano) + text[len(header[0]):]
 }
 
-// setSnapshot replaces the text of the file, and keeps its owner and mode.
+// setSnapshot replaces the text of the snapshot, and keeps its owner and mode.
 func (m *machine) setSnapshot(text string) {
 	m.Helper()
 	if m.pid != 0 {
@@ -181,7 +181,7 @@ func TestRestarts(t *testing.T) {
 	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newMachine(t, b)
 		m.install()
-		// The first boot has no snapshot, and that is no error.
+		// At the first boot there is no snapshot, which is no error.
 		m.state("nftwl-persist.service", "active")
 		m.has(nil, 0)
 		m.fill()
@@ -199,7 +199,7 @@ func TestRestarts(t *testing.T) {
 		m.has(want, 0)
 		m.state("nftwl-save.timer", "active")
 
-		// More restarts than systemd lets an unprepared unit have.
+		// More restarts than systemd allows a unit by default.
 		for i, how := range strings.Fields("restart reload restart reload-or-restart try-restart reload restart restart restart reload") {
 			want := m.login(2 + i)
 			m.run("systemctl", how, nftables)
@@ -215,8 +215,8 @@ func TestOrder(t *testing.T) {
 	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newMachine(t, b)
 		m.install()
-		// As cloud-init does, with which a firewall that waits for the end of
-		// the early boot makes a cycle.
+		// Like cloud-init, which makes an ordering cycle with a firewall that waits for
+		// the end of the early boot.
 		m.write("etc/systemd/system/early.service", `[Unit]
 DefaultDependencies=no
 After=network-pre.target
@@ -261,8 +261,8 @@ WantedBy=sysinit.target
 	})
 }
 
-// early checks that the sets were restored between the start of nftwl-persist
-// and that of the network.
+// early checks that the sets were restored after nftwl-persist started and before the
+// network did.
 func (m *machine) early() {
 	m.Helper()
 	order := []int{
@@ -272,11 +272,11 @@ func (m *machine) early() {
 		m.at("network-pre.target", "ActiveEnterTimestampMonotonic"),
 	}
 	if order[0] == 0 || !slices.IsSorted(order) {
-		m.Errorf("nftwl-persist, the begin and the end of the restore, and the network: at %d", order)
+		m.Errorf("the times of nftwl-persist, the start and the end of the restore, and the network are not in order: %d", order)
 	}
 }
 
-// at is when something of a unit happened, in microseconds.
+// at returns when something happened to a unit, in microseconds.
 func (m *machine) at(unit, property string) int {
 	m.Helper()
 	n, err := strconv.Atoi(m.property(unit, property))
@@ -284,7 +284,7 @@ func (m *machine) at(unit, property string) int {
 	return n
 }
 
-// noCycle checks that systemd had no unit to drop for ordering's sake.
+// noCycle checks that systemd left out no unit because of an ordering cycle.
 func (m *machine) noCycle() {
 	m.Helper()
 	if log := m.journal(); strings.Contains(log, "ordering cycle") {
@@ -292,7 +292,7 @@ func (m *machine) noCycle() {
 	}
 }
 
-// Fedora's unit, unlike Debian's, is no part of the early boot.
+// Unlike Debian's unit, Fedora's does not belong to the early boot.
 func TestLateFirewall(t *testing.T) {
 	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newMachine(t, b)
@@ -341,14 +341,14 @@ func TestReboot(t *testing.T) {
 		m.boot()
 		m.has(want, 0)
 
-		// Off for ten minutes: as much later as the file is older.
+		// The machine was off for ten minutes: the file is ten minutes older.
 		const down = 10 * time.Minute
 		want = m.login(2)
 		m.powerOff()
 		m.setSnapshot(m.older(down))
 		m.boot()
 		if _, ok := m.elements()[element{"banned", "198.51.100.10", 587}]; ok {
-			t.Error("an element is back that expired while the machine was off")
+			t.Error("an element that expired while the machine was off is back")
 		}
 		m.has(want, down)
 	})
@@ -373,7 +373,7 @@ func TestPowerCut(t *testing.T) {
 				return err
 			})
 		}
-		// Or it would be three lines a minute.
+		// Otherwise there would be three lines a minute.
 		if log := m.journal("--unit=nftwl-save.service"); strings.Contains(log, "nftwl") {
 			t.Errorf("the journal has lines of saves that did not fail:\n%s", log)
 		}
@@ -420,8 +420,8 @@ func TestBrokenRuleset(t *testing.T) {
 	})
 }
 
-// A snapshot that cannot be restored is not replaced, and keeps nothing else
-// from happening. Once it can be, the next save restores it.
+// A snapshot that cannot be restored is not replaced, and nothing else fails because of
+// it. Once it can be restored, the next save does so.
 func TestCorruptSnapshot(t *testing.T) {
 	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newMachine(t, b)
@@ -438,7 +438,7 @@ func TestCorruptSnapshot(t *testing.T) {
 		m.state("nftwl-save.timer", "active")
 		m.has(nil, 0)
 		if log := m.journal("--unit=nftwl-save"); !strings.Contains(log, "error: /"+snapshotFile) {
-			t.Errorf("the journal does not say what is wrong:\n%s", log)
+			t.Errorf("the journal does not name the cause:\n%s", log)
 		}
 		m.fails("systemctl", "reload", persist)
 		for i, how := range []string{"restart", "reload", "stop"} {
@@ -448,7 +448,7 @@ func TestCorruptSnapshot(t *testing.T) {
 			m.same(bad, how)
 		}
 
-		// In its place, as it has an owner.
+		// Overwrite it, so that its owner stays.
 		m.run("systemctl", "start", nftables)
 		m.settle()
 		now := m.login(4)
@@ -482,7 +482,7 @@ func TestNotInUse(t *testing.T) {
 	})
 }
 
-// What an administrator does by hand passes the units by.
+// The units do not notice what an administrator does by hand.
 func TestByHand(t *testing.T) {
 	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newMachine(t, b)
@@ -500,7 +500,7 @@ func TestByHand(t *testing.T) {
 			"systemctl restart nftables",
 			"systemctl stop nftwl-persist; systemctl reload nftables; systemctl start nftwl-persist",
 			"systemctl stop nftwl-persist; systemctl restart nftables",
-			// As the README's first and fourth step say, by someone who takes them again.
+			// The README's first and fourth step, done a second time.
 			"systemctl stop nftables; systemctl enable --now nftables; systemctl reload nftables",
 		} {
 			m.run("nft", "-f", "/etc/nftables.conf")
@@ -518,7 +518,7 @@ func TestByHand(t *testing.T) {
 	})
 }
 
-// A gate is a step of a unit that waits until it is opened.
+// A gate is a step of a unit that waits until the test opens it.
 func (m *machine) gate(unit, step, name string) {
 	m.Helper()
 	m.write("etc/systemd/system/"+unit+".d/"+name+".conf", fmt.Sprintf(
@@ -528,8 +528,8 @@ func (m *machine) gate(unit, step, name string) {
 
 func (m *machine) open(name string) { m.write("run/"+name, "") }
 
-// flushed waits until all sets are there, and empty. Who reads them while the
-// kernel replaces them may find one and not the other.
+// flushed waits until all sets exist and are empty. While the kernel replaces them, some
+// can be missing.
 func (m *machine) flushed() {
 	m.Helper()
 	nstest.Until(m, "the sets are flushed", func() error {
@@ -541,7 +541,7 @@ func (m *machine) flushed() {
 	})
 }
 
-// waits waits until the job of a unit waits for others.
+// waits waits until a unit's job waits for other jobs.
 func (m *machine) waits(unit string) {
 	m.Helper()
 	nstest.Until(m, unit+" waits", func() error {
@@ -555,8 +555,8 @@ func (m *machine) waits(unit string) {
 	})
 }
 
-// A save between the flush and the restore restores by itself. That of the
-// timer waits for the units.
+// A save between the flush and the restore restores the sets itself. The timer's save waits
+// for the units.
 func TestSaveAfterFlush(t *testing.T) {
 	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newMachine(t, b)

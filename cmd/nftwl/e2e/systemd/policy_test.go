@@ -35,7 +35,7 @@ func TestDoctorPolicy(t *testing.T) {
 			m.commands(f.fix)()
 			m.settle()
 		}
-		// One cause is one finding, and its remedy works as it is written.
+		// One cause makes one finding, and its remedy works as it is written.
 		m.run("systemctl", "stop", "nftwld.socket", "nftwld.service")
 		got, commands := m.doctor("policy"), m.remedies("policy")
 		if !strings.HasPrefix(got["policy.service"], "fail: nftwld.socket is inactive") {

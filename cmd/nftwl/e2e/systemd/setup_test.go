@@ -22,7 +22,7 @@ const debian = flushed + `table inet filter {
 }
 `
 
-// What setup prints is enough to install each part, and to be rid of it.
+// What setup prints is enough to install each part, and to remove it again.
 func TestSetupNextAndUndo(t *testing.T) {
 	eachWay(t, func(t *testing.T, b nstest.Debian, source bool) {
 		m := newUninstalled(t, b)
@@ -32,7 +32,7 @@ func TestSetupNextAndUndo(t *testing.T) {
 		} else {
 			m.run("dpkg", "--install", "/root/new.deb")
 		}
-		m.write("etc/nftwl.yaml", "policy: {}\nfailures: {}\n") // as setup policy says
+		m.write("etc/nftwl.yaml", "policy: {}\nfailures: {}\n") // as setup policy tells you
 		before := m.etc()
 		var undo []string
 		for _, part := range []string{"nftables", "systemd", "dovecot", "policy"} {
@@ -60,8 +60,8 @@ func TestSetupNextAndUndo(t *testing.T) {
 	})
 }
 
-// next runs what setup prints as the next steps. Until the last of them doctor
-// finds something, and fails.
+// next runs the next steps that setup prints. Before the last of them, doctor can still
+// fail.
 func (m *machine) next(out string) {
 	m.Helper()
 	_, next, _ := strings.Cut(out, "\nNext:\n")

@@ -9,8 +9,8 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// theirs is another's firewall, as ufw and firewalld have one: at boot, and
-// whenever it is reloaded, it replaces its own table and no other.
+// theirs is another firewall, like ufw and firewalld: at boot and at each reload it replaces
+// its own table, and no others.
 const theirs = `table inet theirs
 delete table inet theirs
 table inet theirs {
@@ -39,8 +39,8 @@ ExecStop=/usr/sbin/nft delete table inet theirs
 WantedBy=multi-user.target
 `
 
-// newStandalone is a machine on which a package has installed nftwl, the
-// firewall is another's, and nftwl setup has put the rest in its place.
+// newStandalone returns a machine with another firewall, on which a package has installed
+// nftwl, and nftwl setup everything else.
 func newStandalone(t *testing.T, b nstest.Debian) *machine {
 	t.Helper()
 	m := newMachine(t, b)
@@ -63,7 +63,7 @@ func newStandalone(t *testing.T, b nstest.Debian) *machine {
 
 const persist = "nftwl-persist.service"
 
-// loaded checks that the rules are there, and those of the other firewall.
+// loaded checks that our rules and those of the other firewall are loaded.
 func (m *machine) loaded() {
 	m.Helper()
 	for table, words := range map[string]string{"inet nftwl": "nftwl: trusted IPv6", "inet theirs": "policy drop"} {
@@ -84,13 +84,14 @@ func TestStandalone(t *testing.T) {
 		m.loaded()
 		want := m.fill()
 
-		// The other firewall's affairs are not ours.
+		// The other firewall's reload does not change our table.
 		for _, how := range []string{"reload", "restart", "stop", "start"} {
 			m.run("systemctl", how, "theirs")
 			m.has(want, 0)
 		}
 
-		// Changed rules, and nobody comes back who was removed since the last save.
+		// A reload with changed rules brings back no address that was removed since the last
+		// save.
 		m.run("systemctl", "start", "nftwl-save")
 		want = m.login(1)
 		for key := range want {
@@ -106,7 +107,7 @@ func TestStandalone(t *testing.T) {
 			t.Errorf("the rules have not changed:\n%s", rules)
 		}
 
-		// The reboot, with one who waits for network-pre.target as cloud-init does.
+		// A reboot, with a unit that waits for network-pre.target like cloud-init.
 		m.write("etc/systemd/system/early.service", "[Unit]\nDefaultDependencies=no\nAfter=network-pre.target\nBefore=sysinit.target\n\n"+
 			"[Service]\nType=oneshot\nExecStart=/bin/true\n\n[Install]\nWantedBy=sysinit.target\n")
 		m.run("systemctl", "enable", "early")
@@ -129,8 +130,8 @@ func TestStandalone(t *testing.T) {
 			t.Errorf("the jobs of a boot: %q", boot)
 		}
 
-		// What was saved last is there after a power cut, too; and where someone
-		// has enabled what flushes everything at boot.
+		// The last save survives a power cut, also if a unit that flushes everything at boot is
+		// enabled.
 		m.write("etc/nftables.conf", flushed)
 		m.run("systemctl", "enable", nftables)
 		want = m.login(3)
@@ -141,7 +142,7 @@ func TestStandalone(t *testing.T) {
 		m.has(want, 0)
 		m.loaded()
 		m.state(nftables, "active")
-		// It would be the first here without that, too.
+		// It would be first here even without that.
 		if after := m.property(persist, "After"); !slices.Contains(strings.Fields(after), nftables) {
 			t.Errorf("%s is started after %s", persist, after)
 		}
@@ -161,8 +162,9 @@ func TestStandalone(t *testing.T) {
 	})
 }
 
-// What cannot be restored keeps no rules out, and is not saved over. What
-// cannot be loaded is said, and keeps nothing else from starting.
+// A snapshot that cannot be restored does not keep the rules from loading, and is not
+// overwritten. Rules that cannot be loaded are logged, and keep nothing else from
+// starting.
 func TestStandaloneBroken(t *testing.T) {
 	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newStandalone(t, b)
@@ -208,7 +210,7 @@ func TestStandaloneBroken(t *testing.T) {
 		m.has(want, 0)
 		m.loaded()
 		m.state("nftwl-save.timer", "active")
-		// Nor does a change that is wrong undo what is in force.
+		// A wrong change of the rules leaves the loaded ones as they are.
 		m.write("etc/nftwl/standalone.nft", string(rules)+"no rule\n")
 		m.fails("systemctl", "reload", persist)
 		m.has(want, 0)

@@ -10,8 +10,8 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// Both read the units as files. On the machine, as verify looks for the
-// programs that units start.
+// systemd-analyze reads the units as files. It runs on the machine, because verify looks
+// for the programs that the units start.
 func TestAnalyze(t *testing.T) {
 	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newMachine(t, b)
@@ -38,13 +38,13 @@ func TestAnalyze(t *testing.T) {
 	})
 }
 
-// What is in the folder is nobody's but root's and the units' business.
+// Only root and the units can read the directory.
 func TestModes(t *testing.T) {
 	onEach(t, func(t *testing.T, b nstest.Debian) {
 		m := newMachine(t, b)
 		m.install()
 		m.fill()
-		// All units are one user, or each start gives the files away.
+		// All units run as one user. Otherwise each start would change the files' owner.
 		owner := func() uint32 {
 			info, err := os.Stat(m.file("var/lib/nftwl"))
 			nstest.Must(m, err)
@@ -53,7 +53,7 @@ func TestModes(t *testing.T) {
 		was := owner()
 		m.run("systemctl", "start", "nftwl-save")
 		if is := owner(); is != was || is == 0 {
-			t.Errorf("the folder's owner is %d, and was %d", is, was)
+			t.Errorf("the directory's owner is %d, and was %d", is, was)
 		}
 		for path, want := range map[string]os.FileMode{
 			"var/lib/nftwl":   os.ModeDir | 0o700,
@@ -69,9 +69,8 @@ func TestModes(t *testing.T) {
 	})
 }
 
-// Dovecot's unit is of three kinds: as Debian's, which restricts nothing; as
-// that of Dovecot 2.3.0, which names the capabilities that it keeps; and one
-// that names those that it drops.
+// Dovecot's unit comes in three kinds: Debian's restricts nothing, that of Dovecot 2.3.0
+// names the capabilities that it keeps, and the third names those that it removes.
 func TestDovecotDropIn(t *testing.T) {
 	const keeps = "CAP_CHOWN CAP_DAC_OVERRIDE CAP_IPC_LOCK CAP_KILL CAP_NET_BIND_SERVICE CAP_SETGID CAP_SETUID CAP_SYS_CHROOT CAP_SYS_RESOURCE"
 	onEach(t, func(t *testing.T, b nstest.Debian) {
@@ -103,12 +102,12 @@ func TestDovecotDropIn(t *testing.T) {
 			had["cap_net_admin"] = true
 			for c := range had {
 				if !has[c] {
-					t.Errorf("%s: the drop-in takes %s away", unit.name, c)
+					t.Errorf("%s: the drop-in removes %s", unit.name, c)
 				}
 				delete(has, c)
 			}
 			for c := range has {
-				t.Errorf("%s: the drop-in gives %s", unit.name, c)
+				t.Errorf("%s: the drop-in adds %s", unit.name, c)
 			}
 		}
 	})

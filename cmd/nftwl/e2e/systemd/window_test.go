@@ -10,11 +10,11 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// BenchmarkReload reloads nftables.service again and again, with 10,000
-// elements, while some twenty users a second log in and as many bans end. It
-// counts logins whose address is not trusted after, which came between the save
-// and the flush, and ended bans that are back, which ended between the save and
-// the restore. From their number follows for how long that was.
+// BenchmarkReload reloads nftables.service again and again, with 10,000 elements, while
+// about twenty users log in and twenty bans are removed each second. It counts logins
+// whose address is not trusted afterwards, because they came between the save and the
+// flush, and unbans that were undone, because they came between the save and the restore.
+// From these numbers follows how long the gaps are.
 //
 //	go test -run '^$' -bench Reload -benchtime 60x ./cmd/nftwl/e2e/systemd
 func BenchmarkReload(b *testing.B) {
@@ -22,7 +22,7 @@ func BenchmarkReload(b *testing.B) {
 	nstest.Need(b, "nft", "nftables")
 	m := newMachine(b, nstest.Host)
 	m.install()
-	// What ends is banned before. A reload and what follows takes no second.
+	// The bans are there beforehand. A reload and what follows takes less than a second.
 	const rate = 20
 	trusted := func(i int) string { return fmt.Sprintf("2001:db8:1::%x", i) }
 	banned := func(i int) string { return fmt.Sprintf("2001:db8:2::%x", i) }
@@ -46,7 +46,7 @@ func BenchmarkReload(b *testing.B) {
 				return
 			case <-tick.C:
 			}
-			// Between the flush and the restore a ban is not there, which unban says.
+			// Between the flush and the restore the ban is missing, and unban reports that.
 			out, err := m.try("sh", "-c", fmt.Sprintf("IP=%s USER=alice nftwl login true; nftwl unban --port 993 %s 2>&-", trusted(did), banned(did)))
 			if out != "" || err != nil {
 				done <- fmt.Errorf("login %d: %v %s", did, err, out)
