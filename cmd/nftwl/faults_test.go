@@ -176,12 +176,12 @@ func TestFaults(t *testing.T) {
 
 const faultsHead = `# When something is wrong
 
-A login goes on whatever nftwl, the kernel or the administrator does. Each row
-is a run of the real binary on the kernel's nftables: "executes" says that
-the user got to their mail. "trusted" is whether the client's address is in the
-sets afterwards, and the last column what Dovecot's log says of it.
+Whatever goes wrong in nftwl, the kernel or the configuration, the login goes on. For each
+row, the real binary ran on the kernel's nftables. "executes" means that the user got to
+their mail, and "trusted" whether the client's address was in the sets afterwards. The last
+column is the line in Dovecot's log.
 
-This table is what ` + "`go generate ./cmd/nftwl`" + ` found.
+` + "`go generate ./cmd/nftwl`" + ` writes this table.
 
 | | what is wrong | ` + "`nftwl login`" + ` | waits for | trusted | in the log |
 |---|---|---|---|---|---|
