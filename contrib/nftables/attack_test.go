@@ -329,20 +329,20 @@ func TestAttack(t *testing.T) {
 			}
 			got := s.play(a)
 			results[i] = got
-			all := func(who string, n tally, least int) {
+			all := func(name string, n tally, least int) {
 				if n.in != n.tried || n.tried < least {
-					t.Errorf("%s: %v connections, of %d at least", who, &n, least)
+					t.Errorf("%s: %v connections, of %d at least", name, &n, least)
 				}
 			}
-			none := func(who string, n tally) {
+			none := func(name string, n tally) {
 				if n.in != 0 {
-					t.Errorf("%s: %v connections get in", who, &n)
+					t.Errorf("%s: %v connections get in", name, &n)
 				}
 			}
 			// At most what the limit allows so many networks.
-			most := func(who string, n tally, networks int) {
+			most := func(name string, n tally, networks int) {
 				if most := networks * (burst40 + 20*a.minutes() + 1); n.in > most || n.in == 0 {
-					t.Errorf("%s: %v, want at most %d", who, &n, most)
+					t.Errorf("%s: %v, want at most %d", name, &n, most)
 				}
 			}
 			all("the user", got.user, a.minutes()*a.users[0].pace/2)

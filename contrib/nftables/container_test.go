@@ -57,29 +57,29 @@ func TestContainer(t *testing.T) {
 				}
 			})
 
-			for _, who := range families {
-				s.trust(who.user, 128, "1h")
-				s.pass(who.user, 587, 2*burst5)
+			for _, clients := range families {
+				s.trust(clients.user, 128, "1h")
+				s.pass(clients.user, 587, 2*burst5)
 
 				// The limit does not count a container's connections to another server's
 				// submission port.
 				for range burst5 + 1 {
-					if conn, err := s.internet.Dial(who.stranger, elsewhere[who.name], never); err == nil {
+					if conn, err := s.internet.Dial(clients.stranger, elsewhere[clients.name], never); err == nil {
 						conn.Close()
-						t.Fatalf("there is a server at %s", elsewhere[who.name])
+						t.Fatalf("there is a server at %s", elsewhere[clients.name])
 					}
 				}
-				if s.has("limited", who.source, 587) {
-					t.Errorf("%s is limited for connections to another server", who.stranger)
+				if s.has("limited", clients.source, 587) {
+					t.Errorf("%s is limited for connections to another server", clients.stranger)
 				}
 
 				for _, port := range []int{587, 1465} {
-					held := s.open(who.stranger, port)
-					s.pass(who.stranger, port, burst5-1)
-					s.refuse(who.stranger, port)
-					s.drop(who.stranger, port)
-					if !s.has("limited", who.source, port) {
-						t.Errorf("%s is not limited on the published port", who.stranger)
+					held := s.open(clients.stranger, port)
+					s.pass(clients.stranger, port, burst5-1)
+					s.refuse(clients.stranger, port)
+					s.drop(clients.stranger, port)
+					if !s.has("limited", clients.source, port) {
+						t.Errorf("%s is not limited on the published port", clients.stranger)
 					}
 					for range 2 * burst5 {
 						s.alive(held)

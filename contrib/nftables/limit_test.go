@@ -99,14 +99,14 @@ func TestForgedAddress(t *testing.T) {
 					nstest.Nft(s, "table inet silent { chain output { type filter hook output priority 0; tcp flags & rst == rst drop; }; }")
 				})
 			}
-			for _, who := range families {
+			for _, clients := range families {
 				for i := range uint16(200) {
-					from := netip.AddrPortFrom(who.stranger, 1000+i)
+					from := netip.AddrPortFrom(clients.stranger, 1000+i)
 					f.send(from, 587, syn, 1, 0)
 					f.send(from, 587, ack, 2, rand.Uint32())
 				}
 				for i := range uint16(200) {
-					f.send(netip.AddrPortFrom(who.stranger, 2000+i), 587, ack, 2, rand.Uint32())
+					f.send(netip.AddrPortFrom(clients.stranger, 2000+i), 587, ack, 2, rand.Uint32())
 				}
 				if n := s.packets("nftwl: strangers"); n < 200 {
 					t.Errorf("%d forged packets arrived", n)
@@ -117,9 +117,9 @@ func TestForgedAddress(t *testing.T) {
 			t.Errorf("%d forged connections count", n)
 		}
 		s.internet.Do(func() { nstest.Nft(s, "delete table inet silent") })
-		for _, who := range families {
-			s.pass(who.stranger, 587, burst5)
-			s.refuse(who.stranger, 587)
+		for _, clients := range families {
+			s.pass(clients.stranger, 587, burst5)
+			s.refuse(clients.stranger, 587)
 		}
 	})
 }
@@ -174,10 +174,10 @@ func TestFullBacklog(t *testing.T) {
 		relieve := s.overload()
 		var waiting []int
 		for range 3 {
-			for _, who := range families {
+			for _, clients := range families {
 				var fd int
 				var err error
-				s.internet.Do(func() { fd, err = connect(who.stranger, overloaded) })
+				s.internet.Do(func() { fd, err = connect(clients.stranger, overloaded) })
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -197,9 +197,9 @@ func TestFullBacklog(t *testing.T) {
 		if err := relieve(); err != nil {
 			t.Fatal(err)
 		}
-		for _, who := range families {
-			s.pass(who.stranger, overloaded, burst5)
-			s.refuse(who.stranger, overloaded)
+		for _, clients := range families {
+			s.pass(clients.stranger, overloaded, burst5)
+			s.refuse(clients.stranger, overloaded)
 		}
 	})
 }
@@ -271,15 +271,15 @@ func TestNAT64(t *testing.T) {
 func TestHalfOpen(t *testing.T) {
 	each(t, func(t *testing.T, l layout, root string) {
 		s := serve(t, l, root, ever)
-		for _, who := range families {
+		for _, clients := range families {
 			s.internet.Do(func() {
 				nstest.Nft(s, "table inet late { chain output { type filter hook output priority 0; tcp flags & (syn | ack) == ack drop; }; }")
 			})
 			var conns []*net.TCPConn
 			for range burst40 {
-				conn := s.internet.Connect(s, who.stranger, 587, soon)
+				conn := s.internet.Connect(s, clients.stranger, 587, soon)
 				if conn == nil {
-					t.Fatalf("%s is kept out", who.stranger)
+					t.Fatalf("%s is kept out", clients.stranger)
 				}
 				conns = append(conns, conn)
 				defer conn.Close()
@@ -287,10 +287,10 @@ func TestHalfOpen(t *testing.T) {
 			s.internet.Do(func() { nstest.Nft(s, "delete table inet late") })
 			for i, conn := range conns {
 				if err := echo(conn); (err == nil) != (i < burst5) {
-					t.Errorf("%s, connection %d: %v", who.stranger, i+1, err)
+					t.Errorf("%s, connection %d: %v", clients.stranger, i+1, err)
 				}
 			}
-			s.pass(who.another, 587, burst5)
+			s.pass(clients.another, 587, burst5)
 			for i := range burst5 {
 				s.alive(conns[i])
 			}
@@ -366,27 +366,27 @@ func TestChangedRate(t *testing.T) {
 			s.nft("-f", "/etc/nftwl/"+l.main)
 		}
 		held := map[string]*net.TCPConn{}
-		for _, who := range families {
-			held[who.name] = s.open(who.stranger, 587)
-			s.pass(who.stranger, 587, burst5-1)
-			s.pass(who.user, 587, burst5)
-			s.refuse(who.user, 587)
-			s.drop(who.user, 587)
+		for _, clients := range families {
+			held[clients.name] = s.open(clients.stranger, 587)
+			s.pass(clients.stranger, 587, burst5-1)
+			s.pass(clients.user, 587, burst5)
+			s.refuse(clients.user, 587)
+			s.drop(clients.user, 587)
 		}
 		rate("burst 5 ", "burst 30 ")
-		for _, who := range families {
-			s.pass(who.stranger, 587, burst30)
-			s.drop(who.user, 587)
+		for _, clients := range families {
+			s.pass(clients.stranger, 587, burst30)
+			s.drop(clients.user, 587)
 			for range 2 * burst5 {
-				s.alive(held[who.name])
+				s.alive(held[clients.name])
 			}
 		}
 		rate("burst 30 ", "burst 5 ")
-		for _, who := range families {
-			s.pass(who.stranger, 587, burst5)
-			s.refuse(who.stranger, 587)
-			s.alive(held[who.name])
-			s.drop(who.user, 587)
+		for _, clients := range families {
+			s.pass(clients.stranger, 587, burst5)
+			s.refuse(clients.stranger, 587)
+			s.alive(held[clients.name])
+			s.drop(clients.user, 587)
 		}
 	})
 }
@@ -403,8 +403,8 @@ func TestNotCounted(t *testing.T) {
 		s.nft("flush", "ruleset")
 		var old []*net.TCPConn
 		for range 2 * burst5 {
-			for _, who := range families {
-				old = append(old, s.open(who.stranger, 587))
+			for _, clients := range families {
+				old = append(old, s.open(clients.stranger, 587))
 			}
 		}
 		s.up()
@@ -413,10 +413,10 @@ func TestNotCounted(t *testing.T) {
 				s.alive(conn)
 			}
 		}
-		for _, who := range families {
-			s.pass(who.user, 587, 4*burst5)
-			s.pass(who.stranger, 587, burst5)
-			s.refuse(who.stranger, 587)
+		for _, clients := range families {
+			s.pass(clients.user, 587, 4*burst5)
+			s.pass(clients.stranger, 587, burst5)
+			s.refuse(clients.stranger, 587)
 		}
 		for _, conn := range old {
 			s.alive(conn)
@@ -475,23 +475,23 @@ func TestReusedPort(t *testing.T) {
 			}
 			return true
 		}
-		for _, who := range families {
-			if !reset(who.stranger) {
-				t.Errorf("%s cannot connect", who.stranger)
+		for _, clients := range families {
+			if !reset(clients.stranger) {
+				t.Errorf("%s cannot connect", clients.stranger)
 			}
-			if reset(who.stranger) {
-				t.Errorf("%s connects again, uncounted", who.stranger)
+			if reset(clients.stranger) {
+				t.Errorf("%s connects again, uncounted", clients.stranger)
 			}
-			s.add("trusted", who.user, overloaded, "1h")
+			s.add("trusted", clients.user, overloaded, "1h")
 			for range 2 {
-				if !reset(who.user) {
-					t.Errorf("%s is trusted, and cannot connect", who.user)
+				if !reset(clients.user) {
+					t.Errorf("%s is trusted, and cannot connect", clients.user)
 				}
 			}
-			s.nft("delete", "element", l.table+" "+set("trusted", who.user), fmt.Sprintf("{ %s . %d }", who.user, overloaded))
-			s.add("banned", who.user, overloaded, "1h")
-			if reset(who.user) {
-				t.Errorf("%s is banned, and connects", who.user)
+			s.nft("delete", "element", l.table+" "+set("trusted", clients.user), fmt.Sprintf("{ %s . %d }", clients.user, overloaded))
+			s.add("banned", clients.user, overloaded, "1h")
+			if reset(clients.user) {
+				t.Errorf("%s is banned, and connects", clients.user)
 			}
 		}
 	})
@@ -511,25 +511,25 @@ func TestUntracked(t *testing.T) {
 			chain prerouting { type filter hook prerouting priority raw; tcp dport { 587, 993 } notrack; }
 			chain output { type filter hook output priority raw; tcp sport { 587, 993 } notrack; }
 		}`)
-		for _, who := range families {
+		for _, clients := range families {
 			for list, port := range map[string]int{"banned": 993, "limited": 587} {
-				held := s.open(who.stranger, port)
-				s.add(list, network(who.stranger), port, "1h")
-				s.drop(who.stranger, port)
-				s.add(list, who.another, port, "1h")
-				s.drop(who.another, port)
+				held := s.open(clients.stranger, port)
+				s.add(list, network(clients.stranger), port, "1h")
+				s.drop(clients.stranger, port)
+				s.add(list, clients.another, port, "1h")
+				s.drop(clients.another, port)
 				s.alive(held)
-				s.trust(who.stranger, 128, "1h")
-				s.pass(who.stranger, port, 1)
-				s.run("remove", who.stranger.String())
+				s.trust(clients.stranger, 128, "1h")
+				s.pass(clients.stranger, port, 1)
+				s.run("remove", clients.stranger.String())
 			}
 		}
 	})
 	strict := func(t *testing.T, l layout, root string) {
 		s := serve(t, l, root, append(stateless[l.name], l.strict)...)
 		nstest.Nft(t, `table inet raw { chain prerouting { type filter hook prerouting priority raw; tcp dport 587 notrack; }; }`)
-		for _, who := range families {
-			s.drop(who.stranger, 587)
+		for _, clients := range families {
+			s.drop(clients.stranger, 587)
 		}
 	}
 	for _, l := range layouts {

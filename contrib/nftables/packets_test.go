@@ -34,37 +34,37 @@ const burst5 = 5
 func TestStrangerIsLimited(t *testing.T) {
 	const out = 3 * time.Second
 	each(t, func(t *testing.T, l layout, root string) {
-		for _, who := range families {
-			t.Run(who.name, func(t *testing.T) {
+		for _, clients := range families {
+			t.Run(clients.name, func(t *testing.T) {
 				t.Parallel()
 				// The count must expire before the source gets in again. Otherwise its
 				// first connection would be over the limit.
 				s := serve(t, l, root, edit{"timeout 1h", "timeout 3s"}, edit{"timeout 10m", "timeout 1s"})
-				held := s.open(who.stranger, 587)
-				s.pass(who.stranger, 587, burst5-1)
-				if s.has("limited", who.source, 587) {
+				held := s.open(clients.stranger, 587)
+				s.pass(clients.stranger, 587, burst5-1)
+				if s.has("limited", clients.source, 587) {
 					t.Error("limited below the limit")
 				}
 				start := time.Now()
-				s.refuse(who.stranger, 587)
-				if !s.has("limited", who.source, 587) {
+				s.refuse(clients.stranger, 587)
+				if !s.has("limited", clients.source, 587) {
 					t.Error("not limited above the limit")
 				}
-				if s.has("banned", who.source, 587) || s.has("banned", who.stranger, 587) {
+				if s.has("banned", clients.source, 587) || s.has("banned", clients.stranger, 587) {
 					t.Error("the limit bans")
 				}
 
 				// Other ports and other clients are not affected.
-				s.pass(who.stranger, 465, burst5)
-				s.pass(who.stranger, 993, 2*burst5)
-				s.pass(who.stranger, 25, 2*burst5)
-				s.pass(who.another, 587, burst5)
+				s.pass(clients.stranger, 465, burst5)
+				s.pass(clients.stranger, 993, 2*burst5)
+				s.pass(clients.stranger, 25, 2*burst5)
+				s.pass(clients.another, 587, burst5)
 				for range 2 * burst5 {
 					s.alive(held)
 				}
 
-				s.drop(who.stranger, 587)
-				s.until(true, who.stranger, 587)
+				s.drop(clients.stranger, 587)
+				s.until(true, clients.stranger, 587)
 				if d := time.Since(start); d < out-100*time.Millisecond || d > out+10*time.Second {
 					t.Errorf("limited for %v, want %v", d, out)
 				}
@@ -78,7 +78,7 @@ func TestStrangerIsLimited(t *testing.T) {
 					}
 				}
 				limited := "nftwl: limited IPv4"
-				if who.stranger.Is6() {
+				if clients.stranger.Is6() {
 					limited = "nftwl: limited IPv6 network"
 				}
 				if s.packets(limited) == 0 {
@@ -92,29 +92,29 @@ func TestStrangerIsLimited(t *testing.T) {
 func TestTrustedPasses(t *testing.T) {
 	each(t, func(t *testing.T, l layout, root string) {
 		s := serve(t, l, root)
-		for _, who := range families {
-			s.trust(who.user, 128, "1h")
-			s.pass(who.user, 587, 6*burst5)
-			if s.has("limited", who.user, 587) || s.has("limited", network(who.user), 587) {
-				t.Errorf("%s is limited while trusted", who.user)
+		for _, clients := range families {
+			s.trust(clients.user, 128, "1h")
+			s.pass(clients.user, 587, 6*burst5)
+			if s.has("limited", clients.user, 587) || s.has("limited", network(clients.user), 587) {
+				t.Errorf("%s is limited while trusted", clients.user)
 			}
 			for _, port := range []int{143, 993, 995, 465, 587} {
-				s.add("banned", who.user, port, "1h")
-				s.pass(who.user, port, 2*burst5)
+				s.add("banned", clients.user, port, "1h")
+				s.pass(clients.user, port, 2*burst5)
 			}
 			for _, list := range []string{"banned", "limited"} {
-				s.add(list, network(who.user), 587, "1h")
-				s.pass(who.user, 587, burst5)
+				s.add(list, network(clients.user), 587, "1h")
+				s.pass(clients.user, 587, burst5)
 			}
 
 			// A client that was limited when it logged in.
-			s.pass(who.stranger, 587, burst5)
-			s.refuse(who.stranger, 587)
-			s.drop(who.stranger, 587)
-			s.trust(who.stranger, 128, "1h")
-			s.pass(who.stranger, 587, 4*burst5)
-			if got, want := s.packets("nftwl: trusted IP"+who.name[2:]), 16*burst5; got < want {
-				t.Errorf("the rule for trusted %s counts %d packets, want %d", who.name, got, want)
+			s.pass(clients.stranger, 587, burst5)
+			s.refuse(clients.stranger, 587)
+			s.drop(clients.stranger, 587)
+			s.trust(clients.stranger, 128, "1h")
+			s.pass(clients.stranger, 587, 4*burst5)
+			if got, want := s.packets("nftwl: trusted IP"+clients.name[2:]), 16*burst5; got < want {
+				t.Errorf("the rule for trusted %s counts %d packets, want %d", clients.name, got, want)
 			}
 		}
 		if n := s.packets("nftwl: over the limit"); n != len(families) {
@@ -141,14 +141,14 @@ func network(a netip.Addr) netip.Addr {
 func TestBannedAddress(t *testing.T) {
 	each(t, func(t *testing.T, l layout, root string) {
 		s := serve(t, l, root)
-		for _, who := range families {
-			neighbour := who.stranger.Next()
-			s.add("banned", who.stranger, 993, "1h")
-			s.drop(who.stranger, 993)
-			s.pass(who.stranger, 995, 1)
+		for _, clients := range families {
+			neighbour := clients.stranger.Next()
+			s.add("banned", clients.stranger, 993, "1h")
+			s.drop(clients.stranger, 993)
+			s.pass(clients.stranger, 995, 1)
 			s.pass(neighbour, 993, 1)
-			if got := s.packets("nftwl: banned IP" + who.name[2:]); got != 1 {
-				t.Errorf("the rule for banned %s counts %d packets, want 1", who.name, got)
+			if got := s.packets("nftwl: banned IP" + clients.name[2:]); got != 1 {
+				t.Errorf("the rule for banned %s counts %d packets, want 1", clients.name, got)
 			}
 		}
 		// A ban of a /64 covers all its addresses.
@@ -160,28 +160,28 @@ func TestBannedAddress(t *testing.T) {
 
 func TestStrict(t *testing.T) {
 	each(t, func(t *testing.T, l layout, root string) {
-		for _, who := range families {
-			t.Run(who.name, func(t *testing.T) {
+		for _, clients := range families {
+			t.Run(clients.name, func(t *testing.T) {
 				t.Parallel()
 				s := serve(t, l, root, l.strict)
 				for _, port := range []int{465, 587} {
-					s.drop(who.user, port)
+					s.drop(clients.user, port)
 				}
 				for _, port := range []int{25, 143, 993, 995} {
-					s.pass(who.user, port, 2*burst5)
+					s.pass(clients.user, port, 2*burst5)
 				}
 				start := time.Now()
-				s.trust(who.user, 128, "3s")
+				s.trust(clients.user, 128, "3s")
 				for _, port := range []int{465, 587} {
-					s.pass(who.user, port, 2*burst5)
+					s.pass(clients.user, port, 2*burst5)
 				}
-				held := s.open(who.user, 587)
-				s.drop(who.stranger, 587)
-				s.until(false, who.user, 587)
+				held := s.open(clients.user, 587)
+				s.drop(clients.stranger, 587)
+				s.until(false, clients.user, 587)
 				if d := time.Since(start); d < 3*time.Second-100*time.Millisecond || d > 13*time.Second {
 					t.Errorf("a trust of 3 s lasted %v", d)
 				}
-				s.drop(who.user, 465)
+				s.drop(clients.user, 465)
 				s.alive(held)
 				if s.packets("nftwl: not logged in") < 4 {
 					t.Error("the strict rule does not count what it drops")
@@ -242,11 +242,11 @@ func TestRotationWithinA64(t *testing.T) {
 func TestLoopbackAndSSH(t *testing.T) {
 	each(t, func(t *testing.T, l layout, root string) {
 		s := serve(t, l, root, l.strict)
-		for _, who := range families {
+		for _, clients := range families {
 			for _, port := range []int{22, 465, 587} {
-				s.add("banned", who.local, port, "1h")
+				s.add("banned", clients.local, port, "1h")
 				for range 4 * burst5 {
-					to := netip.AddrPortFrom(who.local, uint16(port))
+					to := netip.AddrPortFrom(clients.local, uint16(port))
 					conn, err := net.DialTimeout("tcp", to.String(), soon)
 					if err != nil {
 						t.Fatalf("loopback: %v", err)
@@ -254,8 +254,8 @@ func TestLoopbackAndSSH(t *testing.T) {
 					conn.Close()
 				}
 			}
-			s.add("banned", who.stranger, 22, "1h")
-			s.pass(who.stranger, 22, 4*burst5)
+			s.add("banned", clients.stranger, 22, "1h")
+			s.pass(clients.stranger, 22, 4*burst5)
 		}
 	})
 }
@@ -265,12 +265,12 @@ func TestLoopbackAndSSH(t *testing.T) {
 func TestFullLimit(t *testing.T) {
 	each(t, func(t *testing.T, l layout, root string) {
 		s := serve(t, l, root, edit{"size 262144", "size 2"})
-		for _, who := range families {
-			s.pass(who.another, 587, 1)
-			s.pass(who.user, 587, 1)
-			s.pass(who.stranger, 587, 3*burst5)
-			s.pass(who.another, 587, burst5-1)
-			s.refuse(who.another, 587)
+		for _, clients := range families {
+			s.pass(clients.another, 587, 1)
+			s.pass(clients.user, 587, 1)
+			s.pass(clients.stranger, 587, 3*burst5)
+			s.pass(clients.another, 587, burst5-1)
+			s.refuse(clients.another, 587)
 		}
 	})
 }
@@ -279,14 +279,14 @@ func TestFullLimit(t *testing.T) {
 func TestFullLimited(t *testing.T) {
 	each(t, func(t *testing.T, l layout, root string) {
 		s := serve(t, l, root, edit{"size 262144", "size 5"})
-		for _, who := range families {
+		for _, clients := range families {
 			for port := 1; port <= 5; port++ {
-				s.add("limited", who.user, port, "1h")
+				s.add("limited", clients.user, port, "1h")
 			}
-			s.pass(who.stranger, 587, burst5)
-			s.refuse(who.stranger, 587)
-			s.refuse(who.stranger, 587)
-			if s.has("limited", who.source, 587) {
+			s.pass(clients.stranger, 587, burst5)
+			s.refuse(clients.stranger, 587)
+			s.refuse(clients.stranger, 587)
+			if s.has("limited", clients.source, 587) {
 				t.Error("the set was not full")
 			}
 		}
@@ -303,10 +303,10 @@ func TestExample(t *testing.T) {
 		t.Run(v.name, func(t *testing.T) {
 			t.Parallel()
 			s := serve(t, layouts[0], v.root(t))
-			for _, who := range families {
-				s.drop(who.stranger, unnamed)
+			for _, clients := range families {
+				s.drop(clients.stranger, unnamed)
 				server := nstest.ServerIPv4
-				if who.stranger.Is6() {
+				if clients.stranger.Is6() {
 					server = nstest.ServerIPv6
 				}
 				s.internet.Do(func() {
@@ -369,15 +369,15 @@ func TestStandaloneBesideAnotherFirewall(t *testing.T) {
 					tcp dport { 22, 143, 587 } accept
 				}
 			}`)
-			for _, who := range families {
-				s.trust(who.user, 128, "1h")
-				s.pass(who.user, 587, 2*burst5)
-				s.drop(who.user, 993) // trusted, but the other firewall has closed the port
+			for _, clients := range families {
+				s.trust(clients.user, 128, "1h")
+				s.pass(clients.user, 587, 2*burst5)
+				s.drop(clients.user, 993) // trusted, but the other firewall has closed the port
 
-				s.pass(who.stranger, 587, burst5)
-				s.refuse(who.stranger, 587) // open in the other firewall, but over the limit
-				s.drop(who.stranger, 587)
-				s.pass(who.stranger, 143, 1)
+				s.pass(clients.stranger, 587, burst5)
+				s.refuse(clients.stranger, 587) // open in the other firewall, but over the limit
+				s.drop(clients.stranger, 587)
+				s.pass(clients.stranger, 143, 1)
 			}
 		})
 	}
@@ -393,18 +393,18 @@ func TestLaterAccept(t *testing.T) {
 			t.Parallel()
 			t.Run("limit", func(t *testing.T) {
 				s := serve(t, l, v.root(t), later, full)
-				for _, who := range families {
-					s.add("limited", who.user, 1, "1h")
-					s.pass(who.stranger, 587, burst5)
-					s.refuse(who.stranger, 587)
-					s.refuse(who.stranger, 587)
+				for _, clients := range families {
+					s.add("limited", clients.user, 1, "1h")
+					s.pass(clients.stranger, 587, burst5)
+					s.refuse(clients.stranger, 587)
+					s.refuse(clients.stranger, 587)
 				}
 			})
 			t.Run("strict", func(t *testing.T) {
 				s := serve(t, l, v.root(t), later, l.strict)
-				for _, who := range families {
-					s.drop(who.stranger, 465)
-					s.drop(who.stranger, 587)
+				for _, clients := range families {
+					s.drop(clients.stranger, 465)
+					s.drop(clients.stranger, 587)
 				}
 			})
 		})

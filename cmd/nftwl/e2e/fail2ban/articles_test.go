@@ -97,10 +97,12 @@ func (s setUp) attackers(i int) []netip.Addr {
 	return list
 }
 
-func (s setUp) ban(who netip.Addr) ban { return ban{setOf(who), who.String(), s.jail, s.bantime} }
+func (s setUp) ban(client netip.Addr) ban {
+	return ban{setOf(client), client.String(), s.jail, s.bantime}
+}
 
-func setOf(who netip.Addr) string {
-	if who.Is4() {
+func setOf(client netip.Addr) string {
+	if client.Is4() {
 		return "banned_ipv4"
 	}
 	return "banned_ipv6"
@@ -113,20 +115,20 @@ func TestSetUps(t *testing.T) {
 		want := make(bans)
 		var lines, last []string
 		for i, s := range setUps {
-			for _, who := range s.attackers(i) {
-				line := fmt.Sprintf(s.line, who)
+			for _, client := range s.attackers(i) {
+				line := fmt.Sprintf(s.line, client)
 				for range s.maxretry - 1 {
 					lines = append(lines, line)
 				}
 				last = append(last, line)
-				want[s.ban(who)] = s.ports
+				want[s.ban(client)] = s.ports
 			}
 		}
 		m.log(lines...)
 		for i, s := range setUps {
-			for _, who := range s.attackers(i) {
-				nstest.Poll(m, fmt.Sprintf("%s: %d failures of %s", s.name, s.maxretry-1, who), func() bool {
-					return m.found(s.jail, who) == s.maxretry-1
+			for _, client := range s.attackers(i) {
+				nstest.Poll(m, fmt.Sprintf("%s: %d failures of %s", s.name, s.maxretry-1, client), func() bool {
+					return m.found(s.jail, client) == s.maxretry-1
 				})
 			}
 		}
@@ -137,16 +139,16 @@ func TestSetUps(t *testing.T) {
 		table := m.run("nftwl", "list", "banned")
 		for i, s := range setUps {
 			port := s.ports[i%len(s.ports)]
-			for _, who := range s.attackers(i)[:2] {
-				m.drop(who, port)
-				m.pass(who, 22)
-				m.pass(neighbour(who), port)
-				if n := m.found(s.jail, who); n != s.maxretry {
-					t.Errorf("%s: %d failures of %s, after %d lines", s.name, n, who, s.maxretry)
+			for _, client := range s.attackers(i)[:2] {
+				m.drop(client, port)
+				m.pass(client, 22)
+				m.pass(neighbour(client), port)
+				if n := m.found(s.jail, client); n != s.maxretry {
+					t.Errorf("%s: %d failures of %s, after %d lines", s.name, n, client, s.maxretry)
 				}
 			}
-			for _, who := range s.attackers(i) {
-				if row := rowOf(table, who); !strings.HasSuffix(row, s.jail) {
+			for _, client := range s.attackers(i) {
+				if row := rowOf(table, client); !strings.HasSuffix(row, s.jail) {
 					t.Errorf("%s: `nftwl list` shows %q", s.name, row)
 				}
 			}
@@ -155,16 +157,16 @@ func TestSetUps(t *testing.T) {
 }
 
 // neighbour is an address in a network without attackers.
-func neighbour(who netip.Addr) netip.Addr {
-	if who.Is4() {
+func neighbour(client netip.Addr) netip.Addr {
+	if client.Is4() {
 		return addr("203.0.113.5")
 	}
 	return addr("2001:db8:a:ffff::5")
 }
 
-func rowOf(table string, who netip.Addr) string {
+func rowOf(table string, client netip.Addr) string {
 	for row := range strings.Lines(table) {
-		if f := strings.Fields(row); len(f) > 1 && f[1] == who.String() {
+		if f := strings.Fields(row); len(f) > 1 && f[1] == client.String() {
 			return strings.TrimSpace(row)
 		}
 	}
@@ -204,28 +206,28 @@ func TestOneAttemptCountsOnce(t *testing.T) {
 	each(t, func(t *testing.T, system nstest.Debian) {
 		m := boot(t, system, with{})
 		const tries = 2
-		for who, lines := range attempts {
+		for client, lines := range attempts {
 			for range tries {
 				for _, line := range lines {
-					m.log(fmt.Sprintf(line, who))
+					m.log(fmt.Sprintf(line, client))
 				}
 			}
 		}
 		// When the last address in the log is banned, every jail has read the whole log.
 		end := m.endOfLog()
-		for who, jails := range counts {
+		for client, jails := range counts {
 			for _, jail := range []string{"postfix-sasl", "postfix-lost", "postfix-spam", "dovecot", "dovecot-auth", "cyrus-imap"} {
-				if got, want := m.found(jail, who), tries*jails[jail]; got != want {
-					t.Errorf("%s has counted %d failures of %s, want %d", jail, got, who, want)
+				if got, want := m.found(jail, client), tries*jails[jail]; got != want {
+					t.Errorf("%s has counted %d failures of %s, want %d", jail, got, client, want)
 				}
 			}
 		}
 		m.banned(end)
 
 		// The third attempt is one too many: one jail bans.
-		for who, lines := range attempts {
+		for client, lines := range attempts {
 			for _, line := range lines {
-				m.log(fmt.Sprintf(line, who))
+				m.log(fmt.Sprintf(line, client))
 			}
 		}
 		end[ban{"banned_ipv4", postfix.String(), "postfix-sasl", time.Hour}] = sasl
@@ -247,11 +249,11 @@ func (m *machine) endOfLog() bans {
 			continue
 		}
 		last[s.jail] = true
-		who := addr(fmt.Sprintf("203.0.113.%d", 100+i))
+		client := addr(fmt.Sprintf("203.0.113.%d", 100+i))
 		for range s.maxretry {
-			m.log(fmt.Sprintf(s.line, who))
+			m.log(fmt.Sprintf(s.line, client))
 		}
-		want[s.ban(who)] = s.ports
+		want[s.ban(client)] = s.ports
 	}
 	nstest.Poll(m, "the bans for the last lines of the log", func() bool {
 		got := m.bans()
@@ -270,11 +272,11 @@ func TestAggressive(t *testing.T) {
 	const noPassword = "dovecot: imap-login: Login aborted: Connection closed (no auth attempts in 0 secs) (no_auth_attempts): user=<>, rip=%s, lip=192.0.2.1, session=<S>"
 	each(t, func(t *testing.T, system nstest.Debian) {
 		m := boot(t, system, with{jails: "[dovecot]\nmode = aggressive\n"})
-		who, guesser := addr("198.51.100.66"), addr("2001:db8:a:66::1")
-		m.fail(noPassword, who, 3)
+		client, guesser := addr("198.51.100.66"), addr("2001:db8:a:66::1")
+		m.fail(noPassword, client, 3)
 		m.fail(wrongPassword, guesser, 3)
 		m.banned(bans{
-			{"banned_ipv4", who.String(), "dovecot", time.Hour}:     imap,
+			{"banned_ipv4", client.String(), "dovecot", time.Hour}:  imap,
 			{"banned_ipv6", guesser.String(), "dovecot", time.Hour}: imap,
 		})
 	})
@@ -334,8 +336,8 @@ func TestHostileAddress(t *testing.T) {
 	each(t, func(t *testing.T, system nstest.Debian) {
 		m := boot(t, system, with{})
 		m.run("fail2ban-client", "set", "cyrus-imap", "banip", "--help")
-		nstest.Poll(m, "the ban to fail", func() bool { return strings.Contains(m.said(), "Failed to execute ban jail") })
-		if log := m.said(); !strings.Contains(log, `nftwl: error: "--help" is not an IP address`) {
+		nstest.Poll(m, "the ban to fail", func() bool { return strings.Contains(m.logged(), "Failed to execute ban jail") })
+		if log := m.logged(); !strings.Contains(log, `nftwl: error: "--help" is not an IP address`) {
 			t.Error(log)
 		}
 		nstest.Must(m, os.Truncate(m.Path(journal), 0)) // because stop looks for complaints

@@ -20,17 +20,17 @@ const (
 )
 
 // fail logs failures by an address.
-func (m *machine) fail(line string, who netip.Addr, times int) {
+func (m *machine) fail(line string, client netip.Addr, times int) {
 	m.Helper()
 	for range times {
-		m.log(fmt.Sprintf(line, who))
+		m.log(fmt.Sprintf(line, client))
 	}
 }
 
 // login lets a user log in with Dovecot.
-func (m *machine) login(who netip.Addr) {
+func (m *machine) login(client netip.Addr) {
 	m.Helper()
-	m.run("env", "IP="+who.String(), "USER=alice", "nftwl", "login", "/bin/true")
+	m.run("env", "IP="+client.String(), "USER=alice", "nftwl", "login", "/bin/true")
 }
 
 // An address that has logged in is never banned, however many wrong passwords come from
@@ -40,32 +40,32 @@ func TestTrusted(t *testing.T) {
 		m := boot(t, system, with{})
 		users := []netip.Addr{addr("203.0.113.7"), addr("2001:db8:a:7::7")}
 		late := []netip.Addr{addr("203.0.113.8"), addr("2001:db8:a:8::8")}
-		for _, who := range users {
-			m.login(who)
-			m.fail(wrongPassword, who, 6)
-			m.fail(wrongSASL, who, 6)
+		for _, client := range users {
+			m.login(client)
+			m.fail(wrongPassword, client, 6)
+			m.fail(wrongSASL, client, 6)
 		}
-		for _, who := range late {
-			m.fail(wrongPassword, who, 2)
-			nstest.Poll(m, "two failures", func() bool { return m.found("dovecot", who) == 2 })
-			m.login(who)
-			m.fail(wrongPassword, who, 4)
+		for _, client := range late {
+			m.fail(wrongPassword, client, 2)
+			nstest.Poll(m, "two failures", func() bool { return m.found("dovecot", client) == 2 })
+			m.login(client)
+			m.fail(wrongPassword, client, 4)
 		}
 		m.banned(m.endOfLog())
-		for _, who := range slices.Concat(users, late) {
-			ignored := m.count(fmt.Sprintf("[dovecot] Ignore %s by command", who))
-			if n := m.found("dovecot", who); n+ignored != 6 || ignored < 4 {
-				t.Errorf("of 6 failures of %s %d are counted, and %d are not", who, n, ignored)
+		for _, client := range slices.Concat(users, late) {
+			ignored := m.count(fmt.Sprintf("[dovecot] Ignore %s by command", client))
+			if n := m.found("dovecot", client); n+ignored != 6 || ignored < 4 {
+				t.Errorf("of 6 failures of %s %d are counted, and %d are not", client, n, ignored)
 			}
-			m.pass(who, 993)
+			m.pass(client, 993)
 		}
 
 		// When the trust ends, its protection ends too.
-		for _, who := range late {
-			m.run("nftwl", "remove", who.String())
-			m.fail(wrongPassword, who, 1)
-			nstest.Poll(m, "a ban", func() bool { return m.status("nftwl", "check", "-q", "--banned", who.String()) == 0 })
-			m.drop(who, 993)
+		for _, client := range late {
+			m.run("nftwl", "remove", client.String())
+			m.fail(wrongPassword, client, 1)
+			nstest.Poll(m, "a ban", func() bool { return m.status("nftwl", "check", "-q", "--banned", client.String()) == 0 })
+			m.drop(client, 993)
 		}
 	})
 }
@@ -89,10 +89,10 @@ func TestIPv6Network(t *testing.T) {
 		want[ban{"banned_ipv6", network.String(), "dovecot", time.Hour}] = imap
 		m.banned(want)
 		m.pass(colleague, 993)
-		for _, who := range []netip.Addr{attacker, beside} {
-			m.drop(who, 993)
-			if m.status("nftwl", "check", "-q", "--banned", who.String()) != 0 {
-				t.Errorf("`nftwl check --banned` says that %s is not banned", who)
+		for _, client := range []netip.Addr{attacker, beside} {
+			m.drop(client, 993)
+			if m.status("nftwl", "check", "-q", "--banned", client.String()) != 0 {
+				t.Errorf("`nftwl check --banned` says that %s is not banned", client)
 			}
 		}
 		m.run("fail2ban-client", "set", "dovecot", "unbanip", attacker.String())
@@ -241,7 +241,7 @@ func TestRestarts(t *testing.T) {
 		reload := func() { m.run("nft", "-f", "/etc/nftables.conf") }
 		restored := func(n int) {
 			t.Helper()
-			nstest.Poll(m, "fail2ban to restore its bans", func() bool { return strings.Count(m.said(), "] Restore Ban ") == n })
+			nstest.Poll(m, "fail2ban to restore its bans", func() bool { return strings.Count(m.logged(), "] Restore Ban ") == n })
 			// When a jail has made a new ban, it has made all before it: fail2ban runs one
 			// command of an action at a time.
 			m.run("fail2ban-client", "set", "cyrus-imap", "banip", "203.0.113.200")
@@ -305,11 +305,11 @@ func TestFlushedRuleset(t *testing.T) {
 	each(t, func(t *testing.T, system nstest.Debian) {
 		m := boot(t, system, with{})
 		v4, v6, later := addr("198.51.100.66"), addr("2001:db8:a:66::1"), addr("198.51.100.67")
-		banned := func(who netip.Addr) ban { return ban{setOf(who), who.String(), "dovecot", time.Hour} }
+		banned := func(client netip.Addr) ban { return ban{setOf(client), client.String(), "dovecot", time.Hour} }
 		// fail2ban ignores failures that come at the same moment as the ban.
 		long := time.Now().Add(-10 * time.Second)
-		fail := func(who netip.Addr, when time.Time) {
-			m.logAt(when, slices.Repeat([]string{fmt.Sprintf(wrongPassword, who)}, 3)...)
+		fail := func(client netip.Addr, when time.Time) {
+			m.logAt(when, slices.Repeat([]string{fmt.Sprintf(wrongPassword, client)}, 3)...)
 		}
 		fail(v4, long)
 		fail(v6, long)
@@ -319,23 +319,23 @@ func TestFlushedRuleset(t *testing.T) {
 		m.banned(bans{})
 		fail(later, long)
 		m.banned(bans{banned(later): imap})
-		for _, who := range []netip.Addr{v4, v6} {
-			fail(who, time.Now())
+		for _, client := range []netip.Addr{v4, v6} {
+			fail(client, time.Now())
 			nstest.Poll(m, "the ban, again", func() bool {
 				n := 0
 				for _, e := range m.list() {
 					// fail2ban counts the time from the last failure.
-					if e.Address == who.String() && e.Comment == "dovecot" && seconds(e.Timeout) > time.Hour-nstest.Patience && seconds(e.Timeout) <= time.Hour {
+					if e.Address == client.String() && e.Comment == "dovecot" && seconds(e.Timeout) > time.Hour-nstest.Patience && seconds(e.Timeout) <= time.Hour {
 						n++
 					}
 				}
 				return n == len(imap)
 			})
-			m.drop(who, 993)
+			m.drop(client, 993)
 		}
 
 		// fail2ban logs this as an error, once for all bans of a jail.
-		if n := strings.Count(m.said(), "Invariant check failed. Trying to restore a sane environment\n"); n != 1 {
+		if n := strings.Count(m.logged(), "Invariant check failed. Trying to restore a sane environment\n"); n != 1 {
 			t.Errorf("fail2ban has logged the new firewall %d times", n)
 		}
 		nstest.Must(m, os.Truncate(m.Path(journal), 0)) // because stop looks for complaints
@@ -357,15 +357,15 @@ with sqlite3.connect("/var/lib/fail2ban/fail2ban.sqlite3") as db:
 func TestUnbanAll(t *testing.T) {
 	each(t, func(t *testing.T, system nstest.Debian) {
 		m := boot(t, system, with{})
-		who := addr("198.51.100.66")
-		m.fail(wrongPassword, who, 3)
-		want := bans{{"banned_ipv4", who.String(), "dovecot", time.Hour}: imap}
+		client := addr("198.51.100.66")
+		m.fail(wrongPassword, client, 3)
+		want := bans{{"banned_ipv4", client.String(), "dovecot", time.Hour}: imap}
 		m.banned(want)
 		m.run("fail2ban-client", "unban", "--all")
 		m.banned(want)
 		m.run("nftwl", "flush", "banned")
 		m.banned(bans{})
-		m.fail(wrongPassword, who, 3)
+		m.fail(wrongPassword, client, 3)
 		m.banned(want)
 	})
 }
@@ -375,20 +375,20 @@ func TestUnbanAll(t *testing.T) {
 func TestNoRestored(t *testing.T) {
 	each(t, func(t *testing.T, system nstest.Debian) {
 		m := boot(t, system, with{jails: "[dovecot]\naction = nftwl[norestored=1, port=\"%(port)s\"]\n"})
-		who, lost := addr("198.51.100.66"), addr("198.51.100.67")
-		m.fail(wrongPassword, who, 3)
+		client, lost := addr("198.51.100.66"), addr("198.51.100.67")
+		m.fail(wrongPassword, client, 3)
 		m.fail(wrongPassword, lost, 3)
-		banned := func(who netip.Addr) ban { return ban{"banned_ipv4", who.String(), "dovecot", time.Hour} }
-		m.banned(bans{banned(who): imap, banned(lost): imap})
+		banned := func(client netip.Addr) ban { return ban{"banned_ipv4", client.String(), "dovecot", time.Hour} }
+		m.banned(bans{banned(client): imap, banned(lost): imap})
 		m.stop()
 		m.run("nftwl", "unban", "--port", "110,143,465,587,993,995,4190", lost.String())
 		m.start()
-		nstest.Poll(m, "fail2ban to restore its bans", func() bool { return strings.Count(m.said(), "[dovecot] Restore Ban ") == 2 })
-		m.run("fail2ban-client", "set", "dovecot", "unbanip", who.String())
+		nstest.Poll(m, "fail2ban to restore its bans", func() bool { return strings.Count(m.logged(), "[dovecot] Restore Ban ") == 2 })
+		m.run("fail2ban-client", "set", "dovecot", "unbanip", client.String())
 		// When it has banned another address, it has handled all bans before.
 		last := addr("2001:db8:a::66")
 		m.fail(wrongPassword, last, 3)
-		m.banned(bans{banned(who): imap, {"banned_ipv6", last.String(), "dovecot", time.Hour}: imap})
+		m.banned(bans{banned(client): imap, {"banned_ipv6", last.String(), "dovecot", time.Hour}: imap})
 	})
 }
 
@@ -397,14 +397,14 @@ func TestNoRestored(t *testing.T) {
 func TestFromPlainFail2ban(t *testing.T) {
 	each(t, func(t *testing.T, system nstest.Debian) {
 		m := boot(t, system, with{jails: "[dovecot]\naction = nftables[port=\"imap,imaps\"]\n"})
-		who := addr("198.51.100.66")
-		m.fail(wrongPassword, who, 3)
-		nstest.Poll(m, "fail2ban's own ban", func() bool { return strings.Contains(m.run("nft", "list", "ruleset"), "elements = { "+who.String()) })
+		client := addr("198.51.100.66")
+		m.fail(wrongPassword, client, 3)
+		nstest.Poll(m, "fail2ban's own ban", func() bool { return strings.Contains(m.run("nft", "list", "ruleset"), "elements = { "+client.String()) })
 		m.banned(bans{})
 		m.stop()
 		m.write("etc/fail2ban/jail.d/test.local", "")
 		m.start()
-		b := ban{set: "banned_ipv4", address: who.String(), comment: "dovecot"}
+		b := ban{set: "banned_ipv4", address: client.String(), comment: "dovecot"}
 		nstest.Poll(m, "nftwl's ban", func() bool {
 			for got, ports := range m.bans() {
 				b.bantime = got.bantime
@@ -417,7 +417,7 @@ func TestFromPlainFail2ban(t *testing.T) {
 		if b.bantime > time.Hour || b.bantime < time.Hour-nstest.Patience {
 			t.Errorf("banned for %v", b.bantime)
 		}
-		m.drop(who, 993)
+		m.drop(client, 993)
 		if tables := m.run("nft", "list", "tables"); strings.Contains(tables, "f2b") {
 			t.Errorf("fail2ban's own table still exists:\n%s", tables)
 		}

@@ -36,7 +36,7 @@ func BenchmarkRestart(b *testing.B) {
 					b.ReportMetric(time.Since(start).Seconds(), name)
 				}
 				restored := func(n int) {
-					nstest.Poll(m, "fail2ban to restore its bans", func() bool { return strings.Count(m.said(), "] Restore Ban ") == n })
+					nstest.Poll(m, "fail2ban to restore its bans", func() bool { return strings.Count(m.logged(), "] Restore Ban ") == n })
 				}
 				b.ReportMetric(0, "ns/op")
 				measure("stop", m.stop)

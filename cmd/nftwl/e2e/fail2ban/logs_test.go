@@ -263,8 +263,8 @@ func TestRealLogs(t *testing.T) {
 }
 
 // linesOf returns the lines of the log that name an address.
-func (d *daemons) linesOf(who netip.Addr) string {
-	return strings.Join(regexp.MustCompile(`(?m)^.*\b`+regexp.QuoteMeta(who.String())+`\b.*$`).FindAllString(nstest.Read(d, dir+"/log"), -1), "\n")
+func (d *daemons) linesOf(client netip.Addr) string {
+	return strings.Join(regexp.MustCompile(`(?m)^.*\b`+regexp.QuoteMeta(client.String())+`\b.*$`).FindAllString(nstest.Read(d, dir+"/log"), -1), "\n")
 }
 
 // count returns how often a jail's filter finds each address in the log.
@@ -300,8 +300,8 @@ func (d *daemons) failures(jail, logtype string) (found []failure) {
 	filter += "[" + strings.TrimPrefix(options+",logtype="+logtype, ",") + "]"
 	out := d.Run(d, "fail2ban-regex", "--config", config, "--out", "<ip> <matches>", dir+"/log", filter)
 	for line := range strings.Lines(out) {
-		who, line, _ := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
-		address, err := netip.ParseAddr(who)
+		client, line, _ := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
+		address, err := netip.ParseAddr(client)
 		if err != nil {
 			d.Fatalf("fail2ban-regex: %s", out)
 		}

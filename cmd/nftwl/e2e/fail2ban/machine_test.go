@@ -137,7 +137,7 @@ func boot(t testing.TB, system nstest.Debian, w with) *machine {
 			m.stop()
 		}
 		if m.Failed() {
-			m.Logf("fail2ban: %s\n%s", &m.out, m.said())
+			m.Logf("fail2ban: %s\n%s", &m.out, m.logged())
 		}
 	})
 	m.start()
@@ -184,17 +184,17 @@ func (m *machine) status(name string, args ...string) int {
 
 const journal = "var/log/fail2ban.log"
 
-// said returns fail2ban's log.
-func (m *machine) said() string {
+// logged returns fail2ban's log.
+func (m *machine) logged() string {
 	return nstest.Read(m, m.Path(journal))
 }
 
 // count returns how many lines of fail2ban's log end in text.
-func (m *machine) count(text string) int { return strings.Count(m.said(), text+"\n") }
+func (m *machine) count(text string) int { return strings.Count(m.logged(), text+"\n") }
 
 // found returns how many failures of an address a jail has counted.
-func (m *machine) found(jail string, who netip.Addr) int {
-	return strings.Count(m.said(), fmt.Sprintf("[%s] Found %s - ", jail, who))
+func (m *machine) found(jail string, client netip.Addr) int {
+	return strings.Count(m.logged(), fmt.Sprintf("[%s] Found %s - ", jail, client))
 }
 
 // complaint matches the lines of fail2ban's log that an administrator should look at.
@@ -204,7 +204,7 @@ var complaint = regexp.MustCompile(`(?m)^.*(?:WARNING|ERROR|CRITICAL) .*$`)
 func (m *machine) start() {
 	m.Helper()
 	started := regexp.MustCompile(`Jail '[\w-]+' started`)
-	before, jails := len(started.FindAllString(m.said(), -1)), 0
+	before, jails := len(started.FindAllString(m.logged(), -1)), 0
 	cmd := m.Command("fail2ban-server", "-xf", "start")
 	cmd.Stdout, cmd.Stderr = &m.out, &m.out
 	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
@@ -222,7 +222,7 @@ func (m *machine) start() {
 			m.Fatal("fail2ban does not start")
 		default:
 		}
-		return len(started.FindAllString(m.said(), -1)) == before+jails
+		return len(started.FindAllString(m.logged(), -1)) == before+jails
 	})
 }
 
@@ -234,7 +234,7 @@ func (m *machine) stop() {
 		return m.fail2ban.Process.Signal(syscall.Signal(0)) != nil
 	})
 	m.fail2ban = nil
-	for _, line := range complaint.FindAllString(m.said(), -1) {
+	for _, line := range complaint.FindAllString(m.logged(), -1) {
 		if !strings.Contains(line, "New database created") {
 			m.Errorf("fail2ban complains: %s", line)
 		}

@@ -27,7 +27,7 @@ func TestFail2banDocument(t *testing.T) {
 		if len(blocks) != 3 {
 			t.Fatalf("the document has %d blocks of commands, want 3: to set up, to end bans and to undo", len(blocks))
 		}
-		const who, port = "198.51.100.66", "143"
+		const attacker, port = "198.51.100.66", "143"
 		banned := func(address string, want bool) {
 			t.Helper()
 			nstest.Until(m, fmt.Sprintf("%s is banned: %v", address, want), func() error {
@@ -45,12 +45,12 @@ func TestFail2banDocument(t *testing.T) {
 		}
 		banned(client(7), true)
 
-		m.run("fail2ban-client", "set", "dovecot", "banip", who)
-		banned(who, true)
-		if out := m.run("sh", "-euc", blocks[1][1]); !strings.Contains(out, who) || !strings.Contains(out, client(7)) {
+		m.run("fail2ban-client", "set", "dovecot", "banip", attacker)
+		banned(attacker, true)
+		if out := m.run("sh", "-euc", blocks[1][1]); !strings.Contains(out, attacker) || !strings.Contains(out, client(7)) {
 			t.Errorf("the banned address is not in\n%s", out)
 		}
-		banned(who, false)
+		banned(attacker, false)
 		banned(client(7), true)
 
 		// The document's prose: ending all bans, and banning a network.
@@ -82,11 +82,11 @@ func TestFail2banDocument(t *testing.T) {
 		m.write("etc/fail2ban/jail.d/nftwl.local", "[dovecot]\nenabled = true\n[dovecot-auth]\nenabled = true\n[postfix-lost]\nenabled = true\n[postfix-spam]\nenabled = true\n")
 		m.run("systemctl", "restart", "fail2ban")
 		m.fail2banRuns("dovecot", "dovecot-auth", "postfix-lost", "postfix-spam")
-		m.run("fail2ban-client", "set", "dovecot", "banip", who)
-		banned(who, true)
+		m.run("fail2ban-client", "set", "dovecot", "banip", attacker)
+		banned(attacker, true)
 		m.run("sh", "-euc", blocks[2][1])
 		m.fail2banRuns()
-		banned(who, false)
+		banned(attacker, false)
 		if left, _ := filepath.Glob(m.file("etc/fail2ban/*/nftwl*")); len(left) > 0 {
 			t.Errorf("not removed: %q", left)
 		}
@@ -136,10 +136,10 @@ func (m *machine) fail2banRuns(jails ...string) {
 	m.state("fail2ban", "active")
 }
 
-func (m *machine) fail2banBans(who string, want bool) {
+func (m *machine) fail2banBans(attacker string, want bool) {
 	m.Helper()
-	nstest.Until(m, fmt.Sprintf("fail2ban lists %s: %v", who, want), func() error {
-		if out := m.run("fail2ban-client", "status", "dovecot"); strings.Contains(out, who) != want {
+	nstest.Until(m, fmt.Sprintf("fail2ban lists %s: %v", attacker, want), func() error {
+		if out := m.run("fail2ban-client", "status", "dovecot"); strings.Contains(out, attacker) != want {
 			return errors.New(out)
 		}
 		return nil
