@@ -71,10 +71,10 @@ func TestReload(t *testing.T) {
 		for _, list := range []string{"trusted", "banned", "limited"} {
 			f.add(list, user, 587, "1h")
 		}
-		lives := regexp.MustCompile(` expires \w+`)
+		timeLeft := regexp.MustCompile(` expires \w+`)
 		before := f.nft("list", "ruleset")
 		f.nft("-f", "/etc/nftwl/"+l.main)
-		if after := f.nft("list", "ruleset"); lives.ReplaceAllString(after, "") != lives.ReplaceAllString(before, "") {
+		if after := f.nft("list", "ruleset"); timeLeft.ReplaceAllString(after, "") != timeLeft.ReplaceAllString(before, "") {
 			t.Errorf("was:\n%s\nafter a reload:\n%s", before, after)
 		}
 	})

@@ -226,7 +226,7 @@ func TestDoctor(t *testing.T) {
 			change: diagnosis{"dovecot.login": "skip: ", "dovecot.executable": "fail: Dovecot runs " + dir + "/hop as root, .*: " + dir + "/hop belongs to user 1000"},
 		},
 		{
-			name:   "a program in a folder of another's",
+			name:   "a program in another user's directory",
 			with:   with{dovecot: runSecond},
 			after:  func(s *server) { capable(s); nstest.Must(s.t, os.Chown(s.path(""), 1000, 0)) },
 			change: diagnosis{"dovecot.executable": "fail: Dovecot runs " + second + " as root, .*: " + dir + " belongs to user 1000"},

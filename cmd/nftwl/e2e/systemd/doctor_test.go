@@ -50,9 +50,9 @@ func (m *machine) diagnoses(what, group string, want map[string]string) {
 // A fault breaks a machine and fixes it again. If fix is nil, doctor's remedies fix it,
 // run as they are written.
 type fault struct {
-	name       string
-	make, mend func()
-	diagnosis  map[string]string
+	name      string
+	make, fix func()
+	diagnosis map[string]string
 }
 
 func (m *machine) tries(group string, faults []fault) {
@@ -63,18 +63,18 @@ func (m *machine) tries(group string, faults []fault) {
 		if m.Failed() {
 			m.FailNow()
 		}
-		if f.mend == nil {
+		if f.fix == nil {
 			commands := m.remedies(group)
 			for check := range f.diagnosis {
 				m.run("sh", "-euc", commands[check])
 			}
 		} else {
-			f.mend()
+			f.fix()
 		}
 		// The next fault's diagnosis shows whether it is fixed.
 		m.settle()
 	}
-	m.diagnoses("all mended", group, nil)
+	m.diagnoses("all fixed", group, nil)
 }
 
 // commands returns a function that runs a line of shell.
@@ -254,7 +254,7 @@ func TestDoctorStandalone(t *testing.T) {
 				m.commands("echo no rule >>" + file)()
 				m.diagnoses("the next boot loads none", "persistence", map[string]string{"persistence.boot": syntax})
 				m.fails("systemctl", "reload", "nftwl-persist")
-			}, m.commands(mended + "; systemctl reload nftwl-persist"),
+			}, m.commands(fixed + "; systemctl reload nftwl-persist"),
 				map[string]string{
 					"persistence.boot": syntax,
 				}},
