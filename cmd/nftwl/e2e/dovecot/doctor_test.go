@@ -296,7 +296,7 @@ func TestDoctor(t *testing.T) {
 			change: diagnosis{"dovecot.login": "fail: service nftwl lacks executable = script-login without -d; no login by it was tried: "},
 		},
 		{
-			name:   "user nobody, and a file with the capability",
+			name:  "user nobody, and a file with the capability",
 			with:  with{dovecot: asNobody + runSecond},
 			after: capable,
 		},
@@ -305,7 +305,7 @@ func TestDoctor(t *testing.T) {
 			with:  with{dovecot: asNobody + runSecond, wrap: []string{"/usr/bin/setpriv", "--no-new-privs"}},
 			after: capable,
 			change: diagnosis{
-				"dovecot.login":      "fail: .* no client is trusted: .*CAP_NET_ADMIN is missing",
+				"dovecot.login": "fail: .* no client is trusted: .*CAP_NET_ADMIN is missing",
 			},
 		},
 		{
@@ -318,7 +318,7 @@ func TestDoctor(t *testing.T) {
 			with:  with{wrap: withoutNetAdmin, dovecot: runSecond},
 			after: capable,
 			change: diagnosis{
-				"dovecot.login":      "fail: .*: every login is denied: .*Operation not permitted",
+				"dovecot.login": "fail: .*: every login is denied: .*Operation not permitted",
 			},
 		},
 		{
@@ -644,11 +644,11 @@ func TestDoctorOnFailure(t *testing.T) {
 		s.install()
 		loadSets(t)
 		diagnoses(t, s.doctor(), healthy.but(diagnosis{
-			"dovecot.login":      "fail: a login by service nftwl was tried: every login is denied: broken somehow$",
+			"dovecot.login": "fail: a login by service nftwl was tried: every login is denied: broken somehow$",
 		}))
 		s.write("nftwl", "#!/bin/sh\nexec sleep 4\n", 0o755)
 		diagnoses(t, s.doctor(), healthy.but(diagnosis{
-			"dovecot.login":      "fail: a login by service nftwl was tried: no answer within 1s",
+			"dovecot.login": "fail: a login by service nftwl was tried: no answer within 1s",
 		}))
 	})
 }

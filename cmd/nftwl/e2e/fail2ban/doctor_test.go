@@ -13,7 +13,7 @@ import (
 func (m *machine) diagnoses(want string) {
 	m.Helper()
 	got := nstest.Diagnosis(m, nstest.Findings(m, m.Command("nftwl", "doctor", "--json"), "fail2ban"))
-	if !regexp.MustCompile("^(?:" + want + ")").MatchString(got["fail2ban"]) || len(got) != 1 {
+	if !regexp.MustCompile("^(?:"+want+")").MatchString(got["fail2ban"]) || len(got) != 1 {
 		m.Errorf("%q, want %q", got, want)
 	}
 }

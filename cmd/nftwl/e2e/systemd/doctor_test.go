@@ -236,7 +236,7 @@ func TestDoctorStandalone(t *testing.T) {
 		m.run("systemctl", "start", "nftwl-save")
 		m.healthy()
 		const file = "/etc/nftwl/standalone.nft"
-		const mended = "cp /run/good " + file
+		const fixed = "cp /run/good " + file
 		const syntax = "fail: after a reboot there is no firewall: nft does not load " + file + `: nft: ` + file + `:\d+:\d+-\d+: Error: syntax error`
 		m.run("cp", file, "/run/good")
 		m.tries("persistence", []fault{
@@ -248,7 +248,7 @@ func TestDoctorStandalone(t *testing.T) {
 				map[string]string{
 					"persistence.snapshot": "fail: .*none of the sets in it is one of table inet filter",
 				}},
-			{"no rules", m.commands("rm " + file), m.commands(mended),
+			{"no rules", m.commands("rm " + file), m.commands(fixed),
 				map[string]string{"persistence.boot": "fail: after a reboot there is no firewall: .* " + file + ": no such file"}},
 			{"a reload that loaded none", func() {
 				m.commands("echo no rule >>" + file)()
