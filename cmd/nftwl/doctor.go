@@ -20,19 +20,18 @@ func newDoctor(configPath *string) *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
 		Use:   "doctor",
-		Short: "Check the whole installation, and say what to do",
+		Short: "Check the whole installation, and print remedies",
 		Long: `Checks the configuration, the kernel's sets and rules, Dovecot, nftwld, the
-units and fail2ban, and says what to do about what is wrong. Where Dovecot runs,
-it tries a login of an address that belongs to no one, and removes that again.
-It changes nothing else. Run it as root.
+units and fail2ban, and prints a remedy for each fault. If Dovecot runs, it
+tries a login of an address that belongs to no one, and removes the address
+again. It changes nothing else. Run it as root.
 
   ok     as it should be
-  warn   works, and should be looked at
+  warn   works, but look at it
   fail   does not work
-  skip   not in use here, or could not be looked at
+  skip   not in use here, or could not be checked
 
-Exit status: 0 when nothing failed, 1 when something did.`,
-		Args: cobra.NoArgs,
+Exit status: 0 if no check failed, 1 if one did.`,
 		RunE: func(*cobra.Command, []string) error {
 			exe, err := os.Executable()
 			if err != nil {
@@ -40,9 +39,9 @@ Exit status: 0 when nothing failed, 1 when something did.`,
 			}
 			ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 			defer stop()
-			context.AfterFunc(ctx, stop) // the next one kills, whatever the doctor is at
+			context.AfterFunc(ctx, stop) // the next signal kills, whatever the doctor waits for
 			path := *configPath
-			if path != "" { // as the others name it, to compare with them
+			if path != "" { // absolute, as in Dovecot's configuration
 				if path, err = filepath.Abs(path); err != nil {
 					return failed(err)
 				}
@@ -58,13 +57,10 @@ Exit status: 0 when nothing failed, 1 when something did.`,
 					_, err = fmt.Print(screen.result(r))
 				}
 			})
-			if !asJSON && err == nil {
-				_, err = fmt.Println(summary(count))
-			}
 			if asJSON {
-				enc := json.NewEncoder(os.Stdout)
-				enc.SetEscapeHTML(false)
-				err = enc.Encode(results)
+				err = printJSON(results)
+			} else if err == nil {
+				_, err = fmt.Println(summary(count))
 			}
 			switch {
 			case ctx.Err() != nil:
@@ -81,7 +77,14 @@ Exit status: 0 when nothing failed, 1 when something did.`,
 	return cmd
 }
 
-// summary says how many checks came out how: "9 ok, 1 warned, 2 failed".
+// printJSON prints a value on a line of its own.
+func printJSON(value any) error {
+	enc := json.NewEncoder(os.Stdout)
+	enc.SetEscapeHTML(false)
+	return enc.Encode(value)
+}
+
+// summary counts the checks by their outcome: "9 ok, 1 warned, 2 failed".
 func summary(count map[doctor.Status]int) string {
 	var words []string
 	for _, of := range []struct {
@@ -98,49 +101,50 @@ func summary(count map[doctor.Status]int) string {
 // colours of the statuses, for SGR (ECMA-48).
 var colours = map[doctor.Status]string{doctor.OK: "32", doctor.Warn: "33", doctor.Fail: "1;31", doctor.Skip: "2"}
 
-// result is a line for a result, and what to do about it below. A terminal has
-// them in lines that are no longer than its own.
+// result is a line for a result, and the remedy below it. On a terminal, lines are no
+// wider than it, except commands, which stay whole.
 func (s screen) result(r doctor.Result) string {
 	const names = 22
 	indent := 6 + names + 2
-	if s.width > 0 && s.width < indent+30 {
-		indent = 6
-	}
-	var b strings.Builder
 	status := fmt.Sprintf("%-4s", r.Status)
 	if s.colour {
 		status = "\x1b[" + colours[r.Status] + "m" + status + "\x1b[0m"
 	}
-	fmt.Fprintf(&b, "%s  %-*s  ", status, names, printable(r.Check))
-	left := strings.Repeat(" ", indent)
+	head := fmt.Sprintf("%s  %-*s  ", status, names, printable(r.Check))
+	if s.width > 0 && s.width < indent+30 {
+		indent = 6
+	}
+	left := "\n" + strings.Repeat(" ", indent)
 	if indent < names || columns(r.Check) > names {
-		b.WriteString("\n" + left)
+		head += left
 	}
-	next := "\n" + left
-	b.WriteString(strings.Join(s.wrap(printable(r.Text), indent, ""), next))
+	text := head + s.wrap(printable(r.Text), left)
 	if r.Remedy != "" {
-		b.WriteString(next + strings.Join(s.wrap(printable(r.Remedy), indent, ""), next))
+		text += left + s.wrap(printable(r.Remedy), left)
 	}
-	if r.Command != "" { // which a shell takes in several lines, too
-		b.WriteString(next + "# " + strings.Join(s.wrap(printable(r.Command), indent+2, ` \`), next+"  "))
+	if r.Command != "" {
+		text += left + "# " + printable(r.Command)
 	}
-	return b.String() + "\n"
+	return text + "\n"
 }
 
-// wrap breaks text at spaces, so that it fits beside an indent; each line but
-// the last has an end. A word that is longer than a line stays whole.
-func (s screen) wrap(text string, indent int, end string) (lines []string) {
-	line, quoted := "", false
-	for _, word := range strings.Split(text, " ") {
-		// A break inside quotes would become part of the word.
-		if line != "" && !(end != "" && quoted) && s.width > 0 && indent+columns(line+" "+word+end) > s.width {
-			lines, line = append(lines, line+end), word
-		} else if line != "" {
-			line += " " + word
-		} else {
-			line = word
+// wrap breaks text at spaces so that it fits beside an indent, left. A word that is
+// longer than a line stays whole.
+func (s screen) wrap(text, left string) string {
+	var b strings.Builder
+	at := len(left) - 1
+	for i, word := range strings.Split(text, " ") {
+		switch {
+		case i == 0:
+		case s.width > 0 && at+1+columns(word) > s.width:
+			b.WriteString(left)
+			at = len(left) - 1
+		default:
+			b.WriteString(" ")
+			at++
 		}
-		quoted = quoted != (strings.Count(word, "'")%2 == 1)
+		b.WriteString(word)
+		at += columns(word)
 	}
-	return append(lines, line)
+	return b.String()
 }

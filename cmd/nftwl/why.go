@@ -1,11 +1,9 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -22,8 +20,8 @@ func newWhy(configPath *string) *cobra.Command {
 		Use:   "why ADDRESS",
 		Short: "Show what the firewall does with an address, and which rule decides",
 		Long: `Shows what the loaded rules do with a new connection from ADDRESS to each
-configured port, or to those of --port: a line a port with the verdict, the
-table and chain, and the rule that decides. Below it is what the sets hold of
+configured port, or to those of --port: one line for each port, with the verdict,
+the table and chain, and the rule that decides. Below it is what the sets hold of
 the address.
 
   accept   the connection is let in; the rule is the last that accepts it
@@ -92,9 +90,7 @@ func why(configPath, address string, only portsFlag, asJSON bool) error {
 		printNote("left out: %s", what)
 	}
 	if asJSON {
-		enc := json.NewEncoder(os.Stdout)
-		enc.SetEscapeHTML(false)
-		return enc.Encode(decisions)
+		return printJSON(decisions)
 	}
 	_, err = fmt.Println(strings.Join(append(decisionLines(decisions), s.holds(addr, ports)...), "\n"))
 	return err
