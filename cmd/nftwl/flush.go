@@ -1,27 +1,106 @@
 package main
 
-import "github.com/spf13/cobra"
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+
+	"github.com/spf13/cobra"
+
+	"nftwl/pkg/nftset"
+)
 
 func newFlush(configPath *string) *cobra.Command {
-	return &cobra.Command{
+	var everywhere bool
+	cmd := &cobra.Command{
 		Use:   "flush trusted|banned",
 		Short: "Empty the trusted or the banned sets",
 		Long: `Removes every element from the two sets of a list, permanent ones and those of
-other tools too. The sets stay.
+other tools too. The sets stay. If other machines share the list, they fill it
+again; --everywhere empties it on all of them.
 
 Exit status: 0, or 1 if a set is missing or cannot be written; then nothing is
 changed.`,
 		Example: `  nftwl save - >before.nft && nftwl flush banned`,
-		RunE: withSession(configPath, func(s *session, args []string) error {
-			batch := s.conn.Batch()
-			for _, name := range list(args[0]).sets(s.Config).Both() {
-				set, err := s.conn.Set(s.Table, name)
-				if err != nil {
+	}
+	cmd.RunE = withSession(configPath, func(s *session, args []string) error {
+		// Other machines take what is flushed here for lost, not for removed.
+		if err := s.as(nftset.Local); err != nil {
+			return err
+		}
+		var sets []*nftset.Set
+		for _, name := range list(args[0]).sets(s.Config).Both() {
+			set, err := s.conn.Set(s.Table, name)
+			if err == nil {
+				err = set.Writable()
+			}
+			if err != nil {
+				return err
+			}
+			sets = append(sets, set)
+		}
+		if everywhere {
+			if err := clearCluster(*configPath, args[0]); err != nil {
+				return err
+			}
+		} else if c := s.Cluster; c != nil && slices.Contains(c.Take, args[0]) {
+			printNote("other machines share this list, and fill it again; --everywhere empties it on all of them")
+		}
+		return s.flush(sets)
+	})
+	cmd.Flags().BoolVar(&everywhere, "everywhere", false, "on all machines that share the list")
+	return cmd
+}
+
+// flush empties sets, in one transaction unless nftset.Room is less.
+func (s *session) flush(sets []*nftset.Set) error {
+	if room := nftset.Room(); slices.ContainsFunc(sets, func(set *nftset.Set) bool { return int(set.Count) > room }) {
+		for _, set := range sets {
+			elems, err := s.conn.Elements(set)
+			if err != nil {
+				return err
+			}
+			for some := range slices.Chunk(elems, room) {
+				keys := make([]nftset.Key, len(some))
+				for i, e := range some {
+					keys[i] = e.Key
+				}
+				s.conn.SetTimeout(patience)
+				if _, err := s.conn.Remove(set, keys, nil); err != nil {
 					return err
 				}
-				batch.Flush(set)
 			}
-			return batch.Commit()
-		}),
+		}
 	}
+	batch := s.conn.Batch()
+	for _, set := range sets {
+		batch.Flush(set)
+	}
+	return batch.Commit()
+}
+
+// clearCluster empties a list on all machines that share it. nftwld does it, which
+// has a client for their server.
+func clearCluster(configPath, name string) error {
+	program := "nftwld"
+	if own, err := os.Executable(); err == nil {
+		if beside, err := exec.LookPath(filepath.Join(filepath.Dir(own), program)); err == nil {
+			program = beside
+		}
+	}
+	args := []string{"clear", name}
+	if configPath != "" {
+		args = append(args, "--config", configPath)
+	}
+	cmd := exec.Command(program, args...)
+	cmd.Stderr = os.Stderr
+	err := cmd.Run()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return fmt.Errorf("%s could not be emptied everywhere; nothing was changed", name) // nftwld has said why
+	}
+	return err
 }

@@ -29,7 +29,11 @@ again, unless the user database has nftwl_trust=no.` + addressesHelp,
 		var match func(nftset.Element) bool
 		if cmd.Flags().Changed("comment") {
 			match = func(e nftset.Element) bool { return trust.HasName(e.Comment, comment) }
+			if err := s.as(nftset.DecidedFor); err != nil {
+				return err
+			}
 		}
+		defer s.noteUnshared()
 		return s.change(l, args, nil, func(set *nftset.Set, addrs []netip.Addr) error {
 			return s.remove(l, set, addrs, ports, match)
 		})

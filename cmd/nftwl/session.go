@@ -83,6 +83,29 @@ func open(configPath string) (*session, error) {
 	return &session{c, conn}, nil
 }
 
+// as has later changes mean something else to other machines.
+func (s *session) as(m nftset.Meaning) error {
+	conn, err := nftset.DialAs(m)
+	if err != nil {
+		return err
+	}
+	s.conn.Close()
+	s.conn = conn
+	s.conn.SetTimeout(patience)
+	return nil
+}
+
+// noteUnshared tells that other machines do not learn of a removal.
+func (s *session) noteUnshared() {
+	if s.Cluster == nil {
+		return
+	}
+	if running, _, err := nftset.Listeners(); err == nil && !running {
+		printNote("nftwld is not running: when it starts, it takes back from other machines what they still have")
+		printHint("systemctl start nftwld, and run this again")
+	}
+}
+
 // withSession is what a command runs that talks to the kernel. If f fails, the
 // exit code is 1.
 func withSession(configPath *string, f func(s *session, args []string) error) func(*cobra.Command, []string) error {

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"nftwl/pkg/install"
+	"nftwl/pkg/nftset"
 	"nftwl/pkg/snapshot"
 	"nftwl/pkg/trust"
 )
@@ -29,6 +30,9 @@ so that nothing is lost.
 Exit status: 0, or 1 if something failed; FILE is then left as it is.`,
 		Example: "  nftwl save\n  nftwl save /root/sets.nft",
 		RunE: withSession(configPath, func(s *session, args []string) error {
+			if err := s.as(nftset.Local); err != nil { // save can restore first
+				return err
+			}
 			path := s.Snapshot
 			if len(args) == 1 {
 				path = args[0]
@@ -85,6 +89,9 @@ nothing if that does not exist yet. "-" is standard input.
 Exit status: 0, or 1 if something failed; nothing is changed then.`,
 		Example: "  nftwl restore -v\n  nft list ruleset | ssh mail2.example.org nftwl restore -",
 		RunE: withSession(configPath, func(s *session, args []string) (err error) {
+			if err := s.as(nftset.Local); err != nil {
+				return err
+			}
 			var r snapshot.Result
 			switch {
 			case len(args) == 0:

@@ -218,7 +218,7 @@ func (c *Copy) make(ports []uint16) error {
 	if c.trace, err = nftset.Dial(); err != nil {
 		return err
 	}
-	return c.trace.Subscribe(unix.NFNLGRP_NFTRACE)
+	return c.trace.Subscribe(unix.NFNLGRP_NFTRACE, 8<<20)
 }
 
 // Our own tables in the copy: one sees each packet first and has it traced, the

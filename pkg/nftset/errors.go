@@ -71,7 +71,7 @@ func (s *Set) error(err error) error {
 	switch err {
 	case ErrNoSet:
 		detail = "does not exist in table " + s.Table.String()
-	case unix.ENFILE: // nft_add_set_elem() in net/netfilter/nf_tables_api.c
+	case ErrFull, unix.ENFILE: // nft_add_set_elem() in net/netfilter/nf_tables_api.c
 		err, detail = ErrFull, fmt.Sprintf("is full (%d elements)", s.Size)
 	}
 	return &Error{s.Table, s.Name, reason(err), detail}

@@ -161,6 +161,14 @@ type Set struct {
 	Count uint32
 }
 
+// Fits returns ErrFull if the set cannot hold n elements.
+func (s *Set) Fits(n int) error {
+	if s.Size > 0 && n > int(s.Size) {
+		return s.error(ErrFull)
+	}
+	return nil
+}
+
 // Writable reports why elements with a timeout cannot be written to the set,
 // or nil.
 func (s *Set) Writable() error {

@@ -35,13 +35,14 @@ func (b *Batch) Put(t Table, o Object) {
 }
 
 // Subscribe makes the connection receive what the kernel sends to a group of
-// NETLINK_NETFILTER: unix.NFNLGRP_*.
-func (c *Conn) Subscribe(group int) error {
+// NETLINK_NETFILTER: unix.NFNLGRP_*. Of what is not read yet, the kernel keeps at
+// most so many bytes, or fewer if this is not root of the first user namespace.
+func (c *Conn) Subscribe(group, buffer int) error {
 	c.enlarge()
-	// In a ruleset of hundreds of rules, one packet causes as many messages. Root
-	// of a user namespace is refused; the buffer stays as it is then.
-	_ = unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 8<<20)
-	return unix.Bind(c.fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: 1 << (group - 1)})
+	if unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, buffer) != nil {
+		_ = unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_RCVBUF, buffer)
+	}
+	return unix.SetsockoptInt(c.fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, group)
 }
 
 // Receive waits for what the kernel sends to a group, and calls f for each

@@ -86,12 +86,7 @@ func Watch(table Table) (*Watcher, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Root of the first user namespace alone can force it.
-	if unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, watchBuffer) != nil {
-		_ = unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_RCVBUF, watchBuffer)
-	}
-	c.enlarge()
-	if err := unix.SetsockoptInt(c.fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.NFNLGRP_NFTABLES); err != nil {
+	if err := c.Subscribe(unix.NFNLGRP_NFTABLES, watchBuffer); err != nil {
 		c.Close()
 		return nil, table.error(err)
 	}
@@ -185,4 +180,14 @@ func Listeners() (watcher, any bool, err error) {
 		}
 	}
 	return watcher, any, nil
+}
+
+// Room is how many elements a transaction should change at most, so that what the
+// kernel allocates for listeners (see Watcher) stays below 100 MB. Without a
+// listener, it is all.
+func Room() int {
+	if _, any, err := Listeners(); any && err == nil {
+		return 10_000
+	}
+	return math.MaxInt
 }

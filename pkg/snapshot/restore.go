@@ -122,7 +122,8 @@ type target struct {
 	extend  []nftset.Element // what of files is there with less time left
 }
 
-// Restore merges files into the kernel in one transaction: it creates the tables
+// Restore merges files into the kernel, in one transaction unless nftset.Room is
+// less. It creates the tables
 // and sets that are missing as the files define them, and adds the elements with
 // their time left. From that of a snapshot it subtracts the time since it was
 // saved, or nothing if the clock went backwards. It never shortens the time left of
@@ -192,12 +193,28 @@ func restore(conn *nftset.Conn, files []*File, guarded bool) (r Result, err erro
 			batch.CreateSet(t.set)
 		}
 	}
+	room := nftset.Room()
 	for _, t := range targets {
-		batch.Grow(len(t.create))
-		for _, e := range t.create {
-			batch.Create(t.set, e)
+		if err := t.set.Fits(len(t.there) + len(t.create)); err != nil {
+			return Result{}, err
 		}
 		batch.Replace(t.set, t.extend)
+	}
+	for _, t := range targets {
+		for len(t.create) > 0 {
+			if room == 0 {
+				if err := batch.Commit(); err != nil {
+					return Result{}, err
+				}
+				batch, room = conn.Batch(), nftset.Room()
+			}
+			some := t.create[:min(room, len(t.create))]
+			batch.Grow(len(some))
+			for _, e := range some {
+				batch.Create(t.set, e)
+			}
+			t.create, room = t.create[len(some):], room-len(some)
+		}
 	}
 	if err := batch.Commit(); err != nil {
 		return Result{}, err
