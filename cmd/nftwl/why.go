@@ -20,9 +20,9 @@ func newWhy(configPath *string) *cobra.Command {
 		Use:   "why ADDRESS",
 		Short: "Show what the firewall does with an address, and which rule decides",
 		Long: `Shows what the loaded rules do with a new connection from ADDRESS to each
-configured port, or to those of --port: one line for each port, with the verdict,
-the table and chain, and the rule that decides. Below it is what the sets hold of
-the address.
+configured port, or to those of --port: one line for each port, with the
+verdict, the table and chain, and the rule that decides. Below it is what the
+sets hold of the address.
 
   accept   the connection is let in; the rule is the last that accepts it
   drop     it gets no answer

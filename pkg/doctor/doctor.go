@@ -57,7 +57,6 @@ type Doctor struct {
 	unusable map[string]bool // sets, by name
 
 	dovecot *doveconf.Settings // nil if they cannot be read
-	unread  string             // why
 	running bool
 	stale   bool            // its configuration has changed since it was loaded
 	told    map[remedy]bool // for logins that fail

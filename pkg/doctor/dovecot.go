@@ -23,9 +23,7 @@ func reload(format string, args ...any) remedy {
 }
 
 func (d *Doctor) checkDovecot(ctx context.Context) {
-	d.unread = "Dovecot's settings cannot be read"
 	if _, err := exec.LookPath("doveconf"); err != nil {
-		d.unread = "Dovecot is not installed here"
 		d.skip("dovecot", "Dovecot is not installed here")
 		return
 	}
@@ -54,11 +52,8 @@ func (d *Doctor) checkRunning(ctx context.Context) {
 	d.running = running
 	unit := d.units["dovecot.service"]
 	switch {
-	case unit["ActiveState"] == "failed":
-		d.fail(check, remedy{"fix what it says, then: systemctl restart dovecot", unit.journal()}, "dovecot.service has failed: %s", unit.why(ctx))
-		return
-	case !running && unit.startsAtBoot():
-		d.fail(check, remedy{"start it", "systemctl start dovecot"}, "dovecot.service is enabled, and Dovecot is not running")
+	case !running && (unit.startsAtBoot() || unit["ActiveState"] == "failed"):
+		d.fail(check, remedy{"see why, and start it: systemctl start dovecot", unit.journal()}, "dovecot.service is %s: %s", unit["ActiveState"], unit.why(ctx))
 		return
 	case !running:
 		d.skip(check, "Dovecot is not running, so no login can be tried")

@@ -92,7 +92,7 @@ func (d *Doctor) checkPolicyKey(policy *config.Policy) {
 func (d *Doctor) checkPolicyDovecot(ctx context.Context, dovecot *doveconf.AuthPolicy, policy *config.Policy) {
 	const check = "policy.dovecot"
 	if dovecot == nil {
-		d.skip(check, "%s", d.unread)
+		d.skip(check, "Dovecot's settings cannot be read")
 		return
 	}
 	lacks := ""

@@ -39,7 +39,9 @@ func (d *Doctor) checkRules(context.Context) {
 	}
 	p.checkOpen(ports)
 	if p.cut != nil && !p.opened {
-		p.fail("rules.established", accept(p.cut), "%s drops all but the first packet of connections, so none works", p.rule(p.cut.Step))
+		const rule = "ct state established,related accept"
+		p.fail("rules.established", remedy{"put it first into the chain of hook input, in the file that makes it, too: " + rule, "nft insert rule " + chain(p.cut.Step) + " " + rule},
+			"%s drops all but the first packet of connections, so none works", p.rule(p.cut.Step))
 		return
 	}
 	// A limit that all sources share counts what these send: it comes first.
@@ -54,7 +56,6 @@ func (d *Doctor) checkRules(context.Context) {
 	if !both {
 		p.say("rules.banned", "a banned address is kept out", banned)
 	}
-	p.say("rules.established", "open connections outlive a ban and the end of a trust", p.worst(d.config.Ports, p.established))
 	if banned.status != Fail { // or who exceeds the limit is let in, too
 		p.say("rules.limit", "strangers are limited, each source by itself, or dropped", limit)
 	}
@@ -146,14 +147,14 @@ func (p *probe) source(f *family) netip.Addr {
 
 // trust trusts an address, or the network that holds it, in the copy.
 func (p *probe) trust(f *family, addr netip.Addr) {
-	p.put(f.trusted, trust.Network(p.config, addr), false)
+	p.put(f.trusted, trust.Network(p.config, addr))
 }
 
 // ban bans an address and its /64, as the rules' own limit does.
 func (p *probe) ban(f *family, addr netip.Addr) {
-	p.put(f.banned, trust.Network(p.config, addr), false)
+	p.put(f.banned, trust.Network(p.config, addr))
 	if addr.Is6() {
-		p.put(f.banned, prefix(addr, 64), false)
+		p.put(f.banned, prefix(addr, 64))
 	}
 }
 
@@ -162,15 +163,11 @@ func prefix(addr netip.Addr, bits int) netip.Addr {
 	return p.Addr()
 }
 
-// put adds an address to a set of the copy, or removes it.
-func (p *probe) put(set *nftset.Set, addr netip.Addr, remove bool) {
+// put adds an address to a set of the copy.
+func (p *probe) put(set *nftset.Set, addr netip.Addr) {
 	batch := p.copy.Conn().Batch()
 	for _, e := range trust.Elements(set, addr, p.config.Ports, nftset.Element{Timeout: time.Hour}) {
-		if remove {
-			batch.Delete(set, e.Key)
-		} else {
-			batch.Add(set, e)
-		}
+		batch.Add(set, e)
 	}
 	p.copy.Conn().SetTimeout(patience)
 	p.note(batch.Commit())
@@ -184,9 +181,9 @@ func (p *probe) note(err error) {
 
 // connect opens a connection, with the whole handshake, and returns what became
 // of it: of its first packet, or of the last if that was not let in.
-func (p *probe) connect(addr netip.Addr, port uint16) (*firewall.Connection, *firewall.Result) {
+func (p *probe) connect(addr netip.Addr, port uint16) *firewall.Result {
 	if p.err != nil { // what would be found is not reported
-		return nil, &firewall.Result{Verdict: firewall.Accept}
+		return &firewall.Result{Verdict: firewall.Accept}
 	}
 	conn, result, err := p.copy.Dial(addr, port)
 	if err == nil && result.Verdict == firewall.Accept {
@@ -202,10 +199,11 @@ func (p *probe) connect(addr netip.Addr, port uint16) (*firewall.Connection, *fi
 			p.opened = true
 		}
 	}
-	if p.note(err); err != nil {
-		result = &firewall.Result{Verdict: firewall.Accept}
+	if err != nil {
+		p.note(err)
+		return &firewall.Result{Verdict: firewall.Accept}
 	}
-	return conn, result
+	return result
 }
 
 // exceed opens more connections than a limit takes at once, until one is not let
@@ -216,7 +214,7 @@ func (p *probe) exceed(addr netip.Addr, port uint16) *firewall.Result {
 		attempts = 60
 	}
 	for range attempts {
-		if _, r := p.connect(addr, port); r.Verdict != firewall.Accept {
+		if r := p.connect(addr, port); r.Verdict != firewall.Accept {
 			return r
 		}
 	}
@@ -318,10 +316,10 @@ func (p *probe) checkOpen(ports []uint16) {
 	p.families = slices.DeleteFunc(p.families, func(f *family) bool {
 		banned := p.source(f)
 		p.ban(f, banned)
-		_, r := p.connect(banned, p.config.Ports[0])
+		r := p.connect(banned, p.config.Ports[0])
 		open := r.Verdict == firewall.Accept && r.Rule == nil
 		for _, port := range ports {
-			_, r := p.connect(p.source(f), port)
+			r := p.connect(p.source(f), port)
 			p.open[key{f, port}] = r
 			open = open && r.Verdict == firewall.Accept && r.Rule == nil
 		}
@@ -349,7 +347,7 @@ func (p *probe) trusted(f *family, port uint16) finding {
 			continue
 		}
 		addr := p.source(f)
-		p.put(f.trusted, prefix(addr, bits), false)
+		p.put(f.trusted, prefix(addr, bits))
 		p.ban(f, addr)
 		if p.exceed(addr, port) == nil {
 			return finding{Fail, fmt.Sprintf("the rules look up the /%d in %s, and ipv6_prefix is %d", bits, f.trusted.Name, p.config.IPv6Prefix),
@@ -365,8 +363,8 @@ func (p *probe) trusted(f *family, port uint16) finding {
 
 func (p *probe) banned(f *family, port uint16) finding {
 	addr := p.source(f)
-	p.put(f.banned, trust.Network(p.config, addr), false)
-	if _, r := p.connect(addr, port); r.Verdict == firewall.Accept {
+	p.put(f.banned, trust.Network(p.config, addr))
+	if r := p.connect(addr, port); r.Verdict == firewall.Accept {
 		step := r.Step
 		for _, s := range r.Path { // the last that accepts can be another table's
 			if s.Verdict == firewall.Accept && s.Table == f.banned.Table {
@@ -377,35 +375,13 @@ func (p *probe) banned(f *family, port uint16) finding {
 	}
 	if f.name == "IPv6" {
 		addr := p.source(f)
-		p.put(f.banned, prefix(addr, 64), false)
-		if _, r := p.connect(addr, port); r.Verdict == firewall.Accept {
+		p.put(f.banned, prefix(addr, 64))
+		if r := p.connect(addr, port); r.Verdict == firewall.Accept {
 			return finding{Warn, "a banned /64 is not kept out, as the rules look up single addresses alone in " + f.banned.Name,
 				remedy{words: "look up the /64 too, as banned.nft does: who has a /64 has 2^64 addresses to come from"}}
 		}
 	}
 	return finding{}
-}
-
-func (p *probe) established(f *family, port uint16) finding {
-	addr := p.source(f)
-	p.trust(f, addr)
-	conn, r := p.connect(addr, port)
-	if r.Verdict != firewall.Accept || p.err != nil {
-		return finding{} // rules.trusted reports it
-	}
-	p.put(f.trusted, trust.Network(p.config, addr), true)
-	p.ban(f, addr)
-	r, err := conn.Send()
-	if p.note(err); err != nil || r.Verdict == firewall.Accept {
-		return finding{}
-	}
-	return finding{Warn, "a ban, or the end of a trust, cuts open connections: " + p.rule(r.Step) + " drops them", accept(r)}
-}
-
-// accept is the remedy for a result that cut a connection.
-func accept(r *firewall.Result) remedy {
-	const rule = "ct state established,related accept"
-	return remedy{"put first into the chain of hook input, in the file that makes it, too: " + rule, "nft insert rule " + chain(r.Step) + " " + rule}
 }
 
 // limited asks how a stranger is limited.
@@ -423,10 +399,10 @@ func (p *probe) limited(f *family, port uint16) finding {
 	if over == nil {
 		return finding{Warn, "strangers are let in without a limit", limit}
 	}
-	if _, r := p.connect(p.source(f), port); r.Verdict != firewall.Accept {
+	if r := p.connect(p.source(f), port); r.Verdict != firewall.Accept {
 		return finding{Warn, "the limit is one for all sources together, so an attacker has others dropped or banned: " + p.rule(r.Step), limit}
 	}
-	if _, again := p.connect(addr, port); again.Verdict == firewall.Accept || again.Rule == over.Rule {
+	if again := p.connect(addr, port); again.Verdict == firewall.Accept || again.Rule == over.Rule {
 		return finding{Warn, p.rule(over.Step) + " drops what is over the limit, and no rule drops the source for that", limit}
 	}
 	return finding{}

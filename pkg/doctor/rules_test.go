@@ -241,8 +241,6 @@ func TestRulesBroken(t *testing.T) {
 			want: []string{"fail rules.established"}, says: "the policy of " + filter + " drops all but the first packet of connections"},
 		{name: "answers are dropped", more: "table inet out { chain o { type filter hook output priority 0; policy drop; }; }",
 			want: []string{"skip rules"}, says: "port 143 does not answer"},
-		{name: "bans cut connections", edits: []string{"ct state established,related accept", "ip saddr . tcp dport @banned_ipv4 drop; ct state established,related accept"},
-			want: []string{"fail rules.trusted", "warn rules.established"}, says: `rule `},
 		{name: "one limit for all", edits: []string{update4, all, update6, all},
 			want: []string{"warn rules.limit"}, says: "the limit is one for all sources together"},
 		{name: "one limit for all in a set", edits: []string{update4, "update @submission_rate_ipv4 { tcp dport " + all + " }", update6, all,

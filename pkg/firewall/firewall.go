@@ -333,12 +333,6 @@ func (conn *Connection) Open() (result *Result, ok bool, err error) {
 	return nil, false, nil
 }
 
-// Send sends data in an open connection.
-func (conn *Connection) Send() (*Result, error) {
-	conn.next.flags, conn.next.data = psh|ack, "x"
-	return conn.copy.send(conn.route.device, conn.next)
-}
-
 // send sends a packet by a device, and reads what became of it.
 func (c *Copy) send(by *device, s segment) (*Result, error) {
 	if _, err := unix.Write(by.tun, s.packet()); err != nil {

@@ -150,7 +150,9 @@ func TestAsTheKernel(t *testing.T) {
 						if err != nil {
 							t.Fatal(err)
 						}
+						limit := 300 * time.Millisecond
 						if result.Verdict == Accept {
+							limit = 10 * time.Second // on a busy machine
 							if _, ok, err := conn.Open(); err != nil || !ok {
 								t.Errorf("from %s to %d: the copy answers: %v, %v", from, port, ok, err)
 							}
@@ -160,7 +162,7 @@ func TestAsTheKernel(t *testing.T) {
 						if from.Is6() {
 							to = nstest.ServerIPv6
 						}
-						real, err := peer.Dial(from, netip.AddrPortFrom(to, port), 300*time.Millisecond)
+						real, err := peer.Dial(from, netip.AddrPortFrom(to, port), limit)
 						var timed net.Error
 						switch {
 						case errors.Is(err, unix.ECONNREFUSED):
@@ -352,18 +354,11 @@ func numbers(n int) iter.Seq[int] {
 	}
 }
 
-// Open connections, of which the sets change.
-func TestEstablished(t *testing.T) {
+// The sets of the copy can be changed, and the machine's stay as they are.
+func TestChangedSets(t *testing.T) {
 	nstest.New(t)
 	shipped(t, "nftables.conf")
 	c := open(t, 993)
-	conn, result, err := c.Dial(client4, 993)
-	if err != nil || result.Verdict != Accept {
-		t.Fatal(result, err)
-	}
-	if result, ok, err := conn.Open(); err != nil || !ok || result.Verdict != Accept {
-		t.Fatal(result, ok, err)
-	}
 	set, err := c.Conn().Set(nftset.Table{Family: nftset.INet, Name: "filter"}, "banned_ipv4")
 	if err != nil {
 		t.Fatal(err)
@@ -373,11 +368,8 @@ func TestEstablished(t *testing.T) {
 	if err := batch.Commit(); err != nil {
 		t.Fatal(err)
 	}
-	if result, err := conn.Send(); err != nil || result.Verdict != Accept || !strings.Contains(c.Text(result.Step), "established") {
-		t.Errorf("%+v, %v", result, err)
-	}
 	if got := c.decides(t, client4, 993); !strings.HasPrefix(got, "drop inet filter nftwl: ip saddr . tcp dport @banned_ipv4 ") {
-		t.Errorf("another connection: %s", got)
+		t.Error(got)
 	}
 	// Here, nothing has changed.
 	if interfaces, err := net.Interfaces(); err != nil || len(interfaces) != 1 {

@@ -8,7 +8,6 @@ import (
 // Flags of TCP (RFC 9293, section 3.1).
 const (
 	syn = 0x02
-	psh = 0x08
 	ack = 0x10
 )
 
@@ -17,32 +16,29 @@ type segment struct {
 	from, to netip.AddrPort
 	seq, ack uint32
 	flags    byte
-	data     string
 }
 
 const headerTCP = 20
 
 // packet encodes the segment in an IP packet.
 func (s segment) packet() []byte {
-	length := headerTCP + len(s.data)
 	tcp := binary.BigEndian.AppendUint16(nil, s.from.Port())
 	tcp = binary.BigEndian.AppendUint16(tcp, s.to.Port())
 	tcp = binary.BigEndian.AppendUint32(tcp, s.seq)
 	tcp = binary.BigEndian.AppendUint32(tcp, s.ack)
 	tcp = append(tcp, headerTCP/4<<4, s.flags, 0xff, 0xff, 0, 0, 0, 0)
-	tcp = append(tcp, s.data...)
 
 	// The pseudo header of RFC 9293, section 3.1, less its zeros.
 	pseudo := append(s.from.Addr().AsSlice(), s.to.Addr().AsSlice()...)
-	pseudo = append(pseudo, 0, 6, byte(length>>8), byte(length))
+	pseudo = append(pseudo, 0, 6, 0, headerTCP)
 	binary.BigEndian.PutUint16(tcp[16:], checksum(append(pseudo, tcp...)))
 
 	var ip []byte
 	if s.from.Addr().Is4() {
 		ip = []byte{0x45, 0, 0, 0, 0, 0, 0, 0, 64, 6, 0, 0}
-		binary.BigEndian.PutUint16(ip[2:], uint16(20+length))
+		binary.BigEndian.PutUint16(ip[2:], 20+headerTCP)
 	} else {
-		ip = []byte{0x60, 0, 0, 0, byte(length >> 8), byte(length), 6, 64}
+		ip = []byte{0x60, 0, 0, 0, 0, headerTCP, 6, 64}
 	}
 	ip = append(ip, s.from.Addr().AsSlice()...)
 	ip = append(ip, s.to.Addr().AsSlice()...)

@@ -278,14 +278,14 @@ func TestDoctorDovecotUnit(t *testing.T) {
 		}
 		m.tries("dovecot", []fault{
 			{"stopped", m.commands("systemctl stop dovecot"), m.commands("systemctl start dovecot"), map[string]string{
-				"dovecot.running": "fail: dovecot.service is enabled, and Dovecot is not running", "dovecot.login": "skip: .*Dovecot is not running"}},
+				"dovecot.running": "fail: dovecot.service is inactive: result success", "dovecot.login": "skip: .*Dovecot is not running"}},
 			{"stopped and disabled", m.commands("systemctl disable --now dovecot"), m.commands("systemctl enable --now dovecot"), map[string]string{
 				"dovecot.running": "skip: ", "dovecot.login": "skip: "}},
 			{"failed", func() {
 				m.commands("systemctl kill --signal=KILL dovecot")()
 				nstest.Until(m, "dovecot.service has failed", func() error { _, err := m.try("systemctl", "is-failed", "-q", "dovecot"); return err })
 			}, m.commands("systemctl restart dovecot"), map[string]string{
-				"dovecot.running": "fail: dovecot.service has failed: result signal", "dovecot.login": "skip: "}},
+				"dovecot.running": "fail: dovecot.service is failed: result signal", "dovecot.login": "skip: "}},
 			{"capabilities", unit("CapabilityBoundingSet=~CAP_NET_ADMIN"), nil, map[string]string{
 				"dovecot.login": "fail: a login by service nftwl was tried: logins go on, and no client is trusted: .*CAP_NET_ADMIN"}},
 			{"address families", unit("RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"), nil, map[string]string{

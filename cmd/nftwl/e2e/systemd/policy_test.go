@@ -14,7 +14,7 @@ func TestDoctorPolicy(t *testing.T) {
 		m.only()
 		m.nftwld()
 		quiet := map[string]string{
-			"policy.dovecot": "skip: Dovecot is not installed here",
+			"policy.dovecot": "skip: Dovecot's settings cannot be read",
 		}
 		with := func(check, text string) map[string]string {
 			all := map[string]string{check: text}
