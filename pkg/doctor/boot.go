@@ -58,7 +58,7 @@ func (d *Doctor) checkBootFile(ctx context.Context, file string) {
 	}
 	now, _ := listTable(ctx, table)
 	switch {
-	case err != nil, now == "": // it can need what this machine alone has; sets reports that the table is missing
+	case err != nil, now == "": // it can need what only this machine has; sets reports a missing table
 		d.ok(check, "nft loads %s", file)
 		return
 	case then == "":
@@ -69,7 +69,7 @@ func (d *Doctor) checkBootFile(ctx context.Context, file string) {
 	// What nftwl depends on: sets and their lookups, and how packets come to a chain.
 	essential := regexp.MustCompile(`^\s*(set|chain|type filter hook) |@|\b(jump|goto) `)
 	for line := range strings.Lines(now) {
-		if strings.Count(now, line) > strings.Count(then, line) && essential.MatchString(line) {
+		if essential.MatchString(line) && strings.Count(now, line) > strings.Count(then, line) {
 			d.fail(check, remedy{words: "put it back into " + file + ", or into what that includes"},
 				"%s lacks what is loaded now: after a reboot, table %s has no %q", file, table, strings.TrimSpace(line))
 			return

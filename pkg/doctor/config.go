@@ -27,8 +27,8 @@ func (d *Doctor) checkConfig(context.Context) {
 	owner, mode := info.Sys().(*syscall.Stat_t).Uid, info.Mode().Perm()
 	switch {
 	case owner != 0 || mode&0o022 != 0:
-		d.fail("config.mode", remedy{"let root alone write it", fmt.Sprintf("chown root:root %s && chmod 644 %[1]s", quote(path))},
-			"others than root can write %s: it belongs to user %d, with mode %04o", path, owner, mode)
+		d.fail("config.mode", remedy{"let only root write it", fmt.Sprintf("chown root:root %s && chmod 644 %[1]s", quote(path))},
+			"users other than root can write %s: it belongs to user %d, with mode %04o", path, owner, mode)
 	case mode&0o004 == 0:
 		d.warn("config.mode", remedy{"let all read it; it holds no secrets", "chmod 644 " + quote(path)},
 			"%s has mode %04o: nftwl's units, which run as a user of their own, cannot read it", path, mode)

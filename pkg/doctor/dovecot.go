@@ -129,7 +129,7 @@ func (d *Doctor) checkProtocols() []*postLogin {
 		post, listener := dovecot.Listener(dovecot.Path(name))
 		switch {
 		case name == "":
-			d.fail(check, reload("take one of the two spaces in a row out of executable = %s in %s", asker.Values["executable"], asker.Name),
+			d.fail(check, reload("remove one of the two spaces in a row from executable = %s in %s", asker.Values["executable"], asker.Name),
 				"an empty name of a post-login service denies every login by %s", m.Protocol)
 			return services
 		case post == nil:

@@ -28,10 +28,10 @@ func (d *Doctor) checkFail2ban(ctx context.Context) {
 	// setup's, and nftwl.local, which enables the jails.
 	files, _ := filepath.Glob(install.Fail2banDir + "/*.d/nftwl*") // no error but a bad pattern
 	if len(files) == 0 {
-		d.skip(check, "fail2ban has no files of nftwl's; `nftwl setup fail2ban` has them")
+		d.skip(check, "%s has no file of nftwl's; `nftwl setup fail2ban` has them", install.Fail2banDir)
 		return
 	}
-	again := remedy{"put nftwl's files back, fix the configuration until `fail2ban-client -t` is content, then restart fail2ban", "nftwl setup fail2ban --write"}
+	again := remedy{"put nftwl's files back, fix the configuration until `fail2ban-client -t` reports no error, then restart fail2ban", "nftwl setup fail2ban --write"}
 	if _, err := run(ctx, client, "-t"); err != nil {
 		// 2026-11-21 17:04:26,864 fail2ban.configreader   [19432]: ERROR   Found no …
 		_, why, _ := strings.Cut(err.Error(), "ERROR")
@@ -77,7 +77,7 @@ func words(list string) []string {
 	return strings.FieldsFunc(list, func(r rune) bool { return strings.ContainsRune(", \t\n", r) })
 }
 
-// isMail is about the jails of fail2ban's jail.conf that watch mail servers.
+// isMail tells whether a jail of fail2ban's jail.conf watches a mail server.
 func isMail(jail string) bool {
 	return slices.ContainsFunc([]string{"postfix", "dovecot", "cyrus", "sasl", "sieve", "exim", "sendmail", "courier", "imap", "pop3", "smtp"},
 		func(word string) bool { return strings.Contains(jail, word) })

@@ -108,7 +108,7 @@ func (d *Doctor) checkSnapshot(saving bool) {
 		d.skip(check, "%v", err)
 		return
 	case errors.As(err, &owner):
-		d.fail(check, remedy{"let none but the owner of its directory write it; nftwl restore refuses it until then",
+		d.fail(check, remedy{"let only the owner of its directory write it; nftwl restore refuses it until then",
 			fmt.Sprintf("chown --no-dereference --reference=%s %s && chmod go-w %[1]s %[2]s", quote(filepath.Dir(path)), quote(path))}, "%v", err)
 		return
 	case err != nil:

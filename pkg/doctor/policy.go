@@ -76,7 +76,7 @@ func (d *Doctor) checkPolicyKey(policy *config.Policy) {
 		case err != nil: // the settings may be in another file
 			continue
 		case info.Sys().(*syscall.Stat_t).Uid != 0 || info.Mode().Perm()&0o077 != 0:
-			d.fail(check, remedy{"let root alone read it: with the key, any program can have any address trusted or banned",
+			d.fail(check, remedy{"let only root read it: with the key, any program can have any address trusted or banned",
 				fmt.Sprintf("chown root:root %s && chmod 600 %[1]s", quote(path))},
 				"%s belongs to user %d, with mode %04o", path, info.Sys().(*syscall.Stat_t).Uid, info.Mode().Perm())
 		default:

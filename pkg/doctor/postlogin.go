@@ -17,12 +17,12 @@ import (
 	"nftwl/pkg/install"
 )
 
-// postLogin is a post-login service, and those who ask it.
+// postLogin is a post-login service, and the services that ask it.
 type postLogin struct {
 	*doveconf.Settings
 	listener *doveconf.Settings
 	socket   string
-	askers   []*doveconf.Settings // services
+	askers   []*doveconf.Settings
 
 	login    *install.PostLogin
 	programs []string // the paths that Dovecot executes: nftwl's, and those before and after it
@@ -183,8 +183,8 @@ var allow = remedy{"let Dovecot's unit, or its container, have CAP_NET_ADMIN and
 func (d *Doctor) checkSafe(p *postLogin) {
 	for _, path := range p.programs {
 		if err := install.OnlyRoots(path); err != nil && p.root() && exists(path) {
-			d.fail("dovecot.executable", remedy{words: "let root alone write it and each directory above it, or move it to where that is so, such as /usr/bin"},
-				"Dovecot runs %s as root, and others than root can change it: %v", path, err)
+			d.fail("dovecot.executable", remedy{words: "let only root write it and each directory above it, or move it to where that is so, such as /usr/bin"},
+				"Dovecot runs %s as root, and users other than root can change it: %v", path, err)
 			return
 		}
 	}

@@ -44,7 +44,7 @@ func (d *Doctor) checkRules(context.Context) {
 			"%s drops all but the first packet of connections, so none works", p.rule(p.cut.Step))
 		return
 	}
-	// A limit that all sources share counts what these send: it comes first.
+	// In this order: a limit that all sources share counts what trusted ones send, too.
 	banned := p.worst(d.config.Ports, p.banned)
 	limit := p.worst(slices.DeleteFunc(ports, func(port uint16) bool { return !submits(port) }), p.limited)
 	trusted := p.worst(d.config.Ports, p.trusted)
@@ -57,7 +57,7 @@ func (d *Doctor) checkRules(context.Context) {
 		p.say("rules.banned", "a banned address is kept out", banned)
 	}
 	if banned.status != Fail { // or who exceeds the limit is let in, too
-		p.say("rules.limit", "strangers are limited, each source by itself, or dropped", limit)
+		p.say("rules.limit", "strangers are limited, each source separately, or dropped", limit)
 	}
 	p.checkStrangers()
 	p.checkUnseen()
@@ -377,8 +377,8 @@ func (p *probe) banned(f *family, port uint16) finding {
 		addr := p.source(f)
 		p.put(f.banned, prefix(addr, 64))
 		if r := p.connect(addr, port); r.Verdict == firewall.Accept {
-			return finding{Warn, "a banned /64 is not kept out, as the rules look up single addresses alone in " + f.banned.Name,
-				remedy{words: "look up the /64 too, as banned.nft does: who has a /64 has 2^64 addresses to come from"}}
+			return finding{Warn, "a banned /64 is let in, because the rules look up only single addresses in " + f.banned.Name,
+				remedy{words: "look up the /64 too, as banned.nft does: its owner has 2^64 addresses to come from"}}
 		}
 	}
 	return finding{}
@@ -386,7 +386,7 @@ func (p *probe) banned(f *family, port uint16) finding {
 
 // limited asks how a stranger is limited.
 func (p *probe) limited(f *family, port uint16) finding {
-	limit := remedy{words: "limit each source by itself and ban who exceeds it, as submission.nft does on the ports that nftwl_submission_ports lists"}
+	limit := remedy{words: "limit each source separately and ban those that exceed it, as submission.nft does on the ports that nftwl_submission_ports lists"}
 	switch {
 	case p.open[key{f, port}].Verdict != firewall.Accept:
 		return finding{}
@@ -400,7 +400,7 @@ func (p *probe) limited(f *family, port uint16) finding {
 		return finding{Warn, "strangers are let in without a limit", limit}
 	}
 	if r := p.connect(p.source(f), port); r.Verdict != firewall.Accept {
-		return finding{Warn, "the limit is one for all sources together, so an attacker has others dropped or banned: " + p.rule(r.Step), limit}
+		return finding{Warn, "all sources share one limit, so an attacker can have others dropped or banned: " + p.rule(r.Step), limit}
 	}
 	if again := p.connect(addr, port); again.Verdict == firewall.Accept || again.Rule == over.Rule {
 		return finding{Warn, p.rule(over.Step) + " drops what is over the limit, and no rule drops the source for that", limit}
@@ -418,7 +418,7 @@ func (p *probe) checkStrangers() {
 		}
 		shut++
 		r := p.open[key{f, port}]
-		return finding{Fail, p.rule(r.Step) + " drops who is not trusted yet, and the other ports of IMAP and POP3 are shut, too: nobody new can log in",
+		return finding{Fail, p.rule(r.Step) + " drops addresses that are not trusted yet, and the other ports of IMAP and POP3 are shut, too: nobody new can log in",
 			remedy{"accept new connections to those ports of IMAP or POP3 that are in use", "nft -a list chain " + chain(r.Step)}}
 	})
 	if shut == 1 && len(p.families) == 2 { // users get in by the other family
@@ -427,8 +427,7 @@ func (p *probe) checkStrangers() {
 	p.say("rules.strangers", "strangers can open connections to log in by IMAP or POP3", found)
 }
 
-// checkUnseen names what is not in the copy. There mostly is nothing, which
-// needs no line.
+// checkUnseen reports what is not in the copy, if anything.
 func (p *probe) checkUnseen() {
 	unseen := slices.Clone(p.copy.Omitted)
 	for _, ip := range []string{"ip", "ip6"} {

@@ -43,7 +43,7 @@ func (d *Doctor) findUnits(ctx context.Context) {
 	}
 }
 
-// startsAtBoot is about what is told to; a static unit is started by another.
+// startsAtBoot tells whether systemd, or for a static unit another unit, starts it at boot.
 func (u unit) startsAtBoot() bool {
 	return slices.Contains([]string{"enabled", "static", "generated"}, u["UnitFileState"])
 }
