@@ -114,7 +114,7 @@ func count(set *nftset.Set) (n int, more string, err error) {
 	}
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(time.Second))
-	err = conn.Dump(set, func(nftset.Element) error { n++; return nil })
+	err = conn.Dump(set, func(nftset.Element) { n++ })
 	switch {
 	case errors.Is(err, nftset.ErrDeadline):
 		return n, "more than ", nil

@@ -175,7 +175,7 @@ func (b *Batch) error(seq uint32, err error) error {
 	s := b.sets[max(seq-b.first, 1)-1]
 	if errors.Is(err, unix.ENOENT) {
 		if s.Name == "" {
-			return s.Table.error(ErrNoTable)
+			return s.error(ErrNoTable)
 		}
 		if _, e := b.conn.Set(s.Table, s.Name); e != nil {
 			return e

@@ -235,10 +235,7 @@ func (c *Conn) Elements(s *Set) ([]Element, error) {
 // resizes the hash table a while after many elements were added.
 func (c *Conn) dump(s *Set, start time.Time) ([]Element, error) {
 	elems := make([]Element, 0, s.Count)
-	err := c.Dump(s, func(e Element) error {
-		elems = append(elems, e.countedFrom(start, time.Now()))
-		return nil
-	})
+	err := c.Dump(s, func(e Element) { elems = append(elems, e.countedFrom(start, time.Now())) })
 	slices.SortFunc(elems, func(a, b Element) int {
 		if c := a.Compare(b.Key); c != 0 {
 			return c

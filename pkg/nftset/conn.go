@@ -365,10 +365,7 @@ func (c *Conn) lookup(s *Set, keys []Key) (found map[Key]Element, generation uin
 			case m.ack:
 				return m.err
 			}
-			return decodeElements(s, m.body, func(e Element) error {
-				found[e.Key] = e
-				return nil
-			})
+			return decodeElements(s, m.body, func(e Element) { found[e.Key] = e })
 		})
 		if err != nil {
 			return nil, 0, s.error(err)
@@ -378,41 +375,32 @@ func (c *Conn) lookup(s *Set, keys []Key) (found map[Key]Element, generation uin
 }
 
 // Dump calls f for every element of the set, in the kernel's order, while
-// they arrive, until f fails.
+// they arrive.
 //
 // For each buffer, the kernel finds where it was by counting elements in a hash
 // table that may have changed since, so elements can be missing or come twice. It
 // does not mark such a dump of elements (NLM_F_DUMP_INTR). Dump returns
 // ErrInterrupted, after f saw what did arrive, if the ruleset's generation
 // changed, or if the kernel has collected expired elements.
-func (c *Conn) Dump(s *Set, f func(Element) error) error {
+func (c *Conn) Dump(s *Set, f func(Element)) error {
 	before, err := c.Set(s.Table, s.Name)
 	if err != nil {
 		return err
 	}
-	var (
-		changed    bool
-		generation uint16
-		stop       error // the rest is read too, so that the next call does not find it
-	)
+	changed, generation := false, uint16(0)
 	err = c.list(unix.NFT_MSG_GETSETELEM, s.Table.Family, appendListOf(nil, s), func(m message) error {
 		if c.timeout > 0 {
 			c.SetTimeout(c.timeout)
 		}
 		changed = changed || m.flags&unix.NLM_F_DUMP_INTR != 0 || generation != 0 && m.generation != generation
 		generation = m.generation
-		if stop == nil {
-			stop = decodeElements(s, m.body, f)
-		}
-		return nil
+		return decodeElements(s, m.body, f)
 	})
-	switch {
-	case err == unix.ENOENT:
-		return s.error(ErrNoSet)
-	case err != nil:
+	if err == unix.ENOENT {
+		err = ErrNoSet
+	}
+	if err != nil {
 		return s.error(err)
-	case stop != nil:
-		return stop
 	}
 	after, err := c.Set(s.Table, s.Name)
 	if err != nil {

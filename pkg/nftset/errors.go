@@ -62,41 +62,31 @@ func (s *Set) unfit(detail string) error {
 	return &Error{Table: s.Table, Set: s.Name, Err: ErrUnfit, Detail: detail}
 }
 
-// error returns an *Error about the set, or err if it is one.
+// error returns an *Error about the set, or err if it is one. It names an errno that
+// can mean one thing only; what ENOENT means, only the caller knows.
 func (s *Set) error(err error) error {
 	if typed, ok := err.(*Error); ok {
 		return typed
 	}
-	detail := ""
+	e := &Error{Table: s.Table, Set: s.Name, Err: err}
 	switch err {
+	case ErrNoTable:
+		e.Detail = "does not exist"
 	case ErrNoSet:
-		detail = "does not exist in table " + s.Table.String()
+		e.Detail = "does not exist in table " + s.Table.String()
 	case ErrFull, unix.ENFILE: // nft_add_set_elem() in net/netfilter/nf_tables_api.c
-		err, detail = ErrFull, fmt.Sprintf("is full (%d elements)", s.Size)
-	}
-	return &Error{s.Table, s.Name, reason(err), detail}
-}
-
-func (t Table) error(err error) error {
-	detail := ""
-	if err == ErrNoTable {
-		detail = "does not exist"
-	}
-	return &Error{Table: t, Err: reason(err), Detail: detail}
-}
-
-// reason names an errno that can mean one thing only. What ENOENT means, only the
-// caller knows.
-func reason(err error) error {
-	switch err {
+		e.Err, e.Detail = ErrFull, fmt.Sprintf("is full (%d elements)", s.Size)
 	case unix.EEXIST:
-		return ErrExists
+		e.Err = ErrExists
 	case unix.EPERM, unix.EACCES:
-		return ErrPermission
-	case unix.ERESTART:
-		return ErrGeneration // nfnetlink_rcv_batch() in net/netfilter/nfnetlink.c
+		e.Err = ErrPermission
+	case unix.ERESTART: // nfnetlink_rcv_batch() in net/netfilter/nfnetlink.c
+		e.Err = ErrGeneration
 	case unix.EPROTONOSUPPORT, unix.EAFNOSUPPORT:
-		return ErrSupport
+		e.Err = ErrSupport
 	}
-	return err
+	return e
 }
+
+// error returns an *Error about the table, or about the connection if it is zero.
+func (t Table) error(err error) error { return (&Set{Table: t}).error(err) }

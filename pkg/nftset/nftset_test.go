@@ -252,11 +252,11 @@ func TestReadByLibrary(t *testing.T) {
 			t.Errorf("%s is missing", w.Key)
 			continue
 		}
-		life := w.Timeout
+		left := w.Timeout
 		if w.Expires > 0 {
-			life = w.Expires
+			left = w.Expires
 		}
-		if e := elems[i]; e.Timeout != w.Timeout || e.Comment != w.Comment || e.Expires > life || e.Expires < life-10*time.Second {
+		if e := elems[i]; e.Timeout != w.Timeout || e.Comment != w.Comment || e.Expires > left || e.Expires < left-10*time.Second {
 			t.Errorf("%s is read as %+v", w.Key, e)
 		}
 	}
@@ -415,12 +415,12 @@ func TestExtendAtOnce(t *testing.T) {
 			t.Fatal(err)
 		}
 		if e := now[k]; !e.Outlives(long, time.Minute) {
-			t.Fatalf("round %d: %+v, want the life of %+v", round, e, long)
+			t.Fatalf("round %d: %+v, want the time left of %+v", round, e, long)
 		}
 	}
 }
 
-// No room for the missing ones is no reason to let the others expire.
+// If there is no room for missing elements, the others are renewed all the same.
 func TestFullRenews(t *testing.T) {
 	c := dial(t, rules)
 	s := describe(t, c, "small")
@@ -548,8 +548,8 @@ func TestWriteErrors(t *testing.T) {
 	}
 }
 
-// A deletion that misses its element is an error at once, also where further
-// messages follow it in the batch.
+// A deletion of a missing element is an error at once, also if further messages
+// follow in the batch.
 func TestDeleteMissing(t *testing.T) {
 	c := dial(t, rules)
 	s := describe(t, c, "v4port")
@@ -598,7 +598,8 @@ func TestCreate(t *testing.T) {
 	}
 }
 
-// Many elements span messages, whose lists end at 64 KiB, and buffers.
+// Many elements take several messages, as a list ends at 64 KiB, and several
+// buffers.
 func TestMany(t *testing.T) {
 	const n = 20000
 	c := dial(t, `table inet filter { set v6port { type ipv6_addr . inet_service; flags timeout; }; }`)
@@ -798,9 +799,9 @@ func TestExtendTwice(t *testing.T) {
 	}
 }
 
-// Behind others that change the ruleset all the time, a change takes no longer
-// than its deadline and the last of their transactions; a new element is added
-// all the same, and none expires earlier than it would.
+// While others change the ruleset all the time, a change takes no longer than its
+// deadline and the last of their transactions. A new element is added all the same,
+// and none expires earlier than it would.
 func TestExtendBehindOthers(t *testing.T) {
 	const deadline = 300 * time.Millisecond
 	c := dial(t, "table inet other { set s { type ipv4_addr; }; };"+rules)
@@ -883,8 +884,8 @@ func TestDeadline(t *testing.T) {
 	}
 }
 
-// A dump during which the ruleset changes says so, and Elements returns all
-// that was there throughout all the same.
+// Dump reports that the ruleset changed meanwhile. Elements then still returns all
+// elements that were there throughout.
 func TestInterruptedDump(t *testing.T) {
 	const n = 20000
 	c := dial(t, `table inet filter { set v4port { type ipv4_addr . inet_service; flags timeout; }; }`)
@@ -904,13 +905,14 @@ func TestInterruptedDump(t *testing.T) {
 	}
 	defer other.Close()
 	seen := 0
-	err = c.Dump(s, func(Element) error {
+	err = c.Dump(s, func(Element) {
 		if seen++; seen == 1 {
 			b := other.Batch()
 			b.Add(s, Element{Key: key("203.0.113.1 . 1"), Timeout: time.Hour})
-			return b.Commit()
+			if err := b.Commit(); err != nil {
+				t.Fatal(err)
+			}
 		}
-		return nil
 	})
 	if !errors.Is(err, ErrInterrupted) {
 		t.Fatalf("after %d elements: %v", seen, err)
@@ -955,8 +957,8 @@ func TestInterruptedDump(t *testing.T) {
 	}
 }
 
-// Each dump of a set ends its buffers elsewhere, also on a connection that has
-// dumped others: what is missing from one is not missing from the next.
+// The buffers of each dump end elsewhere, also on a connection that has dumped
+// before: what is missing from one dump is not missing from the next.
 func TestElementsWhileOthersAreDeleted(t *testing.T) {
 	const n = 5000
 	c := dial(t, `table inet filter { set v4port { type ipv4_addr . inet_service; flags timeout; }; }`)
@@ -970,7 +972,7 @@ func TestElementsWhileOthersAreDeleted(t *testing.T) {
 	if err := batch.Commit(); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Dump(s, func(Element) error { return nil }); err != nil && !errors.Is(err, ErrInterrupted) {
+	if err := c.Dump(s, func(Element) {}); err != nil && !errors.Is(err, ErrInterrupted) {
 		t.Fatal(err)
 	}
 	other, err := Dial()

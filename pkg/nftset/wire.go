@@ -307,17 +307,17 @@ func decodeSet(s *Set, b []byte) error {
 
 // decodeElements calls f for every element in the body of a NEWSETELEM
 // message.
-func decodeElements(s *Set, b []byte, f func(Element) error) error {
+func decodeElements(s *Set, b []byte, f func(Element)) error {
 	return Attributes(b, func(typ uint16, data []byte) error {
 		if typ != unix.NFTA_SET_ELEM_LIST_ELEMENTS {
 			return nil
 		}
 		return Attributes(data, func(_ uint16, data []byte) error {
 			e, err := decodeElement(s, data)
-			if err != nil {
-				return err
+			if err == nil {
+				f(e)
 			}
-			return f(e)
+			return err
 		})
 	})
 }

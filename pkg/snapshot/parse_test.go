@@ -18,11 +18,10 @@ import (
 
 var filter = nftset.Table{Family: nftset.INet, Name: "filter"}
 
-// comments are what nft prints and loads, though it looks like its language.
+// comments look like nft's language; nft prints and loads them all the same.
 var comments = []string{"", "alice", `x \ y; {`, "}", "# nftwl end, 7 elements", "a, b", "'quoted'", "zoë ☃ 日本", "timeout 1d", strings.Repeat("x", nftset.MaxComment)}
 
-// random returns a whole file: of the four sets, each of them as the file's
-// reader should have it.
+// random returns a file with the four sets, as the parser should return it.
 func random(r *rand.Rand) *File {
 	f := &File{Saved: time.Now().Add(-time.Duration(r.IntN(1000)) * time.Millisecond).UTC()}
 	pick := func(d ...time.Duration) time.Duration { return d[r.IntN(len(d))] }
@@ -96,8 +95,8 @@ func TestWriteParse(t *testing.T) {
 	}
 }
 
-// The kernel can report an element that is being renewed with more life left
-// than its timeout. nft would refuse the whole file for it.
+// The kernel can report more time left than the timeout for an element that is
+// being renewed. nft would refuse the whole file for it.
 func TestWriteRenewed(t *testing.T) {
 	s := &nftset.Set{Table: filter, Name: "trusted_ipv4", Timeouts: true}
 	got := string(appendElement(nil, s, element("192.0.2.7", time.Hour, 2*time.Hour, "")))
@@ -285,7 +284,7 @@ func section(name string, elems ...nftset.Element) Section {
 	return Section{nftset.Set{Table: filter, Name: name, Key: nftset.KeyType{Port: true}, Timeouts: true, Timeout: 24 * time.Hour}, elems}
 }
 
-// Only a snapshot says permanent by the longest timeout.
+// Only in a snapshot does the longest timeout mean permanent.
 func TestParseLongest(t *testing.T) {
 	nstest.New(t)
 	text := whole(section("trusted_ipv4", element("192.0.2.7 . 993", 0, 0, "")))
@@ -378,8 +377,7 @@ func read(t testing.TB, name string) string {
 	return string(data)
 }
 
-// Any bytes are read or refused with the line, and what was read is written as
-// it was.
+// Any bytes are read, or refused with the line. What was read is written as it was.
 func FuzzParse(f *testing.F) {
 	for seed := range uint64(3) {
 		f.Add([]byte(random(rand.New(rand.NewPCG(seed, 0))).text()))

@@ -11,7 +11,7 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// A file without end, or of any size, does not fill the memory.
+// A file of any size does not fill the memory.
 func TestReadTooLarge(t *testing.T) {
 	sparse := filepath.Join(t.TempDir(), "sparse")
 	must(t, os.WriteFile(sparse, nil, 0o600))
@@ -27,7 +27,7 @@ func TestReadTooLarge(t *testing.T) {
 	}
 }
 
-// Who may have written a snapshot.
+// Who can have written a snapshot.
 func TestCheckOwner(t *testing.T) {
 	nstest.NeedUsers(t)
 	const service, mallory = 1000, 1001

@@ -136,7 +136,7 @@ func lasting(v any) string {
 	return fmt.Sprintf("%#v", v)
 }
 
-// nfts are the versions of nft that there are to load and list with.
+// nfts runs a test with each version of nft that there is.
 func nfts(t *testing.T, test func(t *testing.T, nft []string)) {
 	for _, version := range []struct {
 		name    string
@@ -389,8 +389,7 @@ func of(set string, saved time.Time, elems ...nftset.Element) *File {
 	return &File{Saved: saved, Sets: []Section{{s, elems}}}
 }
 
-// What is left of a life, by the file, by the time since, and by what the
-// kernel holds.
+// The time left, from the file, the time since, and what the kernel has.
 func TestRemainingLife(t *testing.T) {
 	const (
 		h   = time.Hour
@@ -414,7 +413,7 @@ func TestRemainingLife(t *testing.T) {
 		result Result
 	}{
 		{"elapsed", nil, files(of(set, ago, e(d, 3*h))), &nftset.Element{Timeout: d, Expires: 2 * h, Comment: "file"}, Result{Restored: 1}},
-		{"elapsed of a whole life", nil, files(of(set, ago, e(d, 0))), &nftset.Element{Timeout: d, Expires: 23 * h, Comment: "file"}, Result{Restored: 1}},
+		{"elapsed of the whole timeout", nil, files(of(set, ago, e(d, 0))), &nftset.Element{Timeout: d, Expires: 23 * h, Comment: "file"}, Result{Restored: 1}},
 		{"expired", nil, files(of(set, ago, e(d, h-time.Second))), nil, Result{Expired: 1}},
 		{"expired just now", nil, files(of(set, ago, e(d, h))), nil, Result{Expired: 1}},
 		{"clock backwards", nil, files(of(set, now.Add(9*h), e(d, 3*h))), &nftset.Element{Timeout: d, Expires: 3 * h, Comment: "file"}, Result{Restored: 1}},
@@ -459,7 +458,7 @@ func TestRemainingLife(t *testing.T) {
 	}
 }
 
-// A login at the same time is not undone, whichever comes first.
+// A restore does not undo a login at the same time, whichever comes first.
 func TestRestoreBesideLogins(t *testing.T) {
 	const set, login, left = "trusted_ipv4", 24 * time.Hour, 2 * time.Hour
 	c := dial(t, empty)
@@ -513,7 +512,7 @@ func TestRestoreBesideLogins(t *testing.T) {
 	}
 }
 
-// Whatever is wrong, with any file, the kernel holds what it held.
+// Whatever is wrong with a file, the kernel's sets stay as they were.
 func TestRestoreFails(t *testing.T) {
 	const full = `table inet filter {
 		set trusted_ipv4 { type ipv4_addr . inet_service; flags dynamic,timeout; timeout 1d; elements = { 192.0.2.1 . 993 } }

@@ -85,7 +85,7 @@ func mustSave(t testing.TB, c *nftset.Conn, path string) {
 	}
 }
 
-// An empty set does not take the place of what may be all that there is.
+// Empty sets do not replace the only copy of what was there.
 func TestSaveKeepsOld(t *testing.T) {
 	c := dial(t, empty)
 	path := filepath.Join(t.TempDir(), "sets.nft")
@@ -115,8 +115,8 @@ func TestSaveKeepsOld(t *testing.T) {
 	}
 }
 
-// What is not whole is never lost: it is left where it is, or beside the new one
-// where the kernel has all that it had.
+// A damaged file is never lost: it stays where it is, or beside the new one if the
+// kernel has what it had.
 func TestSaveOverDamaged(t *testing.T) {
 	whole := random(rand.New(rand.NewPCG(1, 0))).text()
 	for name, old := range map[string]string{
@@ -175,7 +175,7 @@ func TestSaveOverDamaged(t *testing.T) {
 	}
 }
 
-// A save that fails leaves the folder as it was, and says why in one line.
+// A save that fails leaves the directory as it was, and reports why in one line.
 func TestSaveFails(t *testing.T) {
 	for _, test := range []struct {
 		name    string
@@ -224,8 +224,7 @@ func must(t testing.TB, err error) {
 	}
 }
 
-// What a save replaces is the name, not what it leads to, and only where that
-// is a file.
+// A save replaces the name, not what it links to, and only if that is a file.
 func TestSaveOnto(t *testing.T) {
 	c := dial(t, empty)
 	fill(t, c, "trusted_ipv4", 1)
@@ -246,7 +245,7 @@ func TestSaveOnto(t *testing.T) {
 		t.Errorf("wrote %q to the target", got)
 	}
 
-	// Nor what a save that was killed, or someone else, left at its own names.
+	// Nor does it write to what a link at its temporary name leads to.
 	path := filepath.Join(dir, "sets.nft")
 	for range 2 {
 		must(t, os.Symlink("target", path+".tmp"))
@@ -274,7 +273,7 @@ func TestSaveOnto(t *testing.T) {
 	}
 }
 
-// What root saves by hand in a service's folder, the service can read.
+// A service can read what root saves by hand in its directory.
 func TestSaveForOwner(t *testing.T) {
 	c := dial(t, empty)
 	dir := t.TempDir()
@@ -290,7 +289,7 @@ func TestSaveForOwner(t *testing.T) {
 	}
 }
 
-// A file that cannot be read is not taken for a damaged one.
+// A file that cannot be read does not count as damaged.
 func TestSaveOverUnreadable(t *testing.T) {
 	c := dial(t, empty)
 	dir := t.TempDir()

@@ -47,8 +47,8 @@ func holds(t testing.TB, c *nftset.Conn, what, set string, addrs ...netip.Addr) 
 
 const reload = "flush ruleset;" + empty
 
-// A ruleset that was flushed and loaded anew has lost the elements. The next
-// save brings them back, rather than save that they are gone.
+// A ruleset that was flushed and loaded again has lost the elements. The next save
+// brings them back first.
 func TestSaveIntoAnotherTable(t *testing.T) {
 	c := dial(t, empty)
 	path := filepath.Join(t.TempDir(), "sets.nft")
@@ -77,7 +77,7 @@ func TestSaveIntoAnotherTable(t *testing.T) {
 	}
 }
 
-// What was removed stays so, in each table that the snapshot is then of.
+// What was removed stays removed, in each table that the snapshot was restored into.
 func TestRemovedStaysRemoved(t *testing.T) {
 	c := dial(t, empty)
 	path := filepath.Join(t.TempDir(), "sets.nft")
@@ -104,8 +104,7 @@ func TestRemovedStaysRemoved(t *testing.T) {
 	}
 }
 
-// A restore that fails is no reason to forget what could not be restored, however
-// often the timer saves.
+// After a restore that failed, no save replaces the file.
 func TestSaveAfterFailedRestore(t *testing.T) {
 	const typed = "flush ruleset; table inet filter {" +
 		"set trusted_ipv4 { type ipv4_addr; flags timeout; }; set trusted_ipv6 { type ipv6_addr . inet_service; flags timeout; };" +
@@ -171,8 +170,8 @@ func TestRestoreSnapshotMakesTable(t *testing.T) {
 	holds(t, c, "made", "banned_ipv4", ipv4(1), ipv4(2))
 }
 
-// What anyone may have written is restored by whoever asks for it, and is the
-// administrator's from then on.
+// A file that anyone can have written is restored if somebody asks for it by name,
+// and belongs to the administrator from then on.
 func TestRestoreSnapshotOfAnyone(t *testing.T) {
 	c := dial(t, empty)
 	path := filepath.Join(t.TempDir(), "sets.nft")
@@ -198,7 +197,7 @@ func TestRestoreSnapshotOfAnyone(t *testing.T) {
 	mustSave(t, c, path)
 }
 
-// Where nothing can be written, a snapshot is restored all the same.
+// A snapshot in a read-only directory is restored all the same.
 func TestRestoreSnapshotReadOnly(t *testing.T) {
 	c := dial(t, empty)
 	dir := t.TempDir()
@@ -216,8 +215,7 @@ func TestRestoreSnapshotReadOnly(t *testing.T) {
 	holds(t, c, "read-only", "banned_ipv4", ipv4(1))
 }
 
-// Nor does it matter that nobody can tell which boot this is, as in a sandbox
-// with ProcSubset=pid.
+// So is one where the boot id cannot be read, as in a sandbox with ProcSubset=pid.
 func TestRestoreSnapshotOfUnknownBoot(t *testing.T) {
 	c := dial(t, empty)
 	path := filepath.Join(t.TempDir(), "sets.nft")
@@ -234,8 +232,8 @@ func TestRestoreSnapshotOfUnknownBoot(t *testing.T) {
 	holds(t, c, "unknown", "banned_ipv4", ipv4(1))
 }
 
-// While the ruleset is loaded anew over and over, as nobody would do it, saves
-// and restores lose nothing that was saved once.
+// While the ruleset is loaded again and again, saves and restores lose nothing that
+// was saved once.
 func TestSaveDuringReloads(t *testing.T) {
 	const n = 3000
 	c := dial(t, empty)
@@ -427,8 +425,8 @@ func TestRestoreRefuses(t *testing.T) {
 	holds(t, c, "restored", "trusted_ipv4", ipv4(1))
 }
 
-// Logins from the very addresses that are restored, by two who never rest: no
-// restore shortens what a login has given, and each comes to its end.
+// Two never stop logging in from the addresses that are restored: no restore
+// shortens what a login has given, and each restore ends.
 func TestRestoreBesideManyLogins(t *testing.T) {
 	const n, login, left = 300, 24 * time.Hour, 2 * time.Hour
 	c := dial(t, empty)
@@ -506,7 +504,7 @@ func TestSaveNotBlocked(t *testing.T) {
 	}
 }
 
-// The service keeps what root has put there, though it may not link to it
+// The service keeps a file that root has put there, though it must not link to it
 // (fs.protected_hardlinks).
 func TestSaveKeepsRoots(t *testing.T) {
 	nstest.NeedUsers(t)
@@ -567,7 +565,7 @@ func TestSaveWithoutExchange(t *testing.T) {
 	}
 }
 
-// Where the previous snapshot cannot be kept, nothing else is left behind.
+// If the previous snapshot cannot be kept, nothing else is left behind.
 func TestSaveCannotKeep(t *testing.T) {
 	c := dial(t, empty)
 	dir := t.TempDir()
@@ -584,8 +582,8 @@ func TestSaveCannotKeep(t *testing.T) {
 	}
 }
 
-// A sticky directory is nobody's, and a save that cannot give the file to the
-// owner of its directory leaves no lock.
+// In a sticky directory a save keeps the file's owner. A save that cannot give the
+// file to the owner of its directory leaves no lock.
 func TestSaveForAnotherOwner(t *testing.T) {
 	strace := nstest.Need(t, "strace", "strace")
 	nstest.NeedUsers(t)
