@@ -63,15 +63,16 @@ func RestoreSnapshot(path string, conn *nftset.Conn, sets Sets, anyone bool) (r 
 		if n == 0 {
 			r.Result, r.Refused = result, refused
 		}
-		table, r.NotNoted = conn.Instance(sets.Table)
-		if r.NotNoted == nil && table != before {
+		table, err = conn.Instance(sets.Table)
+		switch {
+		case err != nil:
+			r.NotNoted = err
+		case table != before:
 			r.NotNoted = errReplaced
 			continue
-		}
-		if r.NotNoted == nil {
+		case notLocked != nil:
 			r.NotNoted = notLocked
-		}
-		if r.NotNoted == nil {
+		default:
 			r.NotNoted = note(path, text, table)
 		}
 		break
