@@ -176,5 +176,11 @@ func refuse(c *config.Config, addr netip.Addr, bits int) error {
 // broadcast is the limited broadcast address (RFC 919).
 var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 
-// Quote quotes a value from outside, at most 60 characters of it, for a log line.
-func Quote(s string) string { return fmt.Sprintf("%.60q", s) }
+// Quote quotes a value from outside for a log line, and cuts it if it is long.
+func Quote(s string) string {
+	const most = 60
+	if len(s) > most {
+		return fmt.Sprintf("%q…", s[:most])
+	}
+	return fmt.Sprintf("%q", s)
+}
