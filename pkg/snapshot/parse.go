@@ -119,52 +119,49 @@ func unknown(line string) error {
 	return fmt.Errorf("%.60q is not as nftwl writes it; %s", line, byHand)
 }
 
+// expect reads the lines of the text.
+func (r *reader) expect(text string) error {
+	for want := range strings.Lines(text) {
+		if line := r.next(); line+"\n" != want {
+			return unknown(line)
+		}
+	}
+	return nil
+}
+
 // set reads a set. It checks a definition or an element by writing what it read,
 // and comparing that with the text.
 func (r *reader) set() (s Section, err error) {
-	text := r.rest
-	line := r.next()
-	if s.Table, err = nftset.ParseTable(strings.TrimSuffix(strings.TrimPrefix(line, "table "), " {")); err != nil {
-		return s, unknown(line)
+	ahead := *r
+	s.Table, _ = nftset.ParseTable(strings.TrimSuffix(strings.TrimPrefix(ahead.next(), "table "), " {"))
+	if name := strings.TrimSuffix(strings.TrimPrefix(ahead.next(), "\tset "), " {"); nftset.CheckName(name) == nil {
+		s.Name = name
 	}
-	line = r.next()
-	if s.Name = strings.TrimSuffix(strings.TrimPrefix(line, "\tset "), " {"); nftset.CheckName(s.Name) != nil {
-		return s, unknown(line)
+	for define(&s.Set, strings.TrimPrefix(ahead.next(), "\t\t")) {
 	}
-	const list, end = "\t\telements = {", "\t}"
-	last := line
-	for line = r.next(); line != list && line != end; line = r.next() {
-		if !define(&s.Set, strings.TrimPrefix(line, "\t\t")) {
-			return s, unknown(line)
-		}
-		last = line
+	if err := r.expect(string(appendSet(nil, &s.Set))); err != nil {
+		return s, err
 	}
-	if written := string(appendSet(nil, &s.Set)); written != text[:len(text)-len(r.rest)-len(line)-len("\n")] {
-		return s, unknown(last)
-	}
-	ends := []string{"}"}
-	if line == list {
-		ends = []string{"\t\t}", end, "}"}
+	end := setEnd
+	if strings.HasPrefix(r.rest, elementsStart) {
+		r.next()
+		end = elementsEnd[1:] + setEnd
 		// Room for all at once: grown bit by bit, they would take twice as much.
 		s.Elements = make([]nftset.Element, 0, strings.Count(r.rest[:max(0, strings.Index(r.rest, elementsEnd))], "\n")+1)
 		var written []byte
 		for more := true; more; {
-			line = r.next()
-			text, more = strings.CutSuffix(line, ",")
+			line := r.next()
+			text, comma := strings.CutSuffix(line, ",")
 			e, ok := parseElement(&s.Set, strings.TrimPrefix(text, "\t\t\t"))
 			written = appendElement(written[:0], &s.Set, e)
 			if !ok || string(written) != text {
 				return s, unknown(line)
 			}
 			s.Elements = append(s.Elements, e)
+			more = comma
 		}
 	}
-	for _, want := range ends {
-		if line = r.next(); line != want {
-			return s, unknown(line)
-		}
-	}
-	return s, nil
+	return s, r.expect(end)
 }
 
 // define reads a line of a set's definition.

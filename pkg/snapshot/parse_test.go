@@ -317,6 +317,11 @@ func TestParseErrors(t *testing.T) {
 			t.Errorf("got  %v\nwant %s\nin:\n%s", err, test.err, test.text)
 		}
 	}
+	// The error names the first line that differs.
+	changed := strings.Replace(text, "flags timeout", "flags  timeout", 1)
+	if _, err := Parse(changed); err == nil || !strings.HasPrefix(err.Error(), `line 5: "\t\tflags  timeout" is not`) {
+		t.Errorf("%v in:\n%s", err, changed)
+	}
 	for old, changed := range map[string][]string{
 		"table inet filter": {"table inet  filter", "table none filter", "flush table inet filter", "table inet fil;ter", "table inet filter; x"},
 		"set trusted_ipv4":  {"set trusted_ipv4\x00", "map trusted_ipv4"},
