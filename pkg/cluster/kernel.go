@@ -85,10 +85,7 @@ func (f *flush) of(conn *nftset.Conn, table nftset.Table, e nftset.Event) bool {
 	set, err := conn.Set(table, e.Set)
 	empty := true
 	if err == nil {
-		err = conn.Dump(set, func(nftset.Element) error {
-			empty = false
-			return nil
-		})
+		err = conn.Dump(set, func(nftset.Element) { empty = false })
 	}
 	if err != nil && !errors.Is(err, nftset.ErrInterrupted) {
 		return true // absence is never removal
