@@ -75,6 +75,7 @@ func (d *Doctor) Run(ctx context.Context, report func(Result)) {
 		d.checkRules,
 		d.checkDovecot,
 		d.checkPolicy,
+		d.checkCluster,
 		d.checkPersistence,
 		d.checkFail2ban,
 	} {

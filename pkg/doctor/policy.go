@@ -1,7 +1,6 @@
 package doctor
 
 import (
-	"bufio"
 	"cmp"
 	"context"
 	"fmt"
@@ -136,26 +135,36 @@ func (d *Doctor) checkPolicyDovecot(ctx context.Context, dovecot *doveconf.AuthP
 }
 
 // ask sends a policy server the question whether nobody may log in, and returns the
-// status of the answer. It is HTTP by hand, because net/http does not belong in the
-// program that each login starts.
+// status of the answer.
 func ask(ctx context.Context, u *url.URL, header string) (status int, err error) {
+	status, _, err = exchange(ctx, net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "80")),
+		fmt.Sprintf("POST %s/?command=allow HTTP/1.0\r\n%s\r\nContent-Length: 2\r\n\r\n{}", strings.TrimSuffix(u.Path, "/"), header))
+	return status, err
+}
+
+// exchange sends a request, and returns the status and the text of the answer. It is
+// HTTP by hand, because net/http does not belong in the program that each login
+// starts.
+func exchange(ctx context.Context, address, request string) (status int, text string, err error) {
 	dialer := net.Dialer{Timeout: patience}
-	conn, err := dialer.DialContext(ctx, "tcp", net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "80")))
+	conn, err := dialer.DialContext(ctx, "tcp", address)
 	if err != nil {
-		return 0, err
+		return 0, "", err
 	}
 	defer conn.Close()
 	_ = conn.SetDeadline(time.Now().Add(patience))
-	if _, err := fmt.Fprintf(conn, "POST %s/?command=allow HTTP/1.0\r\n%s\r\nContent-Length: 2\r\n\r\n{}", strings.TrimSuffix(u.Path, "/"), header); err != nil {
-		return 0, err
+	if _, err := io.WriteString(conn, request); err != nil {
+		return 0, "", err
 	}
-	line, err := bufio.NewReader(io.LimitReader(conn, 1<<10)).ReadString('\n')
+	const most = 1 << 20 // bytes, which is more than nftwld's metrics
+	answer, err := io.ReadAll(io.LimitReader(conn, most))
 	if err != nil {
-		return 0, err
+		return 0, "", err
 	}
+	head, text, _ := strings.Cut(string(answer), "\r\n\r\n")
 	var minor int
-	if _, err := fmt.Sscanf(line, "HTTP/1.%d %d", &minor, &status); err != nil {
-		return 0, fmt.Errorf("not an answer of HTTP: %.40q", line)
+	if _, err := fmt.Sscanf(head, "HTTP/1.%d %d", &minor, &status); err != nil {
+		return 0, "", fmt.Errorf("not an answer of HTTP: %.40q", head)
 	}
-	return status, nil
+	return status, text, nil
 }
