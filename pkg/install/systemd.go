@@ -18,10 +18,14 @@ const (
 // Systemd plans the units that keep the sets.
 func Systemd(o *Options) *Plan {
 	names := []string{"nftwl-persist.service", "nftwl-snapshot.service"}
-	follow := "# The units follow nftables.service, which must be enabled and running."
+	first := []string{
+		"# The units follow nftables.service, which must be enabled and running. STOP if",
+		"# another program owns the firewall: put \"table: " + ownTable + "\" into " + config.Path + ",",
+		"# and run setup for nftables and systemd again.",
+	}
 	if o.unitLoads() {
 		names = []string{variantDir + "nftwl-persist.service"}
-		follow = "# The unit loads " + Standalone + ", now and at boot: first run 'nftwl setup nftables --write'."
+		first = []string{"# The unit loads " + Standalone + ", now and at boot: first run 'nftwl setup nftables --write'."}
 	}
 	p := newPlan(o)
 	if !exists(systemdRuns) {
@@ -34,7 +38,7 @@ func Systemd(o *Options) *Plan {
 			"snapshot: the units can write in %s alone, and %s is elsewhere", stateDir, snapshot)
 	}
 	p.addUnits(append(names, "nftwl-save.service", "nftwl-save.timer", sandboxDir+"/sandbox.conf"), shipped)
-	p.Next = []string{follow, "systemctl daemon-reload && systemctl enable --now nftwl-persist", "nftwl doctor"}
+	p.Next = append(first, "systemctl daemon-reload && systemctl enable --now nftwl-persist", "nftwl doctor")
 	p.Undo = []string{"systemctl disable --now nftwl-persist"}
 	if len(p.Files) > 0 {
 		p.Undo = append(p.Undo, remove(p.Files))
