@@ -3,8 +3,8 @@ export CGO_ENABLED = 0
 
 BIN = build/nftwl
 BENCH = build/bench
-# A user, network and mount namespace of one's own: nothing in it reaches the
-# host's ruleset, and it needs no root.
+# Runs a command in new user, network and mount namespaces: it cannot reach the
+# host's ruleset, and needs no root.
 NAMESPACE = unshare --user --map-root-user --net --mount
 
 .PHONY: build packages demo test test-deps race lint generate bench soak storm fuzz clean
@@ -13,17 +13,17 @@ build:
 	go build -trimpath -o build/ ./cmd/nftwl ./cmd/nftwld
 
 # A .deb, an .rpm and an .apk for amd64 and for arm64, in build/packages. The
-# version is git's, or that of `make packages VERSION=1.2.3`.
+# version comes from git, or from `make packages VERSION=1.2.3`.
 packages:
 	sh contrib/packaging/build.sh
 
-# Connections through the firewall before and after a login and a ban, in
+# Shows connections through the firewall before and after a login and a ban, in
 # namespaces, without root.
 demo: build
 	PATH=$(CURDIR)/build:$$PATH go run ./testdata/demo
 
 # Everything: unit tests, the kernel in namespaces, real Dovecot, systemd and
-# nft of two Debian releases. Installs what it needs where it may.
+# nft of two Debian releases. As root on Debian, it installs what it needs.
 test: test-deps lint
 	go test -timeout 40m ./...
 
@@ -34,7 +34,7 @@ test-deps:
 race: test-deps
 	CGO_ENABLED=1 go test -race -timeout 60m ./...
 
-# ./... leaves out what is in testdata.
+# ./... does not include testdata.
 LINTED = ./... ./testdata/bench/... ./testdata/demo
 lint:
 	test -z "$$(gofmt -l .)" || { gofmt -d .; exit 1; }
@@ -45,8 +45,8 @@ lint:
 generate:
 	go generate ./cmd/...
 
-# The performance tables, in one run. The README quotes them. A set of a
-# million elements takes the kernel a minute to list: MOST=65535 leaves it out.
+# The performance tables of docs/measurements.md, in one run. Listing a set of a
+# million elements takes the kernel a minute: MOST=65535 leaves it out.
 MOST = 1000000
 bench: test-deps build
 	go build -trimpath -o $(BENCH)/ ./testdata/bench/...
@@ -56,7 +56,7 @@ bench: test-deps build
 	go test -run '^$$' -bench . -benchtime 1x ./cmd/nftwl/e2e/dovecot ./cmd/nftwld/e2e
 	test "$$(id -u)" != 0 || PATH=$(CURDIR)/build:$$PATH unshare --net $(BENCH)/snapshot -most $(MOST)
 
-# Logins, bans, saves and restores at random, against a model; and reloads,
+# Random logins, bans, saves and restores, compared with a model; and reloads,
 # restarts, saves, reboots and power cuts in random orders, under systemd and
 # OpenRC.
 SOAK = 10m

@@ -3,10 +3,10 @@
 #
 #   contrib/packaging/build.sh [DIR [ARCH…]]
 #
-# DIR is build/packages, the architectures are amd64 and arm64, as Go calls
-# them. The version is what Go finds in git; VERSION=1.2.3 gives another, and
-# is needed where there is no git. The same sources and Go make the same bytes:
-# what time it is says SOURCE_DATE_EPOCH, or else the commit.
+# By default DIR is build/packages, and the architectures (in Go's words) are amd64
+# and arm64. The version is the one that Go finds in git. VERSION=1.2.3 sets
+# another, and is needed without git. The same source and the same Go make the same
+# bytes: SOURCE_DATE_EPOCH, or else the commit, gives the time.
 set -eu
 umask 022
 cd "$(dirname "$0")/../.."
@@ -22,22 +22,23 @@ mkdir "$work/out" "$work/nfpm"
 trap 'rm -rf "$work"' EXIT
 trap 'exit 1' HUP INT TERM
 
-# Of a tarball, the time at which its files were packed.
+# In a tarball, the time at which its files were packed.
 epoch=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || stat -c %Y go.mod)}
 export SOURCE_DATE_EPOCH="$epoch"
 export CGO_ENABLED=0 GOOS=linux GOAMD64=v1 GOARM64=v8.0
 unset GOARCH
 
-# put MODE FILE DESTINATION, below what is the root of a package.
+# put MODE FILE DESTINATION installs a file below the package's root.
 put() { install -D -m "$1" "$2" "$root/$3"; }
 
-# compressed FILE DESTINATION, as Debian wants it: without name and time.
+# compressed FILE DESTINATION installs a compressed file without name and time, as
+# Debian requires.
 compressed() {
 	mkdir -p "$(dirname "$root/$2")"
 	gzip -9nc "$1" >"$root/$2"
 }
 
-# What is the same in all packages of an architecture.
+# The files that are the same in all packages of an architecture.
 common() {
 	put 755 "$work/nftwl" usr/bin/nftwl
 	put 755 "$work/nftwld" usr/bin/nftwld
@@ -62,7 +63,7 @@ units() {
 	for file in contrib/systemd/nftwl[d-]* contrib/systemd/nftwl-.service.d/*; do
 		[ ! -f "$file" ] || put 644 "$file" "usr/lib/systemd/system/${file#contrib/systemd/}"
 	done
-	# What an administrator may put in the place of a unit, or beside one.
+	# Files that an administrator can install instead of a unit, or beside one.
 	for file in systemd/standalone/nftwl-persist.service systemd/dovecot.service.d/nftwl.conf; do
 		put 644 "contrib/$file" "usr/share/nftwl/$file"
 	done
@@ -91,14 +92,14 @@ apk() {
 	put 644 LICENSE usr/share/licenses/nftwl/LICENSE
 }
 
-# indented FILE…, as text of a field of Debian's.
+# indented FILE… prints files as the text of a field in Debian's format.
 indented() { sed -e 's/^[[:space:]]*$/./' -e 's/^/ /' "$@"; }
 
 for shell in bash zsh fish; do
 	go run ./cmd/nftwl completion "$shell" >"$work/$shell"
 done
 
-# The programs contain these, whose licenses want to be passed on with them.
+# The modules in the programs. Their licenses must be included.
 {
 	cat contrib/packaging/copyright
 	{
@@ -108,7 +109,7 @@ done
 		printf '\nFiles: %s\nCopyright: its authors\nLicense: %s\n' "$module" "$module"
 		if grep -q 'Apache License' "$dir"/LICENSE*; then
 			echo ' Apache License 2.0, as nftwl itself.'
-			# Its section 4 (d).
+			# Required by section 4 (d) of its license.
 			[ ! -f "$dir/NOTICE" ] || indented "$dir/NOTICE"
 		else
 			indented "$dir"/LICENSE*
@@ -140,7 +141,7 @@ for arch; do
 		export VERSION
 		common
 		"$format"
-		# nfpm takes times and modes from the files.
+		# nfpm uses the files' times and modes.
 		install -m 644 contrib/packaging/* "$work/nfpm"
 		find "$root" "$work/nfpm" -exec touch --no-dereference --date="@$epoch" {} +
 		(
@@ -150,6 +151,7 @@ for arch; do
 		rm -r "$root"
 	done
 done
-# At once, and not into sources that are then no longer those of the commit.
+# Move everything at once, at the end, so that the source stays that of the commit
+# during the build.
 mv "$work/out"/* "$out"
 ls -l "$out"

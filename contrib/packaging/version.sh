@@ -1,5 +1,5 @@
 #!/bin/sh
-# Prints what a package is called of a version that Go notes in a binary.
+# Prints a package's version for a version that Go has noted in a binary.
 #
 #   version.sh deb|rpm|apk VERSION
 #
@@ -7,9 +7,9 @@
 #	v1.2.3-rc.1                             1.2.3~rc.1
 #	v1.2.4-0.20261121072950-adf3d211f29d    1.2.4~git20261121072950.adf3d21
 #
-# A commit after v1.2.3 is one before v1.2.4 to Go, and so sorts here. "~" sorts
-# before the end in deb and rpm; apk has words for it instead, no letters
-# of its own choice, and numbers of 32 bits.
+# For Go, a commit after v1.2.3 comes before v1.2.4, and so it does here. In deb and
+# rpm "~" sorts before the end. apk has words for that instead, accepts no other
+# letters, and only numbers of 32 bits.
 set -eu
 
 version=$(echo "${2#v}" | sed -E \
