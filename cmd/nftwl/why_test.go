@@ -51,6 +51,7 @@ func TestTroubleshootingWhy(t *testing.T) {
 		out, err := nftwl(t, nil, strings.Fields(command)[2:]...).CombinedOutput()
 		if err != nil {
 			t.Errorf("%s: %v\n%s", command, err, out)
+			return block // an error does not belong into the document
 		}
 		new := "```console\n" + command + "\n" + string(out) + "```\n"
 		if timeLeft.ReplaceAllString(new, " TIME ") == timeLeft.ReplaceAllString(block, " TIME ") {
