@@ -2,11 +2,9 @@ package main
 
 import (
 	"cmp"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
-	"os"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -111,9 +109,7 @@ func writeJSON(rows []row) error {
 		address := nftset.Key{Addr: r.Addr}.String()
 		elems = append(elems, element{r.list, r.set, address, r.Port, r.Timeout.Seconds(), r.Expires.Seconds(), r.Comment})
 	}
-	enc := json.NewEncoder(os.Stdout)
-	enc.SetEscapeHTML(false)
-	return enc.Encode(elems)
+	return printJSON(elems)
 }
 
 // listed is what a list has of an address.

@@ -71,18 +71,9 @@ func shipped(name string) string {
 // output returns what a program prints, within ten seconds. If the program is not
 // installed, the error is exec.ErrNotFound.
 func output(program string, args ...string) (string, error) {
-	path, err := exec.LookPath(program)
-	if err != nil { // after su without -, sbin is not in PATH
-		if sbin := "/usr/sbin/" + program; exists(sbin) {
-			path, err = sbin, nil
-		}
-	}
-	if err != nil {
-		return "", err
-	}
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, path, args...)
+	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.WaitDelay = time.Second // a child may hold the pipe open
 	out, err := cmd.Output()
 	return string(out), err

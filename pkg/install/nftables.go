@@ -216,7 +216,7 @@ func withRules(ruleset string) (tables []string) {
 // includes: it is loaded in a network namespace of its own. If it does not load
 // there, where devices are missing, they are all those that its text names.
 func fileTables(path string) (tables []string, loaded bool) {
-	cmd := exec.Command("/bin/sh", "-c", `PATH=$PATH:/usr/sbin; nft -f "$1" && nft -s -t list ruleset`, "sh", path)
+	cmd := exec.Command("/bin/sh", "-c", `nft -f "$1" && nft -s -t list ruleset`, "sh", path)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
 	if out, err := cmd.Output(); err == nil {
 		return withRules(string(out)), true
