@@ -2,14 +2,11 @@ package doctor
 
 import (
 	"context"
-	"net"
 	"os"
 	"regexp"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
-	"nftwl/pkg/firewall"
+	"nftwl/pkg/install"
 	"nftwl/pkg/nftset"
 )
 
@@ -49,14 +46,16 @@ func (d *Doctor) checkBootFile(ctx context.Context, file string) {
 		return
 	}
 	table := d.config.Table
-	then, err := d.afterBoot(ctx, file)
+	ruleset, err := install.FileRuleset(file)
+	then := listed(ruleset, table)
 	if then != "" {
 		d.reload = "nft -f " + quote(file)
 		if d.units["nftwl-save.service"]["LoadState"] == "loaded" { // it restores, too
 			d.reload += " && systemctl start nftwl-save"
 		}
 	}
-	now, _ := listTable(ctx, table)
+	ruleset, _ = run(ctx, "nft", "-s", "-t", "list", "ruleset")
+	now := listed(ruleset, table)
 	switch {
 	case err != nil, now == "": // it can need what only this machine has; sets reports a missing table
 		d.ok(check, "nft loads %s", file)
@@ -78,33 +77,11 @@ func (d *Doctor) checkBootFile(ctx context.Context, file string) {
 	d.ok(check, "%s loads, and has the sets, lookups and jumps that table %s has now", file, table)
 }
 
-// afterBoot lists the table as a file makes it; "" if the file does not have it.
-func (d *Doctor) afterBoot(ctx context.Context, file string) (table string, err error) {
-	devices, err := net.Interfaces() // rules can name them, and an empty namespace has none
-	if err != nil {
-		return "", err
-	}
-	err = firewall.Inside(func() error {
-		for _, device := range devices {
-			if fd, err := firewall.MakeDevice(device.Name, 0); err == nil { // lo is there
-				defer unix.Close(fd)
-			}
-		}
-		if _, err := run(ctx, "nft", "--file", file); err != nil {
-			return err
-		}
-		table, err = listTable(ctx, d.config.Table)
-		return err
-	})
-	return table, err
-}
-
-// listTable lists a table without the elements of its sets; "" if there is no such
-// table. It is cut out of the whole ruleset, because nft 1.0.6 reads all elements of
-// a table that it lists alone, which takes half a minute for a million.
-func listTable(ctx context.Context, table nftset.Table) (string, error) {
-	all, err := run(ctx, "nft", "-s", "-t", "list", "ruleset")
-	_, rest, _ := strings.Cut("\n"+all, "\ntable "+table.String()+" {\n")
+// listed cuts a table out of a listed ruleset; "" if there is none. nft 1.0.6 would
+// read all elements of a table that it lists alone, which takes half a minute for a
+// million.
+func listed(ruleset string, table nftset.Table) string {
+	_, rest, _ := strings.Cut("\n"+ruleset, "\ntable "+table.String()+" {\n")
 	text, _, _ := strings.Cut(rest, "\n}\n")
-	return text, err
+	return text
 }

@@ -4,17 +4,19 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"net"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
-	"syscall"
+
+	"golang.org/x/sys/unix"
 
 	"nftwl/contrib"
 	"nftwl/pkg/config"
+	"nftwl/pkg/firewall"
 	"nftwl/pkg/nftset"
 )
 
@@ -213,17 +215,37 @@ func withRules(ruleset string) (tables []string) {
 }
 
 // fileTables returns the tables to which a file gives rules, with those that it
-// includes: it is loaded in a network namespace of its own. If it does not load
-// there, where devices are missing, they are all those that its text names.
+// includes. If it does not load, they are all those that its text names.
 func fileTables(path string) (tables []string, loaded bool) {
-	cmd := exec.Command("/bin/sh", "-c", `nft -f "$1" && nft -s -t list ruleset`, "sh", path)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
-	if out, err := cmd.Output(); err == nil {
-		return withRules(string(out)), true
+	if ruleset, err := FileRuleset(path); err == nil {
+		return withRules(ruleset), true
 	}
 	text, _ := os.ReadFile(path) // one that is not there has none
 	for _, m := range regexp.MustCompile(`(?m)^\s*table (\S+ [^\s{]+)`).FindAllSubmatch(text, -1) {
 		tables = append(tables, string(m[1]))
 	}
 	return tables, false
+}
+
+// FileRuleset lists the ruleset that a file makes, without the elements of its
+// sets. nft loads it in a network namespace of its own, which has devices of the
+// names that this machine's have.
+func FileRuleset(path string) (ruleset string, err error) {
+	devices, err := net.Interfaces()
+	if err != nil {
+		return "", err
+	}
+	err = firewall.Inside(func() error {
+		for _, device := range devices {
+			if fd, err := firewall.MakeDevice(device.Name, 0); err == nil { // lo is there
+				defer unix.Close(fd)
+			}
+		}
+		if _, err := output("nft", "-f", path); err != nil {
+			return err
+		}
+		ruleset, err = output("nft", "-s", "-t", "list", "ruleset")
+		return err
+	})
+	return ruleset, err
 }
