@@ -139,7 +139,7 @@ func expressions(rule nftset.Object) (all []expression) {
 	return all
 }
 
-// encode returns the attributes of a rule's expressions.
+// encode is the opposite of expressions.
 func encode(expressions []expression) (list []byte) {
 	for _, e := range expressions {
 		elem := nftset.AppendAttribute(nil, unix.NFTA_EXPR_NAME, name(e.name))
@@ -151,7 +151,7 @@ func encode(expressions []expression) (list []byte) {
 	return list
 }
 
-// prepare makes of objects that were read what another namespace takes.
+// prepare turns objects that were read into what another namespace takes.
 func (t *table) prepare() {
 	for kind, objects := range t.objects {
 		for i := range objects {
@@ -206,11 +206,10 @@ func prepareRule(o nftset.Object) []byte {
 	return attrs
 }
 
-// most is the size of the sets that are copied whole. Of larger ones that have
-// addresses for keys, what the packets can ask for is looked up.
+// most is how many elements a set that is copied whole may have. Of a larger one
+// whose keys are addresses, only the elements that the packets can match are copied.
 const most = 4096
 
-// errMany is of a set that has more elements than are copied.
 var errMany = errors.New("too many elements")
 
 // readElements reads the elements of the sets, and returns the sets that have too
@@ -239,8 +238,8 @@ func (t *table) readElements(conn *nftset.Conn, sources []netip.Prefix, ports []
 	return omitted, nil
 }
 
-// dump reads all elements of a set, unless they are too many. It has a connection of
-// its own, which is of no more use then.
+// dump reads all elements of a set, unless they are too many. That leaves the
+// connection unusable, so it has one of its own.
 func (t *table) dump(set nftset.Object, list []byte) (found []nftset.Object, err error) {
 	if int(number(attribute(set.Attrs, setCount))) > most { // which kernels before 6.16 do not tell
 		return nil, errMany

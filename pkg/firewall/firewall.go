@@ -26,7 +26,7 @@ import (
 	"nftwl/pkg/nftset"
 )
 
-// The reasons for which rules cannot be asked.
+// The reasons why rules cannot be asked.
 var (
 	ErrPermission = errors.New("no permission to make a network namespace: the capability CAP_SYS_ADMIN is missing")
 	ErrTUN        = errors.New("no TUN device can be made")
@@ -221,8 +221,8 @@ func (c *Copy) make(ports []uint16) error {
 	return c.trace.Subscribe(unix.NFNLGRP_NFTRACE, 8<<20)
 }
 
-// Our own tables in the copy: one sees each packet first and has it traced, the
-// other sees last what no rule dropped.
+// Our own tables in the copy: the first sees each packet before the rules do and has
+// it traced, the last sees what no rule dropped.
 var (
 	first = nftset.Table{Family: nftset.NetDev, Name: "nftwl-trace"}
 	last  = nftset.Table{Family: nftset.INet, Name: "nftwl-trace"}
@@ -277,7 +277,7 @@ func (c *Copy) Close() {
 // Conn is a connection to the copy, to change what its sets hold.
 func (c *Copy) Conn() *nftset.Conn { return c.conn }
 
-// Connection is a connection to the copy, of which the remote end is ours.
+// Connection is a connection to the copy, from a remote end that is ours.
 type Connection struct {
 	copy  *Copy
 	route route
@@ -410,7 +410,7 @@ const (
 	nfStolen = 2
 )
 
-// accepting returns which step let a packet in.
+// accepting returns the step that let a packet in.
 func accepting(path []Step) (decided Step) {
 	for _, s := range path {
 		input := s.Table.Family != nftset.NetDev && s.base.kind == "filter" &&

@@ -48,15 +48,11 @@ func (s segment) packet() []byte {
 	return append(ip, tcp...)
 }
 
-// checksum is that of RFC 1071.
+// checksum is that of RFC 1071, of an even number of bytes.
 func checksum(b []byte) uint16 {
 	var sum uint32
-	for i := 0; i < len(b); i += 2 {
-		word := uint32(b[i]) << 8
-		if i+1 < len(b) {
-			word |= uint32(b[i+1])
-		}
-		sum += word
+	for ; len(b) > 0; b = b[2:] {
+		sum += uint32(binary.BigEndian.Uint16(b))
 	}
 	for sum>>16 != 0 {
 		sum = sum&0xffff + sum>>16
