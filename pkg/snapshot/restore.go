@@ -151,6 +151,12 @@ func restore(conn *nftset.Conn, files []*File, guarded bool) (r Result, err erro
 	if err != nil {
 		return r, err
 	}
+	type part struct {
+		*Section
+		saved time.Time
+		to    *target
+	}
+	var parts []part
 	var targets []*target // in the order of the files, in which the kernel lists them
 	for _, f := range files {
 		for i := range f.Sets {
@@ -164,9 +170,15 @@ func restore(conn *nftset.Conn, files []*File, guarded bool) (r Result, err erro
 				n = len(targets)
 				targets = append(targets, t)
 			}
-			if err := targets[n].take(s, f.Saved, &r); err != nil {
-				return r, err
+			if key := targets[n].set.Key; key != s.Key {
+				return r, fmt.Errorf("set %s has keys of type %s, and of type %s in the file", s.Name, key, s.Key)
 			}
+			parts = append(parts, part{s, f.Saved, targets[n]})
+		}
+	}
+	for _, p := range parts { // after all dumps, which take time
+		if err := p.to.take(p.Elements, p.saved, &r); err != nil {
+			return r, err
 		}
 	}
 	for _, t := range targets {
@@ -237,17 +249,14 @@ func find(conn *nftset.Conn, s *nftset.Set) (*target, error) {
 }
 
 // take adds the elements of a file that was saved at some time.
-func (t *target) take(s *Section, saved time.Time, r *Result) error {
-	if t.set.Key != s.Key {
-		return fmt.Errorf("set %s has keys of type %s, and of type %s in the file", s.Name, t.set.Key, s.Key)
-	}
+func (t *target) take(elems []nftset.Element, saved time.Time, r *Result) error {
 	passed := time.Duration(0)
 	if !saved.IsZero() {
 		// By wall clock, because the machine may have been down.
 		passed = max(0, time.Now().Round(0).Sub(saved))
 	}
-	t.files = slices.Grow(t.files, len(s.Elements))
-	for _, e := range s.Elements {
+	t.files = slices.Grow(t.files, len(elems))
+	for _, e := range elems {
 		if !e.Permanent() {
 			if e.Expires == 0 {
 				e.Expires = e.Timeout
