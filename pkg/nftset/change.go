@@ -188,8 +188,8 @@ func (c *Conn) Remove(s *Set, keys []Key, match func(Element) bool) (removed []E
 // time left that they have when it returns.
 //
 // A dump during which the set changed can lack elements; see Dump. Then Elements
-// dumps again and unites what it got, until a dump has nothing that the earlier
-// ones lack.
+// dumps again and unites what it got, until it is unlikely that all dumps lack the
+// same element.
 func (c *Conn) Elements(s *Set) ([]Element, error) {
 	const dumps = 8 // at most
 	start := time.Now()
@@ -260,9 +260,8 @@ func (e Element) countedFrom(start, read time.Time) Element {
 }
 
 // unite returns those elements of earlier dumps (all) and of a later one that are
-// in the set; it looks up what only one of the two has. If the later dump has
-// elements that the earlier ones lack, though they were there at start, both may
-// lack others: then it returns ErrInterrupted as well.
+// in the set; it looks up what only one of the two has. If it is likely that both
+// lack others, it returns ErrInterrupted as well.
 func (c *Conn) unite(s *Set, all, one []Element, start time.Time) (both []Element, err error) {
 	in := func(list []Element, k Key) bool {
 		_, ok := slices.BinarySearchFunc(list, k, func(e Element, k Key) int { return e.Compare(k) })
@@ -286,12 +285,20 @@ func (c *Conn) unite(s *Set, all, one []Element, start time.Time) (both []Elemen
 	if err != nil {
 		return nil, err
 	}
+	lackedBefore, lackedNow := 0, 0
 	for k, e := range found {
-		old := e.Permanent() || e.Timeout-e.Expires > now.Sub(start)
-		if old && !in(all, k) {
-			err = s.error(ErrInterrupted)
+		switch {
+		case in(all, k):
+			lackedNow++
+		case e.Permanent() || e.Timeout-e.Expires > now.Sub(start): // there at start
+			lackedBefore++
 		}
 		both = append(both, e.countedFrom(start, now))
+	}
+	// Animals are counted so that were caught twice: of n elements, the two lack
+	// lackedBefore * lackedNow / n.
+	if lackedBefore > 0 && 1000*lackedBefore*(lackedNow+1) > len(both) {
+		err = s.error(ErrInterrupted)
 	}
 	slices.SortFunc(both, func(a, b Element) int { return a.Compare(b.Key) })
 	return both, err
