@@ -53,15 +53,18 @@ bench: test-deps build
 	$(NAMESPACE) $(BENCH)/login -nftwl $(BIN) -empty $(BENCH)/empty -library $(BENCH)/library \
 		-script testdata/bench/login/trust.sh -rules contrib/nftables/sets.nft
 	@test "$$(id -u)" = 0 || echo "bench: whole logins, saving and restoring are measured by root alone: Dovecot needs its users, and nft a large socket"
-	go test -run '^$$' -bench . -benchtime 1x ./cmd/nftwl/e2e/dovecot ./cmd/nftwld/e2e
+	go test -run '^$$' -bench . -benchtime 1x ./cmd/nftwl/e2e/dovecot ./cmd/nftwld/e2e ./cmd/nftwld/e2e/cluster
 	test "$$(id -u)" != 0 || PATH=$(CURDIR)/build:$$PATH unshare --net $(BENCH)/snapshot -most $(MOST)
 
-# Random logins, bans, saves and restores, compared with a model; and reloads,
+# Random logins, bans, saves and restores, compared with a model; the same on three
+# machines that share the sets, with an engine that is cut off, killed and emptied;
+# and reloads,
 # restarts, saves, reboots and power cuts in random orders, under systemd and
 # OpenRC.
 SOAK = 10m
 soak: test-deps
 	SOAK=$(SOAK) go test -count=1 -timeout 2h -run TestSoak -v ./cmd/nftwl
+	SOAK=$(SOAK) go test -count=1 -timeout 2h -run TestSoak -v ./cmd/nftwld/e2e/cluster
 	SOAK=$(SOAK) go test -count=1 -timeout 2h -run Steps -v ./cmd/nftwl/e2e/systemd
 
 # Thousands of logins at once, and hundreds through a real Dovecot.
@@ -77,6 +80,7 @@ fuzz:
 	go test -run '^$$' -fuzz FuzzParseTimeout -fuzztime $(FUZZTIME) -fuzzminimizetime 1x ./pkg/nftset
 	go test -run '^$$' -fuzz FuzzDecide -fuzztime $(FUZZTIME) -fuzzminimizetime 1x ./pkg/trust
 	go test -run '^$$' -fuzz FuzzParsePostLogin -fuzztime $(FUZZTIME) -fuzzminimizetime 1x ./pkg/install
+	go test -run '^$$' -fuzz FuzzRecord -fuzztime $(FUZZTIME) -fuzzminimizetime 1x ./pkg/cluster
 
 clean:
 	rm -rf build

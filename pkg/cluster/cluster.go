@@ -117,6 +117,7 @@ type share struct {
 	records map[field]record
 	ports   map[uint16]bool // of records and elements, besides those configured
 	position
+	known    int64 // the log's sequence up to which records can have what an entry says, or newer
 	cleared  int64 // when the list was emptied on all machines
 	behind   bool  // the engine has entries that the log did not bring, once already
 	merge    time.Time
@@ -462,17 +463,17 @@ func (n *Node) entry(e entry) {
 	if e.epoch != s.epoch && s.epoch != "" || e.sequence != s.sequence+1 {
 		n.mergeSoon(s)
 	}
+	old := e.epoch == s.epoch && e.sequence <= s.known
 	s.position = e.position
-	if e.cleared {
-		s.cleared = n.now()
-		n.mergeSoon(s)
+	if e.cleared != 0 {
+		s.cleared = e.cleared
 		s.merge = time.Now()
 		return
 	}
 	n.metrics.lag.Set(max(0, float64(n.now()-millisecondsOf(e.id))/1000))
 	var addrs []netip.Addr
 	for name, value := range e.records {
-		if f, ok := n.learn(s, name, value); ok && e.node != n.node {
+		if f, ok := n.learn(s, name, value, old); ok && e.node != n.node {
 			addrs = append(addrs, f.Addr())
 		}
 	}
@@ -484,8 +485,8 @@ func (n *Node) entry(e entry) {
 }
 
 // learn takes a record of the engine's, and returns the field for which it stands
-// here.
-func (n *Node) learn(s *share, name, value string) (field, bool) {
+// here. An old one can be older than what is known.
+func (n *Node) learn(s *share, name, value string, old bool) (field, bool) {
 	f, err := parseField(name)
 	var r record
 	if err == nil {
@@ -509,8 +510,8 @@ func (n *Node) learn(s *share, name, value string) (field, bool) {
 		}
 		s.ports[f.port] = true
 	}
-	if old, there := s.records[here]; there && here != f {
-		r = merge(old, r)
+	if known, there := s.records[here]; there && (old || here != f) {
+		r = merge(known, r)
 	}
 	s.records[here] = r
 	return here, true
@@ -587,7 +588,7 @@ func (n *Node) readAll(ctx context.Context, s *share) error {
 	clear(s.ports)
 	var dead []string
 	err = n.engine.all(ctx, s.list, func(name, value string) {
-		f, ok := n.learn(s, name, value)
+		f, ok := n.learn(s, name, value, false)
 		if ok && !s.records[f].alive(n.now()) {
 			delete(s.records, f)
 			dead = append(dead, name)
@@ -596,7 +597,11 @@ func (n *Node) readAll(ctx context.Context, s *share) error {
 	if err != nil {
 		return err
 	}
-	s.position, s.cleared, s.behind = p, cleared, false
+	last, _, err := n.engine.meta(ctx, s.list)
+	if err != nil {
+		return err
+	}
+	s.position, s.cleared, s.behind, s.known = p, cleared, false, last.sequence
 	n.metrics.merges.Inc()
 	if s.send {
 		for some := range slices.Chunk(dead, page) {
@@ -904,13 +909,14 @@ func (n *Node) send(ctx context.Context, s *share, changes []change, of map[fiel
 		if n.engine == nil || n.trouble != "" && time.Now().Before(n.retry) {
 			break
 		}
-		replies, err := n.engine.send(ctx, s.list, batch)
+		replies, now, sequence, err := n.engine.send(ctx, s.list, batch)
 		if err != nil {
 			n.failed(err)
 			break
 		}
 		n.works()
-		n.sent(s, batch, replies, of)
+		s.known = max(s.known, sequence)
+		n.sent(s, batch, replies, now, of)
 		changes = changes[len(batch):]
 		s.paused = time.Now().Add(pause)
 	}
@@ -932,18 +938,17 @@ func (n *Node) send(ctx context.Context, s *share, changes []change, of map[fiel
 	}
 }
 
-// sent notes what became of changes.
-func (n *Node) sent(s *share, changes []change, replies []string, of map[field]netip.Addr) {
-	now := n.now()
+// sent notes what became of changes at a time of the engine's.
+func (n *Node) sent(s *share, changes []change, replies []string, now int64, of map[field]netip.Addr) {
 	for i, c := range changes {
 		if i >= len(replies) || replies[i] == "" {
 			n.metrics.sent.WithLabelValues(string(s.list)).Inc()
 			r := record{removed: c.removed, set: now - c.age, until: now + c.left, timeout: c.timeout, comment: c.comment}
-			if c.left < 0 {
+			switch {
+			case c.removed:
+				r.until = now + max(c.left, remembered.Milliseconds())
+			case c.left < 0:
 				r.until = 0
-				if c.removed {
-					r.until = now + clearedFor.Milliseconds()
-				}
 			}
 			s.records[c.field] = r
 			continue

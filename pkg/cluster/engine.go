@@ -178,7 +178,7 @@ type entry struct {
 	list list
 	position
 	node    string
-	cleared bool              // the list was emptied on all machines
+	cleared int64             // when the list was emptied on all machines, if that is what it says; else 0
 	records map[string]string // by field
 }
 
@@ -202,7 +202,7 @@ func (e *engine) read(ctx context.Context, after map[list]position) ([]entry, er
 		for _, x := range streams[e.key(l, ":log")] {
 			n := entry{list: l, position: position{id: x.ID, epoch: x.FieldValues["epoch"]}, node: x.FieldValues["node"]}
 			n.sequence, _ = strconv.ParseInt(x.FieldValues["sequence"], 10, 64)
-			_, n.cleared = x.FieldValues["cleared"]
+			n.cleared, _ = strconv.ParseInt(x.FieldValues["cleared"], 10, 64)
 			n.records = x.FieldValues
 			for _, key := range []string{"epoch", "sequence", "node", "cleared"} {
 				delete(n.records, key)
@@ -248,8 +248,8 @@ var mergeText string
 var mergeScript = valkey.NewLuaScript(mergeText)
 
 // send merges at most atOnce changes into a list. For each it returns "" if it was
-// accepted, else the record that stays.
-func (e *engine) send(ctx context.Context, l list, changes []change) ([]string, error) {
+// accepted, else the record that stays; and the time and the list's sequence then.
+func (e *engine) send(ctx context.Context, l list, changes []change) (replies []string, now, sequence int64, err error) {
 	ctx, cancel := context.WithTimeout(ctx, answerIn)
 	defer cancel()
 	args := []string{e.node, rand.Text(), logLength}
@@ -263,9 +263,15 @@ func (e *engine) send(ctx context.Context, l list, changes []change) ([]string, 
 	keys := []string{e.key(l, ""), e.key(l, ":log"), e.key(l, ":meta")}
 	parts, err := mergeScript.Exec(ctx, e.client, keys, args).ToArray()
 	if err != nil || len(parts) != 4 {
-		return nil, orOdd(err)
+		return nil, 0, 0, orOdd(err)
 	}
-	return parts[3].AsStrSlice()
+	if replies, err = parts[3].AsStrSlice(); err == nil {
+		now, err = parts[0].AsInt64()
+	}
+	if err == nil {
+		sequence, err = parts[2].AsInt64()
+	}
+	return replies, now, sequence, err
 }
 
 var clearScript = valkey.NewLuaScript(`

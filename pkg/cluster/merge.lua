@@ -56,13 +56,13 @@ for i = 4, #ARGV, 6 do
 			if old.ends == 0 or ends ~= 0 and ends <= old.ends + gain then stays = old.value end
 		end
 	else
+		-- Another machine can have what lasts longer, and come back later.
 		timeout = 0
-		ends = now + month
-		if left >= 0 then ends = now + left end
+		ends = now + math.max(left, month)
 		if old and (old.set > set or old.removed and old.set == set) then
 			stays = old.value
 		elseif old then
-			if old.ends == 0 then ends = math.max(ends, now + month) else ends = math.max(ends, old.ends) end
+			ends = math.max(ends, old.ends)
 		end
 	end
 	if not stays then

@@ -3,6 +3,7 @@ package cluster
 import (
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"nftwl/pkg/config"
@@ -56,9 +57,9 @@ type view struct {
 	cleared int64 // when the list was emptied on all machines
 }
 
-// clearedFor is how long the emptying of a list counts against older elements. It is
-// that of merge.lua.
-const clearedFor = 30 * 24 * time.Hour
+// remembered is how long a removal, or the emptying of a list, counts against older
+// elements. It is that of merge.lua.
+const remembered = 30 * 24 * time.Hour
 
 // reconcile decides what to do so that this machine and the others have the same
 // of an address.
@@ -92,7 +93,6 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 	}
 	if !slices.ContainsFunc(needed, func(port uint16) bool { _, ok := gone[port]; return !ok }) {
 		all := gone[needed[0]]
-		all.field.port = 0
 		for _, port := range needed {
 			if c := gone[port]; c.left < 0 || all.left >= 0 && c.left > all.left {
 				all.left = c.left
@@ -100,6 +100,15 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 			all.age = min(all.age, gone[port].age)
 			delete(gone, port)
 		}
+		// Of a port with a record of its own too, as a later one of every port would
+		// not end that.
+		for port, r := range shared {
+			if port == 0 || !r.removed {
+				all.field.port = port
+				gone[port] = all
+			}
+		}
+		all.field.port = 0
 		gone[0] = all
 	}
 	for port, c := range gone {
@@ -114,7 +123,7 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 	// removedBy is the latest removal that counts on a port.
 	removedBy := func(port uint16) record {
 		r := record{set: -1}
-		if v.cleared > 0 && v.cleared+clearedFor.Milliseconds() > v.now {
+		if v.cleared > 0 && v.cleared+remembered.Milliseconds() > v.now {
 			r = record{removed: true, set: v.cleared}
 		}
 		for _, port := range []uint16{0, port} {
@@ -147,7 +156,12 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 	// machine has, and for a port where that one lasts longer still.
 	mine := make(map[uint16]record)
 	for port, e := range s.there {
-		if r := v.local(e, s.seen); r.set > removedBy(port).set {
+		r, by := v.local(e, s.seen), removedBy(port)
+		if kept := v.kept(by, e); r.set <= by.set && kept != "" {
+			// This machine's part outlasts the removal, and is a new ban to the others.
+			r.set, r.comment = by.set+1, kept
+		}
+		if r.set > by.set {
 			mine[port] = r
 		}
 	}
@@ -171,7 +185,8 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 			weakest = r
 		}
 	}
-	if all {
+	// What the others have of each port is not what they have of every port.
+	if all && slices.ContainsFunc(needed, func(port uint16) bool { return longer(weakest, port) }) {
 		send(weakest, 0)
 	}
 	for _, port := range s.ports {
@@ -183,7 +198,7 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 	// What the others removed, or have for longer, is changed here.
 	for _, port := range s.ports {
 		e, there := s.there[port]
-		if r := removedBy(port); there && v.local(e, s.seen).set <= r.set && v.ends(r, e) {
+		if r := removedBy(port); there && v.local(e, s.seen).set <= r.set && v.kept(r, e) == "" {
 			p.remove = append(p.remove, removal{e.Key, r})
 			there = false
 		}
@@ -249,10 +264,19 @@ func (v *view) local(e nftset.Element, seen time.Time) record {
 	return r
 }
 
-// ends reports whether a removal by others ends an element. Of a ban that several
-// tools wanted, each ends its own part.
-func (v *view) ends(r record, e nftset.Element) bool {
-	return v.list == trusted || r.comment == "" || covers(r.comment, qualify(e.Comment, v.node))
+// kept returns those names of an element that a removal by others leaves, qualified;
+// "" for none, which ends the element. Of a ban that several tools wanted, each ends
+// its own part, and the machine that a tool runs on keeps the part.
+func (v *view) kept(r record, e nftset.Element) string {
+	var kept []string
+	for name := range strings.SplitSeq(e.Comment, names) {
+		if _, _, others := origin(name); v.list == banned && r.comment != "" && !others {
+			if name = qualify(name, v.node); !trust.HasName(r.comment, name) {
+				kept = append(kept, name)
+			}
+		}
+	}
+	return strings.Join(kept, names)
 }
 
 // accepts reports whether this machine takes what others have of a port. It takes

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"nftwl/pkg/config"
 	"nftwl/pkg/nftset"
 )
 
@@ -195,20 +196,10 @@ func unqualify(comment, node string) string {
 // origin splits a name of a comment: "alice @imap1" is alice's, from imap1.
 func origin(name string) (who, node string, ok bool) {
 	i := strings.LastIndexByte(name, '@')
-	if i < 0 || i > 0 && name[i-1] != ' ' || i == len(name)-1 {
+	if i < 0 || i > 0 && name[i-1] != ' ' || !config.IsName(name[i+1:]) {
 		return name, "", false
 	}
 	return strings.TrimSuffix(name[:i], " "), name[i+1:], true
-}
-
-// covers reports whether every name of a comment is in another, both qualified.
-func covers(whole, comment string) bool {
-	for name := range strings.SplitSeq(comment, names) {
-		if !strings.Contains(names+whole+names, names+name+names) {
-			return false
-		}
-	}
-	return true
 }
 
 // local returns those names of a comment that no other machine gave.

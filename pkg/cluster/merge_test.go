@@ -1,0 +1,223 @@
+package cluster
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+
+	"nftwl/pkg/config"
+	"nftwl/pkg/nstest"
+)
+
+// eachEngine runs a test with a Redis and with a Valkey. They listen in the network
+// namespace that all of this package's tests are in, as the client's threads are.
+func eachEngine(t *testing.T, test func(t *testing.T, e *engine)) {
+	nstest.IP(t, "link set lo up")
+	nstest.EachDebian(t, func(t *testing.T, d nstest.Debian) {
+		runtime.LockOSThread() // never unlocked, as it is in a mount namespace of its own
+		d.Tree(t)
+		nstest.Must(t, os.Mkdir("/run/engine", 0o755))
+		address := map[string]string{"host": "127.0.0.1:6379", "trixie": "127.0.0.1:6380"}[d.Release]
+		d.NewEngine(t, address, "/run/engine")
+		e, err := dial(&config.Cluster{Server: "redis://" + address, Name: "mail"}, "a", "")
+		nstest.Must(t, err)
+		t.Cleanup(e.close)
+		test(t, e)
+	})
+}
+
+// add and remove return changes about 192.0.2.7, and ports if there are any. The
+// times are in seconds; left is less than 0 for a permanent element.
+func add(age, left int64, ports ...uint16) change {
+	c := change{field: testField(ports...), age: age * 1000, left: left * 1000, timeout: max(0, age+left) * 1000, comment: "alice @a"}
+	if left < 0 {
+		c.timeout = 0
+	}
+	return c
+}
+
+func remove(age, left int64, ports ...uint16) change {
+	return change{field: testField(ports...), removed: true, age: age * 1000, left: left * 1000, comment: "alice @a"}
+}
+
+func testField(ports ...uint16) field {
+	f := newField(netip.MustParsePrefix("192.0.2.7/32"), 0)
+	for _, f.port = range ports {
+	}
+	return f
+}
+
+// What the engine's script makes of two records, one after the other.
+func TestMergeScript(t *testing.T) {
+	const day = 24 * 3600
+	const month = 30 * day
+	eachEngine(t, func(t *testing.T, e *engine) {
+		ctx := context.Background()
+		for _, test := range []struct {
+			name     string
+			changes  []change
+			accepted string // of each change, y or n
+			want     string // the last one's field: sign, age and time left
+		}{
+			{"an add", []change{add(10, 100)}, "y", "+ 10 100"},
+			{"a permanent one", []change{add(10, -1)}, "y", "+ 10 never"},
+			{"the same again", []change{add(10, 100), add(10, 100)}, "yn", "+ 10 100"},
+			{"one that lasts longer", []change{add(10, 100), add(0, 200)}, "yy", "+ 0 200"},
+			{"one that gains too little", []change{add(10, 100), add(0, 103)}, "yn", "+ 10 100"},
+			{"one that gains a 24th", []change{add(10, 100), add(0, 106)}, "yy", "+ 0 106"},
+			{"one that gains less than an hour of many", []change{add(10, 100*day), add(0, 100*day+3500)}, "yn", "+ 10 8640000"},
+			{"one that gains an hour of many", []change{add(10, 100*day), add(0, 100*day+3700)}, "yy", "+ 0 8643700"},
+			{"one that ends sooner", []change{add(10, 100), add(0, 50)}, "yn", "+ 10 100"},
+			{"one that ends, where one never does", []change{add(10, -1), add(0, 100)}, "yn", "+ 10 never"},
+			{"one that never ends", []change{add(10, 100), add(0, -1)}, "yy", "+ 0 never"},
+			{"never twice", []change{add(10, -1), add(0, -1)}, "yn", "+ 10 never"},
+
+			{"a removal", []change{add(10, 100), remove(5, 100)}, "yy", "- 5"},
+			{"a removal of what is newer", []change{add(10, 100), remove(15, 100)}, "yn", "+ 10 100"},
+			{"a removal of the same moment", []change{add(10, 100), remove(10, 100)}, "yy", "- 10"},
+			{"an add that is older than a removal", []change{remove(10, 100), add(15, 1000)}, "yn", "- 10"},
+			{"an add that is newer", []change{remove(10, 100), add(5, 1000)}, "yy", "+ 5 1000"},
+			{"a later removal", []change{remove(10, 100), remove(5, 50)}, "yy", "- 5"},
+			{"an earlier removal", []change{remove(5, 100), remove(10, 100)}, "yn", "- 5"},
+			{"a removal of a removal", []change{add(10, 100), remove(5, 100), add(7, 1000), add(1, 90)}, "yyny", "+ 1 90"},
+
+			{"one port, where all were removed", []change{remove(5, 100), add(10, 1000, 465)}, "yn", ""},
+			{"one port, after all were removed", []change{remove(10, 100), add(5, 1000, 465)}, "yy", "+ 5 1000"},
+			{"all, where one port was removed", []change{remove(5, 100, 465), add(10, 1000)}, "yy", "+ 10 1000"},
+			{"one port that was there when all were removed", []change{add(20, 1000, 465), remove(10, 100), add(5, 10, 465)}, "yyy", "+ 5 10"},
+
+			{"one that has expired counts no more", []change{add(1000, 0), add(2000, 5)}, "yy", "+ 2000 5"},
+		} {
+			e.do(ctx, 0, "FLUSHALL")
+			got := ""
+			for _, c := range test.changes {
+				replies, _, _, err := e.send(ctx, trusted, []change{c})
+				nstest.Must(t, err)
+				if replies[0] == "" {
+					got += "y"
+					continue
+				}
+				got += "n"
+				if _, err := parseRecord(replies[0]); err != nil {
+					t.Errorf("%s: the script says %q: %v", test.name, replies[0], err)
+				}
+			}
+			if got != test.accepted {
+				t.Errorf("%s: accepted: %s, want %s", test.name, got, test.accepted)
+			}
+			now, err := e.now(ctx)
+			nstest.Must(t, err)
+			last := test.changes[len(test.changes)-1].field
+			text, _ := e.do(ctx, 0, "HGET", e.key(trusted, ""), last.String()).ToString() // none
+			if test.want == "" {
+				if text != "" {
+					t.Errorf("%s: %q", test.name, text)
+				}
+				continue
+			}
+			r, err := parseRecord(text)
+			if err != nil {
+				t.Errorf("%s: the script wrote %q: %v", test.name, text, err)
+				continue
+			}
+			about := func(ms int64) int64 { return (ms + 500) / 1000 } // the tests take less
+			text = fmt.Sprintf("+ %d %d", about(now-r.set), about(r.until-now))
+			if r.until == 0 {
+				text = fmt.Sprintf("+ %d never", about(now-r.set))
+			}
+			if r.removed {
+				text = fmt.Sprintf("- %d", about(now-r.set))
+				if r.until < now+(month-60)*1000 {
+					t.Errorf("%s: a removal is forgotten after %d s", test.name, (r.until-now)/1000)
+				}
+			}
+			if text != test.want {
+				t.Errorf("%s: %s, want %s", test.name, text, test.want)
+			}
+			// What was accepted is in the log, with numbers that go up.
+			entries, err := e.read(ctx, map[list]position{trusted: {id: "0-0"}})
+			nstest.Must(t, err)
+			if len(entries) != strings.Count(test.accepted, "y") {
+				t.Errorf("%s: %d entries", test.name, len(entries))
+			}
+			for i, entry := range entries {
+				if entry.sequence != int64(i+1) || entry.node != "a" || entry.epoch == "" || entry.epoch != entries[0].epoch || len(entry.records) != 1 {
+					t.Errorf("%s: %+v", test.name, entry)
+				}
+			}
+			p, cleared, err := e.end(ctx, trusted)
+			if len(entries) > 0 && p != entries[len(entries)-1].position || cleared != 0 || err != nil {
+				t.Errorf("%s: the end is at %+v, %d, %v", test.name, p, cleared, err)
+			}
+		}
+	})
+}
+
+// What is older than the emptying of a list stays out; what is newer comes in.
+func TestClear(t *testing.T) {
+	eachEngine(t, func(t *testing.T, e *engine) {
+		ctx := context.Background()
+		try := func(c change, want bool) {
+			t.Helper()
+			replies, _, _, err := e.send(ctx, banned, []change{c})
+			if err != nil || (replies[0] == "") != want {
+				t.Errorf("%+v: %q, %v", c, replies, err)
+			}
+		}
+		try(add(10, 100), true)
+		nstest.Must(t, e.clear(ctx, banned))
+		if n, err := e.do(ctx, 0, "HLEN", e.key(banned, "")).AsInt64(); n != 0 || err != nil {
+			t.Errorf("%d fields, %v", n, err)
+		}
+		try(add(9, 1000), false)
+		try(add(9, -1), false)
+		try(add(9, 1000, 465), false)
+		nstest.Poll(t, "a new add", func() bool {
+			replies, _, _, err := e.send(ctx, banned, []change{add(0, 50)})
+			return err == nil && replies[0] == ""
+		})
+		p, cleared, err := e.end(ctx, banned)
+		now, _ := e.now(ctx)
+		if err != nil || p.sequence != 3 || cleared > now || cleared < now-60_000 {
+			t.Errorf("%+v, %d, %v", p, cleared, err)
+		}
+		entries, err := e.read(ctx, map[list]position{banned: {id: "0-0"}})
+		if err != nil || len(entries) != 3 || entries[0].cleared != 0 || entries[1].cleared != cleared {
+			t.Errorf("%+v, %v", entries, err)
+		}
+		// The other list is another.
+		if p, cleared, err := e.end(ctx, trusted); p.epoch != "" || cleared != 0 || err != nil {
+			t.Errorf("%+v, %d, %v", p, cleared, err)
+		}
+	})
+}
+
+// What does not count any more is deleted, and nothing else.
+func TestSweep(t *testing.T) {
+	eachEngine(t, func(t *testing.T, e *engine) {
+		ctx := context.Background()
+		_, _, _, err := e.send(ctx, trusted, []change{add(10, 0), add(10, 0, 25), add(10, 100, 465), add(10, -1, 587), remove(5, 1, 993)})
+		nstest.Must(t, err)
+		fields := func() (all []string) {
+			nstest.Must(t, e.all(ctx, trusted, func(field, _ string) { all = append(all, field) }))
+			slices.Sort(all)
+			return slices.Compact(all)
+		}
+		all := fields()
+		if len(all) != 5 {
+			t.Errorf("%q", all)
+		}
+		nstest.Until(t, "what has expired to be deleted", func() error {
+			nstest.Must(t, e.sweep(ctx, trusted, append(all, "192.0.2.8")))
+			if left := fields(); !slices.Equal(left, []string{"192.0.2.7 465", "192.0.2.7 587", "192.0.2.7 993"}) {
+				return fmt.Errorf("%q", left)
+			}
+			return nil
+		})
+	})
+}

@@ -1,0 +1,152 @@
+package cluster
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+
+	"nftwl/pkg/nftset"
+)
+
+func TestField(t *testing.T) {
+	for text, want := range map[string]field{
+		"192.0.2.7":            newField(netip.MustParsePrefix("192.0.2.7/32"), 0),
+		"192.0.2.7 465":        newField(netip.MustParsePrefix("192.0.2.7/32"), 465),
+		"2001:db8::7":          newField(netip.MustParsePrefix("2001:db8::7/128"), 0),
+		"2001:db8:1:2::/64":    newField(netip.MustParsePrefix("2001:db8:1:2::/64"), 0),
+		"2001:db8:1:2::/64 25": newField(netip.MustParsePrefix("2001:db8:1:2::/64"), 25),
+	} {
+		if got, err := parseField(text); err != nil || got != want || got.String() != text {
+			t.Errorf("%q: %v, %v", text, got, err)
+		}
+	}
+	// Each field has one way to write it.
+	for _, text := range []string{
+		"", " ", "x", "192.0.2.7 ", "192.0.2.7 0", "192.0.2.7 065", "192.0.2.7 65536", "192.0.2.7 -1", "192.0.2.7 465 ",
+		"192.0.2.7/32", "192.0.2.7/33", "2001:db8::7/128", "2001:db8::7/64", "2001:DB8::7", "2001:db8:0::7",
+		"::ffff:192.0.2.7", "::ffff:192.0.2.0/120", "fe80::1%eth0", " 192.0.2.7", "192.0.2.7  465",
+	} {
+		if got, err := parseField(text); err == nil {
+			t.Errorf("%q is taken for %v", text, got)
+		}
+	}
+}
+
+func TestRecord(t *testing.T) {
+	for text, want := range map[string]record{
+		"+ 1000 87400 86400 alice @imap1": {false, 1000, 87400, 86400, "alice @imap1"},
+		"+ 1000 0 0 ":                     {false, 1000, 0, 0, ""},
+		"- 1000 87400 0 a, b @imap1":      {true, 1000, 87400, 0, "a, b @imap1"},
+		"- 1000 87400 0 ":                 {true, 1000, 87400, 0, ""},
+	} {
+		if got, err := parseRecord(text); err != nil || got != want || got.String() != text {
+			t.Errorf("%q: %+v, %v", text, got, err)
+		}
+	}
+	for _, text := range []string{
+		"", "+", "+ 1 2 3", "* 1 2 3 x", "+ 1 2 x y", "+ -1 2 3 x", "+ 01 2 3 x", "+ 1 2 9007199254740993 x",
+		"+ 1 99999999999999999999 3 x",
+		"+ 1 0 5 x", "+ 1 5 0 x", // permanent, or not
+		"- 1 0 0 x", "- 1 5 3 x", // a removal is forgotten some day, and has no timeout
+		"+ 1 2 1 a\nb", "+ 1 2 1 a\"b", "+ 1 2 1 " + strings.Repeat("x", nftset.MaxComment+1),
+	} {
+		if got, err := parseRecord(text); err == nil {
+			t.Errorf("%q is taken for %+v", text, got)
+		}
+	}
+}
+
+// Whatever another machine writes into the engine is refused, or is what it says.
+func FuzzRecord(f *testing.F) {
+	f.Add("192.0.2.7", "+ 1000 87400 86400 alice @imap1")
+	f.Add("2001:db8:1:2::/64 465", "- 1000 87400 0 a, b @imap1")
+	f.Add("::ffff:192.0.2.7", "+ 1000 0 0 ")
+	f.Add("fe80::1%eth0 70000", "+ 1 2 3 \"\n")
+	f.Fuzz(func(t *testing.T, name, value string) {
+		if at, err := parseField(name); err == nil {
+			addr := at.Addr()
+			if at.String() != name || !addr.IsValid() || addr.Zone() != "" || addr.Is4In6() || addr.Is4() && at.bits != 128 {
+				t.Errorf("%q is taken for %+v", name, at)
+			}
+		}
+		r, err := parseRecord(value)
+		if err != nil {
+			return
+		}
+		if r.String() != value || r.set < 0 || r.until < 0 || r.timeout < 0 || nftset.CheckComment(r.comment) != nil {
+			t.Errorf("%q is taken for %+v", value, r)
+		}
+		if r.ends() <= 0 && r.until != 0 {
+			t.Errorf("%q ends at %d", value, r.ends())
+		}
+		for _, node := range []string{"imap1", strings.Repeat("n", 63)} {
+			q := qualify(r.comment, node)
+			if nftset.CheckComment(q) != nil {
+				t.Errorf("%q on %s: %q", r.comment, node, q)
+			}
+			if again := qualify(q, "other"); again != q {
+				t.Errorf("%q on another machine: %q", q, again)
+			}
+			if own := unqualify(q, node); nftset.CheckComment(own) != nil || len(own) > len(q) {
+				t.Errorf("%q without %s: %q", q, node, own)
+			}
+		}
+	})
+}
+
+func TestComments(t *testing.T) {
+	long := strings.Repeat("x", 60)
+	for _, test := range []struct{ comment, qualified, own string }{
+		{"alice", "alice @imap1", "alice"},
+		{"", "@imap1", ""},
+		{"alice, bob", "alice @imap1, bob @imap1", "alice, bob"},
+		{"alice, bob @imap2", "alice @imap1, bob @imap2", "alice, bob @imap2"},
+		{"alice @imap1", "alice @imap1", "alice"},
+		{"alice@example.org", "alice@example.org @imap1", "alice@example.org"},
+		{"alice@example.org @imap2", "alice@example.org @imap2", "alice@example.org @imap2"},
+		{"fail2ban @ home", "fail2ban @ home @imap1", "fail2ban @ home"},
+		{"ends in @", "ends in @ @imap1", "ends in @"},
+		{"@imap2", "@imap2", "@imap2"},
+		{"@imap1", "@imap1", ""},
+		// What does not fit is left out, and no name is cut but the first.
+		{long + ", " + long, long + " @imap1", long},
+		{strings.Repeat("y", 128), strings.Repeat("y", nftset.MaxComment-len(" @imap1")) + " @imap1", strings.Repeat("y", nftset.MaxComment-len(" @imap1"))},
+		{strings.Repeat("é", 60), strings.Repeat("é", 60) + " @imap1", strings.Repeat("é", 60)},
+	} {
+		q := qualify(test.comment, "imap1")
+		if q != test.qualified {
+			t.Errorf("%q is %q, and should be %q", test.comment, q, test.qualified)
+		}
+		if own := unqualify(q, "imap1"); own != test.own {
+			t.Errorf("%q is here %q, and should be %q", q, own, test.own)
+		}
+	}
+	if got := local("alice, bob @imap2, carol"); got != "alice, carol" {
+		t.Errorf("%q", got)
+	}
+	if got := addNames("alice, bob @imap2", "carol @imap1, alice"); got != "carol @imap1, alice, bob @imap2" {
+		t.Errorf("%q", got)
+	}
+}
+
+// The later of two records counts, as for the engine.
+func TestMerge(t *testing.T) {
+	added := func(set, until int64) record { return record{false, set, until, 1, "a"} }
+	removed := func(set, until int64) record { return record{true, set, until, 0, "r"} }
+	for _, test := range []struct{ a, b, want record }{
+		{added(1, 10), added(2, 20), added(2, 20)},
+		{added(2, 10), added(1, 20), added(1, 20)},
+		{added(1, 0), added(2, 20), added(1, 0)},
+		{added(1, 10), removed(2, 5), removed(2, 5)},
+		{added(2, 10), removed(2, 5), removed(2, 5)},
+		{added(3, 10), removed(2, 50), added(3, 10)},
+		{removed(1, 10), removed(2, 5), removed(2, 10)},
+	} {
+		if got := merge(test.a, test.b); got != test.want {
+			t.Errorf("%v and %v: %v", test.a, test.b, got)
+		}
+		if got := merge(test.b, test.a); got != test.want {
+			t.Errorf("%v and %v: %v", test.b, test.a, got)
+		}
+	}
+}
