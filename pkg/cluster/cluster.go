@@ -75,12 +75,14 @@ type Node struct {
 	password string
 	configs  chan *config.Config
 	wake     chan struct{} // has an item while there may be news from the kernel
+	told     chan struct{} // has an item when heard may have changed
 	metrics  *metrics
 
 	mu      sync.Mutex // of what the watcher tells
 	shares  []*share
 	names   map[string]*share // by the name of a set
 	overrun bool
+	heard   uint32 // the generation of the ruleset up to which there are no more news
 
 	// The rest is Run's alone.
 	config    *config.Config
@@ -145,6 +147,7 @@ func New(c *config.Config, password string, registry prometheus.Registerer) *Nod
 		password:  password,
 		configs:   make(chan *config.Config, 1),
 		wake:      make(chan struct{}, 1),
+		told:      make(chan struct{}, 1),
 		backoff:   minBackoff,
 		began:     time.Now(),
 		clock:     time.Now().UnixMilli(),
@@ -748,12 +751,26 @@ func (n *Node) look(ctx context.Context, s *share, some map[netip.Addr]*news) (p
 		})
 		if err != nil {
 			n.Problem("kernel", err)
+			if !errors.Is(err, nftset.ErrNoSet) && !errors.Is(err, nftset.ErrNoTable) {
+				n.again(s, addrs, some)
+				continue
+			}
 		}
 		if s.send && len(plans.send) > 0 {
 			n.send(ctx, s, plans.send, of, some)
 		}
 	}
 	return planned
+}
+
+// again has news looked at once more, in a second.
+func (n *Node) again(s *share, addrs []netip.Addr, some map[netip.Addr]*news) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, addr := range addrs {
+		s.note(addr).merge(some[addr])
+	}
+	s.paused = time.Now().Add(time.Second)
 }
 
 // plan decides what to do for addresses of one family.
@@ -777,9 +794,22 @@ func (n *Node) plan(conn *nftset.Conn, s *share, addrs []netip.Addr, some map[ne
 		keys = append(keys, trust.Keys(set, addr, ports)...)
 	}
 	there, err := conn.Lookup(set, keys...)
+	if err == nil {
+		err = n.catchUp(conn)
+	}
 	if err != nil {
 		return all, planned, err
 	}
+	n.mu.Lock()
+	// What changed since is looked at again.
+	addrs = slices.DeleteFunc(addrs, func(addr netip.Addr) bool {
+		later := s.changed[addr]
+		if later != nil {
+			later.merge(some[addr])
+		}
+		return later != nil
+	})
+	n.mu.Unlock()
 	v := n.view(s)
 	for _, addr := range addrs {
 		heard := some[addr]

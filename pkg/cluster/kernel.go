@@ -38,10 +38,24 @@ func (n *Node) watchTable(ctx context.Context) error {
 		return err
 	}
 	defer conn.Close()
+	generation := func() error {
+		g, err := conn.Generation()
+		if err == nil {
+			n.hasHeard(g)
+		}
+		return err
+	}
+	if err := generation(); err != nil {
+		return err
+	}
 	n.missed()
 	var last flush
 	for ctx.Err() == nil && n.watched() == table {
 		err := w.Read(time.Now().Add(block), func(e nftset.Event) {
+			if e.Generation != 0 {
+				n.hasHeard(e.Generation)
+				return
+			}
 			if e.Deleted && e.Meaning == nftset.Unknown && last.of(conn, table, e) {
 				e.Meaning = nftset.Local
 			}
@@ -51,6 +65,10 @@ func (n *Node) watchTable(ctx context.Context) error {
 		case err == nil, errors.Is(err, nftset.ErrDeadline):
 		case errors.Is(err, nftset.ErrOverrun):
 			n.metrics.overruns.Inc()
+			conn.SetTimeout(patience)
+			if err := generation(); err != nil {
+				return err
+			}
 			n.missed()
 		default:
 			return err
@@ -92,6 +110,43 @@ func (f *flush) of(conn *nftset.Conn, table nftset.Table, e nftset.Event) bool {
 	}
 	*f = flush{e.Set, e.By, time.Now(), empty}
 	return empty
+}
+
+// hasHeard notes that there are no more news up to a generation of the ruleset.
+func (n *Node) hasHeard(generation uint32) {
+	n.mu.Lock()
+	if int32(generation-n.heard) > 0 || n.heard == 0 {
+		n.heard = generation
+	}
+	n.mu.Unlock()
+	select {
+	case n.told <- struct{}{}:
+	default:
+	}
+}
+
+// catchUp waits until the watcher has told all that happened up to now. Otherwise an
+// element that was just removed would look like one that is missing here.
+func (n *Node) catchUp(conn *nftset.Conn) error {
+	generation, err := conn.Generation()
+	if err != nil {
+		return err
+	}
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
+	for {
+		n.mu.Lock()
+		heard := n.heard
+		n.mu.Unlock()
+		if heard != 0 && int32(heard-generation) >= 0 {
+			return nil
+		}
+		select {
+		case <-n.told:
+		case <-timer.C:
+			return errors.New("the kernel's news of changes are late")
+		}
+	}
 }
 
 // missed notes that there were changes that nobody told of.

@@ -26,7 +26,7 @@ const most = 2 * time.Second
 type state struct {
 	set     *nftset.Set
 	there   map[uint16]nftset.Element // by port; 0 if the set's keys have none
-	deleted map[uint16]deletion       // by port
+	deleted map[uint16]deletion       // by port; one that is there again was filled from the others
 	seen    time.Time                 // when it was added, of a permanent element; zero for unknown
 	ports   []uint16                  // to look at; 0 alone if the set's keys have none
 }
@@ -81,7 +81,7 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 	}
 	gone := make(map[uint16]change)
 	for port, d := range s.deleted {
-		if _, again := s.there[port]; again || d.left > 0 && d.left < most {
+		if d.left > 0 && d.left < most {
 			continue
 		}
 		c := change{field: every, removed: true, age: time.Since(d.at).Milliseconds(), left: -1, comment: d.comment}

@@ -47,8 +47,12 @@ func bind(fd int, m Meaning) {
 type Event struct {
 	Set string // its name
 
+	// Generation: all events of the transaction that made this generation of the
+	// ruleset have been reported; see Conn.Generation. The other fields are zero.
+	Generation uint32
+
 	// Replaced: the set was created, deleted or replaced. There are no events of
-	// the elements that it lost. The other fields are zero.
+	// the elements that it lost. The fields below are zero.
 	Replaced bool
 
 	// Deleted: the element was deleted; else it was added or renewed. In a
@@ -102,6 +106,10 @@ func (w *Watcher) Close() error { return w.conn.Close() }
 func (w *Watcher) Read(deadline time.Time, f func(Event)) error {
 	w.conn.SetDeadline(deadline)
 	err := w.conn.receive(func(m message) error {
+		if m.typ&^subsystem == unix.NFT_MSG_NEWGEN { // of no family
+			f(Event{Generation: beUint32(Attribute(m.body, unix.NFTA_GEN_ID))})
+			return nil
+		}
 		if m.family != w.table.Family {
 			return nil
 		}
