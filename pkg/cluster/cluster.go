@@ -587,6 +587,12 @@ func (n *Node) readAll(ctx context.Context, s *share) error {
 	if err := n.tick(ctx); err != nil {
 		return err
 	}
+	removals := make(map[field]record)
+	for f, r := range s.records {
+		if r.removed && r.alive(n.now()) {
+			removals[f] = r
+		}
+	}
 	clear(s.records)
 	clear(s.ports)
 	var dead []string
@@ -597,8 +603,16 @@ func (n *Node) readAll(ctx context.Context, s *share) error {
 			dead = append(dead, name)
 		}
 	})
+	lost := s.keep(removals, n.now())
 	if err != nil {
 		return err
+	}
+	if s.send {
+		for some := range slices.Chunk(lost, atOnce) {
+			if _, _, _, err := n.engine.send(ctx, s.list, some); err != nil {
+				return err
+			}
+		}
 	}
 	last, _, err := n.engine.meta(ctx, s.list)
 	if err != nil {
@@ -614,6 +628,19 @@ func (n *Node) readAll(ctx context.Context, s *share) error {
 		}
 	}
 	return nil
+}
+
+// keep adds removals to the records, and returns those that the engine has lost: they
+// count against what the other machines still have.
+func (s *share) keep(removals map[field]record, now int64) (lost []change) {
+	for f, r := range removals {
+		if there, ok := s.records[f]; ok && merge(there, r) == there {
+			continue
+		}
+		s.records[f] = r
+		lost = append(lost, change{field: f, removed: true, age: max(0, now-r.set), left: r.until - now, comment: r.comment})
+	}
+	return lost
 }
 
 // compare looks at each address that this machine or the others have.
