@@ -46,10 +46,10 @@ func Plug(t testing.TB, i int) { t.Helper(); IP(t, fmt.Sprintf("link set host%d 
 // Engine is a Redis or Valkey.
 type Engine struct {
 	Address string // with a port
+	Name    string // redis or valkey
 
 	t      testing.TB
 	debian Debian
-	name   string // redis or valkey
 	args   []string
 	cmd    *exec.Cmd
 }
@@ -60,13 +60,24 @@ type Engine struct {
 func (d Debian) NewEngine(t testing.TB, address, dir string, args ...string) *Engine {
 	t.Helper()
 	host, port, _ := strings.Cut(address, ":")
-	e := &Engine{Address: address, t: t, debian: d, name: "redis"}
+	return d.newEngine(t, address, append([]string{"--bind", host, "--port", port, "--dir", dir, "--save", "", "--protected-mode", "no"}, args...)...)
+}
+
+// NewSentinel starts the system's Sentinel with a configuration that has the
+// address.
+func (d Debian) NewSentinel(t testing.TB, address, conf string) *Engine {
+	t.Helper()
+	return d.newEngine(t, address, conf, "--sentinel")
+}
+
+func (d Debian) newEngine(t testing.TB, address string, args ...string) *Engine {
+	t.Helper()
+	e := &Engine{Address: address, t: t, debian: d, Name: "redis", args: args}
 	if fileExists(d.Path("usr/bin/valkey-server")) {
-		e.name = "valkey"
+		e.Name = "valkey"
 	} else {
 		d.Need(t, "usr/bin/redis-server", "redis-server")
 	}
-	e.args = append([]string{"--bind", host, "--port", port, "--dir", dir, "--save", "", "--protected-mode", "no"}, args...)
 	e.Start()
 	t.Cleanup(func() { e.Signal(syscall.SIGKILL) })
 	return e
@@ -76,10 +87,10 @@ func (d Debian) NewEngine(t testing.TB, address, dir string, args ...string) *En
 // the engine's network namespace that lives as long as the engine.
 func (e *Engine) Start() {
 	e.t.Helper()
-	e.cmd = e.debian.Command("/usr/bin/"+e.name+"-server", e.args...)
+	e.cmd = e.debian.Command("/usr/bin/"+e.Name+"-server", e.args...)
 	e.cmd.SysProcAttr.Pdeathsig = unix.SIGKILL
 	Must(e.t, e.cmd.Start())
-	Poll(e.t, e.name+" to answer", func() bool { return strings.Contains(e.try("PING"), "PONG") })
+	Poll(e.t, e.Name+" to answer", func() bool { return strings.Contains(e.try("PING"), "PONG") })
 }
 
 // Signal sends a signal, and waits for the engine's end where it is one that ends
@@ -100,6 +111,24 @@ func (e *Engine) Do(words ...string) string {
 	return strings.TrimSpace(output(e.t, e.client(words...)))
 }
 
+// Spawn sends a command, and does not wait for its answer.
+func (e *Engine) Spawn(words ...string) {
+	e.t.Helper()
+	cmd := e.client(words...)
+	Must(e.t, cmd.Start())
+	e.t.Cleanup(func() {
+		_ = cmd.Process.Kill() // fails where it has exited
+		_ = cmd.Wait()
+	})
+}
+
+// At is the engine by another address.
+func (e *Engine) At(address string) *Engine {
+	other := *e
+	other.Address = address
+	return &other
+}
+
 func (e *Engine) try(words ...string) string {
 	out, _ := e.client(words...).CombinedOutput() // as long as it does not listen
 	return string(out)
@@ -107,5 +136,5 @@ func (e *Engine) try(words ...string) string {
 
 func (e *Engine) client(words ...string) *exec.Cmd {
 	host, port, _ := strings.Cut(e.Address, ":")
-	return e.debian.Command("/usr/bin/"+e.name+"-cli", append([]string{"-h", host, "-p", port}, words...)...)
+	return e.debian.Command("/usr/bin/"+e.Name+"-cli", append([]string{"-h", host, "-p", port}, words...)...)
 }

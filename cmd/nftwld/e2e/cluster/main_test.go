@@ -5,9 +5,11 @@ package cluster
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -25,16 +27,19 @@ func TestMain(m *testing.M) {
 type lan struct {
 	t      *testing.T
 	engine *nstest.Engine
-	nodes  []*node
+	// replica is another engine, of tests that start one.
+	replica *nstest.Engine
+	nodes   []*node
 }
 
 // node is a machine with nftables and an nftwld.
 type node struct {
-	t    *testing.T
-	peer *nstest.Peer
-	name string
-	dir  string
-	cmd  *exec.Cmd
+	t      *testing.T
+	peer   *nstest.Peer
+	name   string
+	dir    string
+	server string // the engine's URL
+	cmd    *exec.Cmd
 }
 
 // eachEngine runs a test with Redis and with Valkey.
@@ -51,7 +56,7 @@ func newLAN(t *testing.T, d nstest.Debian, n int, args ...string) *lan {
 	nstest.Must(t, os.Mkdir("/run/engine", 0o755))
 	l := &lan{t: t}
 	for i, peer := range nstest.NewLAN(t, n) {
-		l.nodes = append(l.nodes, &node{t: t, peer: peer, name: fmt.Sprintf("node%d", i), dir: t.TempDir()})
+		l.nodes = append(l.nodes, &node{t: t, peer: peer, name: fmt.Sprintf("node%d", i), dir: t.TempDir(), server: "redis://" + nstest.Hub + ":6379"})
 		l.nodes[i].load()
 		l.nodes[i].config("")
 	}
@@ -84,7 +89,7 @@ func (n *node) config(more string) {
 	if !strings.Contains(more, "cluster: {") {
 		more += "\ncluster: {}\n"
 	}
-	more = strings.Replace(more, "cluster: {", "cluster: {server: \"redis://"+nstest.Hub+":6379\", node: "+n.name+", ", 1)
+	more = strings.Replace(more, "cluster: {", "cluster: {server: \""+n.server+"\", node: "+n.name+", ", 1)
 	nstest.Write(n.t, filepath.Join(n.dir, "nftwl.yaml"), strings.Replace(more, ", }", "}", 1), 0o600)
 }
 
@@ -151,6 +156,16 @@ func (n *node) connected() {
 	n.t.Helper()
 	nstest.Poll(n.t, n.name+" to be connected", func() bool {
 		return n.metric("cluster_connected") == 1 && n.metric("cluster_merges") >= 2
+	})
+}
+
+// disconnected waits until it reports that the engine cannot be used, for a reason.
+func (n *node) disconnected(reason string) {
+	n.t.Helper()
+	nstest.Poll(n.t, n.name+" to report "+reason, func() bool {
+		s := n.status()
+		down, _ := s["cluster_down"].(map[string]any)
+		return s["cluster_connected"] == 0. && down[reason] == 1.
 	})
 }
 
@@ -226,10 +241,32 @@ func (l *lan) quiet() {
 	l.t.Helper()
 	var before string
 	nstest.Poll(l.t, "the logs to stay as they are", func() bool {
-		now := l.engine.Do("HGET", "nftwl:{mail}:trusted:meta", "sequence") + " " + l.engine.Do("HGET", "nftwl:{mail}:banned:meta", "sequence")
+		now := l.sequence("trusted") + " " + l.sequence("banned")
 		same := now == before
 		before = now
 		time.Sleep(300 * time.Millisecond)
 		return same
 	})
+}
+
+// sequence is the number of the last entry of a list's log; empty for none.
+func (l *lan) sequence(list string) string {
+	l.t.Helper()
+	return l.engine.Do("HGET", "nftwl:{mail}:"+list+":meta", "sequence")
+}
+
+// same waits until all machines have the same elements.
+func (l *lan) same() {
+	l.t.Helper()
+	for _, list := range []string{"trusted", "banned"} {
+		nstest.Until(l.t, "the machines to have the same "+list, func() error {
+			want := slices.Sorted(maps.Keys(l.nodes[0].list(list)))
+			for _, n := range l.nodes[1:] {
+				if got := slices.Sorted(maps.Keys(n.list(list))); !slices.Equal(got, want) {
+					return fmt.Errorf("%s has %q, %s %q", l.nodes[0].name, want, n.name, got)
+				}
+			}
+			return nil
+		})
+	}
 }
