@@ -78,8 +78,13 @@ func (l *lan) start() {
 // load loads the shipped sets, in place of all rules.
 func (n *node) load() {
 	n.t.Helper()
-	sets := nstest.Contrib(n.t, "nftables/sets.nft")
-	n.peer.Do(func() { nstest.Nft(n.t, "flush ruleset\n"+sets) })
+	n.nft("flush ruleset\n" + nstest.Contrib(n.t, "nftables/sets.nft"))
+}
+
+// nft runs nft(8) with a ruleset.
+func (n *node) nft(ruleset string) {
+	n.t.Helper()
+	n.peer.Do(func() { nstest.Nft(n.t, ruleset) })
 }
 
 // config writes the configuration. more is added to it; "cluster: {" in it is the
