@@ -345,10 +345,16 @@ func (n *Node) works() {
 // tick reads the engine's clock.
 func (n *Node) tick(ctx context.Context) error {
 	now, err := n.engine.now(ctx)
-	if err == nil {
-		n.began, n.clock = time.Now(), now
+	if err != nil {
+		return err
 	}
-	return err
+	if jump := now - n.now(); max(jump, -jump) > skew.Milliseconds() {
+		for _, s := range n.shares {
+			n.mergeSoon(s)
+		}
+	}
+	n.began, n.clock = time.Now(), now
+	return nil
 }
 
 // failed notes that the engine cannot be used.

@@ -20,9 +20,10 @@ local function get(field)
 	if not value then return nil end
 	local sign, set, ends, timeout = string.match(value, '^([+-]) (%d+) (%d+) (%d+) ')
 	if not sign then return nil end
-	ends = tonumber(ends)
-	if ends ~= 0 and ends <= now then return nil end
-	return {removed = sign == '-', set = tonumber(set), ends = ends, timeout = tonumber(timeout), value = value}
+	set, ends = tonumber(set), tonumber(ends)
+	-- One of the future is from before the clock was set back.
+	if ends ~= 0 and ends <= now or set > now + 60000 then return nil end
+	return {removed = sign == '-', set = set, ends = ends, timeout = tonumber(timeout), value = value}
 end
 
 local epoch = redis.call('HGET', KEYS[3], 'epoch')
@@ -31,6 +32,7 @@ if not epoch then
 	redis.call('HSET', KEYS[3], 'epoch', epoch, 'format', '1')
 end
 local cleared = tonumber(redis.call('HGET', KEYS[3], 'cleared') or '0')
+if cleared > now + 60000 then cleared = 0 end
 
 local replies, accepted = {}, {}
 for i = 4, #ARGV, 6 do

@@ -123,8 +123,8 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 	// removedBy is the latest removal that counts on a port.
 	removedBy := func(port uint16) record {
 		r := record{set: -1}
-		if v.cleared > 0 && v.cleared+remembered.Milliseconds() > v.now {
-			r = record{removed: true, set: v.cleared}
+		if all := (record{removed: true, set: v.cleared, until: v.cleared + remembered.Milliseconds()}); v.cleared > 0 && all.alive(v.now) {
+			r = all
 		}
 		for _, port := range []uint16{0, port} {
 			if s, ok := shared[port]; ok && s.removed && s.set > r.set {

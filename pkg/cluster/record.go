@@ -89,8 +89,13 @@ func (r record) ends() int64 {
 	return r.until
 }
 
-// alive reports whether the record counts at a time.
-func (r record) alive(now int64) bool { return r.ends() > now }
+// alive reports whether the record counts at a time. One of the future does not: it
+// is from before the engine's clock was set back, and nobody could remove it.
+func (r record) alive(now int64) bool { return r.ends() > now && r.set <= now+skew.Milliseconds() }
+
+// skew is how far apart two views of the engine's clock can be. It is that of
+// merge.lua.
+const skew = time.Minute
 
 // String returns the record as the engine has it: "+ SET UNTIL TIMEOUT COMMENT" or
 // "- SET UNTIL 0 COMMENT".

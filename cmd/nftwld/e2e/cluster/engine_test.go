@@ -368,3 +368,61 @@ func TestTrimmed(t *testing.T) {
 		l.same()
 	})
 }
+
+// When the engine's clock jumps, trust stays, logins count and removals too. The
+// clock cannot be set here: what the engine has is moved, as if it had been.
+func TestEngineClock(t *testing.T) {
+	for name, hours := range map[string]string{"back": "1", "forward": "-1"} {
+		t.Run(name, func(t *testing.T) {
+			eachEngine(t, func(t *testing.T, d nstest.Debian) {
+				l := newLAN(t, d, 2)
+				l.start()
+				a, b := l.nodes[0], l.nodes[1]
+				const kept, removed, ended = "198.51.100.1", "198.51.100.2", "198.51.100.3"
+				for _, addr := range []string{kept, removed, ended} {
+					a.login(addr, "alice")
+					b.becomes("trusted", addr, true)
+				}
+				b.nftwl("remove", removed)
+				a.becomes("trusted", removed, false)
+				l.quiet()
+				for _, n := range l.nodes {
+					n.stop()
+				}
+				l.engine.Do("EVAL", `
+local hour = ARGV[1] * 3600000
+local all = redis.call('HGETALL', KEYS[1])
+for i = 1, #all, 2 do
+	local sign, set, ends, rest = string.match(all[i + 1], '^(.) (%d+) (%d+) (.*)$')
+	redis.call('HSET', KEYS[1], all[i], string.format('%s %.0f %.0f %s', sign, set + hour, ends + hour, rest))
+end
+if hour > 0 then
+	local clock = redis.call('TIME')
+	redis.call('XSETID', KEYS[2], string.format('%.0f-0', clock[1] * 1000 + hour))
+end
+return 1`, "2", "nftwl:{mail}:trusted", "nftwl:{mail}:trusted:log", hours)
+				for _, n := range l.nodes {
+					n.start()
+				}
+				for _, n := range l.nodes {
+					n.connected()
+					n.becomes("trusted", kept, true)
+					if e := n.list("trusted")[kept+" 993"]; e.Expires > 86400 || e.Expires < 86400-3700 {
+						t.Errorf("%+v", e)
+					}
+				}
+				b.login(removed, "bob")
+				a.becomes("trusted", removed, true)
+				a.nftwl("remove", ended)
+				b.becomes("trusted", ended, false)
+				l.quiet()
+				l.same()
+				for _, n := range l.nodes {
+					if !n.is("trusted", removed) || n.is("trusted", ended) {
+						t.Errorf("%s has lost a login or a removal", n.name)
+					}
+				}
+			})
+		})
+	}
+}
