@@ -115,12 +115,12 @@ func parseRecord(s string) (r record, err error) {
 	}
 	r.removed, r.comment = parts[0] == "-", parts[4]
 	for i, to := range []*int64{&r.set, &r.until, &r.timeout} {
-		const most = 1 << 52 // that a script's numbers hold without loss
+		const most = 1 << 43 // in the year 2248; as nanoseconds, it fits into a time.Duration
 		if *to, err = strconv.ParseInt(parts[1+i], 10, 64); err != nil || *to < 0 || *to > most {
 			return r, errNoRecord
 		}
 	}
-	if r.String() != s || (r.until == 0) != (r.timeout == 0) && !r.removed || r.removed && (r.until == 0 || r.timeout != 0) {
+	if r.String() != s || r.timeout > nftset.MaxTimeout.Milliseconds() || (r.until == 0) != (r.timeout == 0) && !r.removed || r.removed && (r.until == 0 || r.timeout != 0) {
 		return r, errNoRecord
 	}
 	return r, nftset.CheckComment(r.comment)
