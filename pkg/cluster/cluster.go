@@ -519,6 +519,9 @@ func (n *Node) learn(s *share, name, value string, old bool) (field, bool) {
 		}
 		s.ports[f.port] = true
 	}
+	if reason := v.refuses(here); reason != "" && !r.removed && !strings.HasSuffix(r.comment, "@"+n.node) {
+		n.metrics.refused.WithLabelValues(reason).Inc()
+	}
 	if known, there := s.records[here]; there && (old || here != f) {
 		r = merge(known, r)
 	}

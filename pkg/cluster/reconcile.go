@@ -203,7 +203,9 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 			there = false
 		}
 		r, ok := best(port)
-		if !ok || !v.accepts(addr, port, s.set) {
+		f := every
+		f.port = port
+		if !ok || v.refuses(f) != "" {
 			continue
 		}
 		want, ok := v.element(r)
@@ -279,21 +281,20 @@ func (v *view) kept(r record, e nftset.Element) string {
 	return strings.Join(kept, names)
 }
 
-// accepts reports whether this machine takes what others have of a port. It takes
-// no more than a login here would get.
-func (v *view) accepts(addr netip.Addr, port uint16, set *nftset.Set) bool {
-	if set.Key.Port && v.list == trusted && !slices.Contains(v.config.Ports, port) {
-		return false
+// refuses says why this machine does not take what others have of a field, in a word;
+// "" if it does. It takes no more than a login here would get.
+func (v *view) refuses(f field) string {
+	if f.port != 0 && v.list == trusted && !slices.Contains(v.config.Ports, f.port) {
+		return "port"
 	}
 	refuse := trust.Refuse
 	if v.list == banned {
 		refuse = trust.RefuseBan
 	}
-	if refuse(v.config, addr) != nil {
-		return false
+	if refuse(v.config, f.Addr()) != nil || slices.ContainsFunc(v.own, v.prefix(f.Addr()).Contains) {
+		return "address"
 	}
-	network := v.prefix(addr)
-	return !slices.ContainsFunc(v.own, network.Contains)
+	return ""
 }
 
 // element returns the element for a record of the others, and false if too little

@@ -119,7 +119,7 @@ func TestReconcile(t *testing.T) {
 			want:  "extend A . 465 24h0m0s/24h0m0s alice @b; extend A . 993 24h0m0s/24h0m0s alice @b"},
 		{name: "never shortened", records: records{"A": plus(0, hour, "alice @b")},
 			there: ports{993: elem(0, hour+60, "alice"), 465: elem(0, -1, "alice")},
-			want: "send A 465 +1099511628/never alice @a"},
+			want:  "send A 465 +1099511628/never alice @a"},
 		{name: "nearly over elsewhere", records: records{"A": plus(day, 1, "alice @b")}},
 		{name: "over elsewhere", records: records{"A": plus(day, 0, "alice @b")}},
 		{name: "it comes back from elsewhere", records: records{"A": plus(10, 90, "alice @a")},
