@@ -1,11 +1,13 @@
 package main
 
 import (
+	"errors"
 	"log/slog"
 	"os"
 	"sync"
 	"time"
 
+	"nftwl/pkg/cluster"
 	"nftwl/pkg/install"
 )
 
@@ -82,7 +84,11 @@ func (q *quiet) write(reason string, p *problem, err error) {
 	if p.more > 0 {
 		args = append(args, "more", p.more)
 	}
-	if hint := install.Remedy(err); hint != "" {
+	hint := install.Remedy(err)
+	if errors.Is(err, cluster.ErrSandbox) {
+		hint = "install -D -m 644 -t /etc/systemd/system/nftwld.service.d /usr/share/nftwl/systemd/nftwld.service.d/cluster.conf && systemctl daemon-reload && systemctl restart nftwld"
+	}
+	if hint != "" {
 		args = append(args, "hint", hint)
 	}
 	q.log.Error(reason, args...)

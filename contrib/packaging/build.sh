@@ -64,7 +64,7 @@ units() {
 		[ ! -f "$file" ] || put 644 "$file" "usr/lib/systemd/system/${file#contrib/systemd/}"
 	done
 	# Files that an administrator can install instead of a unit, or beside one.
-	for file in systemd/standalone/nftwl-persist.service systemd/dovecot.service.d/nftwl.conf; do
+	for file in systemd/standalone/nftwl-persist.service systemd/dovecot.service.d/nftwl.conf systemd/nftwld.service.d/cluster.conf; do
 		put 644 "contrib/$file" "usr/share/nftwl/$file"
 	done
 }

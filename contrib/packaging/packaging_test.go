@@ -53,8 +53,8 @@ func TestConfig(t *testing.T) {
 			t.Errorf("%+v, %v, of\n%s", c, err, text)
 		}
 	}
-	// Except policy and failures, which are off by default.
-	if n, want := len(keys.FindAll(text, -1)), reflect.TypeFor[config.Config]().NumField()-2; n != want {
+	// Except policy, failures and cluster, which are off by default.
+	if n, want := len(keys.FindAll(text, -1)), reflect.TypeFor[config.Config]().NumField()-3; n != want {
 		t.Errorf("%d keys of %d", n, want)
 	}
 }
@@ -150,6 +150,7 @@ usr/lib/systemd/system/nftwl-snapshot.service
 usr/lib/systemd/system/nftwld.service
 usr/lib/systemd/system/nftwld.socket
 usr/share/nftwl/systemd/dovecot.service.d/nftwl.conf
+usr/share/nftwl/systemd/nftwld.service.d/cluster.conf
 usr/share/nftwl/systemd/standalone/nftwl-persist.service
 `
 

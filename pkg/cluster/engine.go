@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/valkey-io/valkey-go"
+	"golang.org/x/sys/unix"
 
 	"nftwl/pkg/config"
 )
@@ -81,6 +82,9 @@ func dial(c *config.Cluster, node, password string) (*engine, error) {
 	}
 	client, err := valkey.NewClient(o)
 	if err != nil {
+		if o.DialCtxFn == nil && sandboxed() {
+			err = ErrSandbox
+		}
 		return nil, err
 	}
 	return &engine{client, c.Name, node}, nil
@@ -315,6 +319,19 @@ func (e *engine) evicts(ctx context.Context) bool {
 	return strings.Contains(info, "\nmaxmemory_policy:allkeys-") && !strings.Contains(info, "\nmaxmemory:0\r")
 }
 
+// ErrSandbox: nftwld's unit lets it reach no network.
+var ErrSandbox = errors.New("nftwld cannot open a network socket")
+
+// sandboxed reports whether RestrictAddressFamilies= leaves out AF_INET. The error of
+// a name's lookup does not tell.
+func sandboxed() bool {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err == nil {
+		unix.Close(fd)
+	}
+	return err == unix.EAFNOSUPPORT
+}
+
 // Reasons for which the engine cannot be used, in words that do not change.
 const (
 	refusedLogin = "login"   // wrong user or password
@@ -323,6 +340,7 @@ const (
 	slow         = "timeout" // no answer in time
 	badTLS       = "tls"
 	unreachable  = "network"
+	sandbox      = "sandbox"  // the unit lets nftwld reach no network
 	replica      = "readonly" // a replica answers
 	odd          = "engine"   // any other answer
 )
@@ -351,6 +369,8 @@ func why(err error) string {
 	switch {
 	case errors.As(err, &certificate), errors.As(err, &header):
 		return badTLS
+	case errors.Is(err, ErrSandbox):
+		return sandbox
 	case errors.Is(err, context.DeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
 		return slow
 	}

@@ -64,6 +64,7 @@ func newMachine(t testing.TB, b nstest.Debian) *machine {
 	nstest.Must(m, os.Chmod(m.disk("usr/bin/nftwl"), 0o755))
 	contrib := filepath.Join(nstest.Root(t), "contrib")
 	m.copy(filepath.Join(contrib, "systemd"), "etc/systemd/system")
+	nstest.Must(m, os.Remove(m.disk(clusterDropIn))) // for a cluster alone
 	m.copy(filepath.Join(contrib, "nftables"), "etc/nftwl")
 	m.write("etc/nftables.conf", nstest.Contrib(t, "nftables/nftables.conf"))
 	// Tests restart it more often than its limit allows.
