@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -241,19 +242,18 @@ func listenAddress(c *config.Config) netip.AddrPort {
 // of the file.
 func readKey(path string) (string, error) { return config.ReadKey(secret("policy.key", path)) }
 
-// readPassword returns the password of the cluster's server: systemd's credential,
-// or the contents of a file; "" without either.
+// passwordFile is root's, of which the unit makes the credential.
+const passwordFile = "/etc/nftwl/cluster.password"
+
+// readPassword returns the password of the cluster's server: systemd's credential, or
+// the contents of a file; "" without either.
 func readPassword(c *config.Cluster) (string, error) {
 	if c == nil {
 		return "", nil
 	}
-	path := secret("cluster.password", c.PasswordFile)
-	if path == "" {
-		return "", nil
-	}
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return "", failure{fmt.Errorf("cluster.password_file: %w", err), "the file has the password of the user in cluster.server"}
+	text, err := os.ReadFile(secret("cluster.password", cmp.Or(c.PasswordFile, passwordFile)))
+	if err != nil && c.PasswordFile != "" {
+		return "", failure{fmt.Errorf("cluster.password_file: %w", err), "write the password of the user in cluster.server to this file"}
 	}
 	return strings.TrimSpace(string(text)), nil
 }

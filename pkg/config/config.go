@@ -84,7 +84,7 @@ type Cluster struct {
 	Name         string   // of what is shared: machines with the same name share
 	Node         string   // this machine's name; empty for the host's
 	Send, Take   []string // the lists that are shared: trusted, banned
-	PasswordFile string   // path of the file with the server's password; empty for none
+	PasswordFile string   // path of the file with the server's password; empty for /etc/nftwl/cluster.password, which can be missing
 	CAFile       string   // path of the certificates that sign the server's; empty for the system's
 }
 
