@@ -21,6 +21,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -52,11 +53,14 @@ func main() {
 	// Another process adds the elements, because the kernel counts at least the
 	// parent's peak memory as a child's (exec_mmap).
 	fillSet := flag.String("fill", "", "only add -most elements to `SET`")
+	listen := flag.Bool("listener", false, "only measure what a listener costs")
 	flag.Parse()
 	err := alone()
 	switch {
 	case err == nil && *fillSet != "":
 		err = fill(*fillSet, *most)
+	case err == nil && *listen:
+		err = underListener(min(*most, 100_000))
 	case err == nil:
 		err = bench(*most)
 	}
@@ -76,7 +80,10 @@ func alone() error {
 	return err
 }
 
-func fill(set string, n int) error {
+func fill(set string, n int) error { return fillBy(set, n, n) }
+
+// fillBy adds n elements, at most so many in a transaction.
+func fillBy(set string, n, atOnce int) error {
 	conn, err := nftset.Dial()
 	if err != nil {
 		return err
@@ -94,6 +101,12 @@ func fill(set string, n int) error {
 	for i := range n {
 		if i%len(ports) == 0 {
 			addr = addr.Next()
+		}
+		if i > 0 && i%atOnce == 0 {
+			if err := batch.Commit(); err != nil {
+				return err
+			}
+			batch = conn.Batch()
 		}
 		batch.Add(s, nftset.Element{
 			Key:     nftset.Key{Addr: addr, Port: ports[i%len(ports)]},
@@ -203,7 +216,10 @@ func bench(most int) error {
 			mib(&save), mib(&list), float64(list.memory)/float64(save.memory),
 			mib(&restore), mib(&load), float64(load.memory)/float64(restore.memory))
 	}
-	return underLogins(nftwl, dir, min(most, 262144))
+	if err := underLogins(nftwl, dir, min(most, 262144)); err != nil {
+		return err
+	}
+	return underListener(min(most, 100_000))
 }
 
 // underLogins compares saves on a quiet system with saves during which two users a
@@ -267,6 +283,92 @@ func underLogins(nftwl, dir string, n int) error {
 	fmt.Printf("| %d | %s | %s | %.2f | %s | %s |\n", n, ms(&quiet), ms(&disturbed),
 		float64(disturbed.median())/float64(quiet.median()), mib(&quiet), mib(&disturbed))
 	return nil
+}
+
+// underListener shows how much memory the kernel takes for a transaction while a
+// listener is there, as in nftwld with a cluster: its own, that is not a process's.
+func underListener(n int) error {
+	fmt.Printf("\n| elements | in a transaction | the kernel's memory without a listener | with one | time without | with one |\n|--:|--:|--:|--:|--:|--:|\n")
+	for _, atOnce := range []int{n, n / 10} {
+		var memory [2]int64 // most of all runs: between two looks, it may have been more
+		var times [2]figure
+		for range 5 {
+			for listens := range 2 {
+				took, rise, err := fillWith(listens == 1, n, atOnce)
+				if err != nil {
+					return err
+				}
+				memory[listens] = max(memory[listens], rise)
+				times[listens].times = append(times[listens].times, took)
+			}
+		}
+		fmt.Printf("| %d | %d | %d MB | %d MB | %s | %s |\n", n, atOnce, memory[0]/1000, memory[1]/1000, ms(&times[0]), ms(&times[1]))
+	}
+	return nil
+}
+
+// fillWith fills a set, with a listener or without, and returns by how many kilobytes
+// the kernel's memory rose meanwhile at most.
+func fillWith(listener bool, n, atOnce int) (took time.Duration, rise int64, err error) {
+	if err := reset(); err != nil {
+		return 0, 0, err
+	}
+	done := make(chan struct{})
+	var others sync.WaitGroup
+	defer others.Wait()
+	defer close(done)
+	if listener {
+		w, err := nftset.Watch(nftset.Table{Family: nftset.INet, Name: "filter"})
+		if err != nil {
+			return 0, 0, err
+		}
+		others.Go(func() {
+			defer w.Close()
+			for {
+				select {
+				case <-done:
+					return
+				default:
+					_ = w.Read(time.Now().Add(50*time.Millisecond), func(nftset.Event) {}) // at the deadline, too
+				}
+			}
+		})
+	}
+	before, err := unreclaimable()
+	if err != nil {
+		return 0, 0, err
+	}
+	stop, most := make(chan struct{}), make(chan int64)
+	go func() {
+		var peak int64
+		for {
+			select {
+			case <-stop:
+				most <- peak
+				return
+			case <-time.After(time.Millisecond):
+				if now, err := unreclaimable(); err == nil {
+					peak = max(peak, now)
+				}
+			}
+		}
+	}()
+	start := time.Now()
+	err = fillBy("trusted_ipv4", n, atOnce)
+	took = time.Since(start)
+	close(stop)
+	return took, <-most - before, err
+}
+
+// unreclaimable is how much memory the kernel has allocated for itself, in kilobytes.
+func unreclaimable() (int64, error) {
+	text, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return 0, err
+	}
+	_, after, _ := strings.Cut(string(text), "\nSUnreclaim:")
+	value, _, _ := strings.Cut(strings.TrimSpace(after), " ")
+	return strconv.ParseInt(value, 10, 64)
 }
 
 func ms(f *figure) string {
