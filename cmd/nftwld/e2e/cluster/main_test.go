@@ -25,7 +25,7 @@ func TestMain(m *testing.M) {
 
 // lan is some machines, and an engine that they share.
 type lan struct {
-	t      *testing.T
+	t      testing.TB
 	engine *nstest.Engine
 	// replica is another engine, of tests that start one.
 	replica *nstest.Engine
@@ -34,7 +34,7 @@ type lan struct {
 
 // node is a machine with nftables and an nftwld.
 type node struct {
-	t      *testing.T
+	t      testing.TB
 	peer   *nstest.Peer
 	name   string
 	dir    string
@@ -49,7 +49,7 @@ func eachEngine(t *testing.T, test func(t *testing.T, d nstest.Debian)) {
 
 // newLAN makes n machines with the shipped sets, and an engine with the given
 // arguments, on a system. No nftwld runs yet.
-func newLAN(t *testing.T, d nstest.Debian, n int, args ...string) *lan {
+func newLAN(t testing.TB, d nstest.Debian, n int, args ...string) *lan {
 	t.Helper()
 	nstest.New(t)
 	d.Tree(t)
