@@ -2,6 +2,7 @@ package main
 
 import (
 	"io"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -10,6 +11,10 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/prometheus/client_golang/prometheus"
+
+	"nftwl/pkg/cluster"
+	"nftwl/pkg/config"
 	"nftwl/pkg/nstest"
 )
 
@@ -48,4 +53,26 @@ func TestDocsMetrics(t *testing.T) {
 		}
 	}
 	n.stop()
+}
+
+// Each metric of the cluster is in docs/cluster.md, and what that names is one.
+func TestDocsClusterMetrics(t *testing.T) {
+	c := config.Default()
+	c.Cluster = &config.Cluster{Server: "unix:///nowhere", Name: "mail", Node: "one"}
+	registry := prometheus.NewRegistry()
+	cluster.New(c, "", registry)
+	descriptions := make(chan *prometheus.Desc, 100)
+	registry.Describe(descriptions)
+	close(descriptions)
+	there := make(map[string]bool)
+	for d := range descriptions {
+		there[regexp.MustCompile(`fqName: "(\w+)"`).FindStringSubmatch(d.String())[1]] = true
+	}
+	named := make(map[string]bool)
+	for _, m := range regexp.MustCompile("`(nftwl_cluster_\\w+)`").FindAllStringSubmatch(nstest.Read(t, filepath.Join(nstest.Root(t), "docs/cluster.md")), -1) {
+		named[m[1]] = true
+	}
+	if !maps.Equal(there, named) {
+		t.Errorf("docs/cluster.md has %v, nftwld %v", slices.Sorted(maps.Keys(named)), slices.Sorted(maps.Keys(there)))
+	}
 }

@@ -57,10 +57,11 @@ func newRoot() *cobra.Command {
 		Long: `nftwld tells the firewall which addresses a mail server's users log in from.
 Dovecot reports every authentication to it over HTTP, and no login waits for
 that. After a successful one, nftwld trusts the client's address, as 'nftwl
-login' does. It bans an address that fails with many different passwords.
+login' does. It bans an address that fails with many different passwords. It can
+share the sets with other machines, over Redis or Valkey.
 
-It runs in the foreground and logs to standard error. 'policy' and 'failures' in
-the configuration set what it does. It takes its socket from systemd
+It runs in the foreground and logs to standard error. 'policy', 'failures' and
+'cluster' in the configuration set what it does. It takes its socket from systemd
 (nftwld.socket), or listens on policy.listen. It reads the key that reports must
 have from the credential policy.key, or from policy.key_file.
 

@@ -84,6 +84,12 @@ is set, too.
 Read the configuration and the key again.
 A change of
 .I policy.listen
+or
+.IR cluster ,
+except for
+.I send
+and
+.IR take ,
 needs a restart.
 .TP
 .BR SIGTERM ,\~ SIGINT
@@ -92,10 +98,14 @@ Write everything that was reported, save the failures, and exit.
 systemd sets these:
 .TP
 .B CREDENTIALS_DIRECTORY
-The directory with the credential
-.IR policy.key ,
-which is used instead of
-.IR policy.key_file .
+The directory with the credentials
+.I policy.key
+and
+.IR cluster.password ,
+which are used instead of
+.I policy.key_file
+and
+.IR cluster.password_file .
 .TP
 .B STATE_DIRECTORY
 The default of
@@ -111,15 +121,19 @@ inherits. It listens on them instead of on
 .I /etc/nftwl.yaml
 The configuration; see
 .BR nftwl.yaml (5).
-.I policy
-and
+.IR policy ,
 .I failures
+and
+.I cluster
 are for
 .BR nftwld .
 .TP
 .I /etc/nftwl/policy.key
 The key that each report must have: one word of at least 16 characters,
 readable by root alone.
+.TP
+.I /etc/nftwl/cluster.password
+The password for the cluster\(aqs server, readable by root alone.
 .TP
 .I /etc/dovecot/conf.d/91\-nftwl\-policy.conf.ext
 Dovecot\(aqs settings, with the same key, readable by root alone.

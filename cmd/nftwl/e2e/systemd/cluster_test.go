@@ -109,7 +109,6 @@ func TestDocsCluster(t *testing.T) {
 		}
 		b.Need(t, "usr/bin/"+engine+"-server", engine+"-server")
 		b.Need(t, "usr/bin/openssl", "openssl")
-		const name = "docs/cluster.md"
 		password := map[string]string{"PASSWORD2": "of-submit", "PASSWORD": "of-nftwl"}
 		fill := func(text string) string {
 			return strings.NewReplacer("PASSWORD2", password["PASSWORD2"], "PASSWORD", password["PASSWORD"]).Replace(text)
@@ -132,8 +131,8 @@ func TestDocsCluster(t *testing.T) {
 		for _, dir := range []string{"/var/lib/", "/var/log/"} {
 			imap1.run("install", "-d", "-o", engine, "-g", engine, dir+engine)
 		}
-		roles := nstest.Blocks(t, name, "Roles")
-		for _, block := range nstest.Blocks(t, name, "1. Redis") {
+		roles := nstest.Blocks(t, "docs/cluster.md", "Roles")
+		for _, block := range nstest.Blocks(t, "docs/cluster.md", "1. Redis") {
 			text := strings.ReplaceAll(strings.ReplaceAll(block.Text, "redis", engine), engine+".example", "redis.example")
 			switch {
 			case block.Language == "sh":
@@ -146,7 +145,7 @@ func TestDocsCluster(t *testing.T) {
 
 		joins := func(m *machine, node, password string) {
 			m.Helper()
-			for _, block := range nstest.Blocks(t, name, "2. Each machine") {
+			for _, block := range nstest.Blocks(t, "docs/cluster.md", "2. Each machine") {
 				if block.Language == "yaml" {
 					m.write("etc/nftwl.yaml", strings.ReplaceAll(block.Text, "imap1", node))
 					continue
@@ -167,7 +166,7 @@ func TestDocsCluster(t *testing.T) {
 			m.clusterIs("")
 		}
 
-		shown := nstest.Blocks(t, name, "3. See that it works")
+		shown := nstest.Blocks(t, "docs/cluster.md", "3. See that it works")
 		if out := imap1.shell(shown[0].Text); !strings.Contains(out, "cluster connected    1") {
 			t.Errorf("%s", out)
 		}
@@ -195,7 +194,10 @@ func TestDocsCluster(t *testing.T) {
 		if out, _ := submit1.try(cli[0], cli[1:]...); !strings.Contains(out, "NOPERM") {
 			t.Errorf("submit1 can delete the trusts: %s", out)
 		}
-		imap2.run("nftwl", "flush", "--everywhere", "trusted")
+		// An emptied set is filled again, unless it is emptied everywhere.
+		imap2.shell("nft flush set inet filter trusted_ipv4")
+		imap2.holds("trusted_ipv4", "192.0.2.7 . 993")
+		imap2.shell("nftwl flush --everywhere trusted")
 		nstest.Until(imap1, "nobody is trusted", func() error {
 			if out := imap1.run("nftwl", "list", "trusted"); strings.Contains(out, "192.0.2") {
 				return errors.New(out)
@@ -203,7 +205,7 @@ func TestDocsCluster(t *testing.T) {
 			return nil
 		})
 
-		for _, block := range nstest.Blocks(t, name, "Undo") {
+		for _, block := range nstest.Blocks(t, "docs/cluster.md", "Undo") {
 			imap2.shell(block.Text)
 		}
 		imap2.state("nftwld.service", "inactive")
