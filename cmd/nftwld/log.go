@@ -86,7 +86,7 @@ func (q *quiet) write(reason string, p *problem, err error) {
 	}
 	hint := install.Remedy(err)
 	if errors.Is(err, cluster.ErrSandbox) {
-		hint = "install -D -m 644 -t /etc/systemd/system/nftwld.service.d /usr/share/nftwl/systemd/nftwld.service.d/cluster.conf && systemctl daemon-reload && systemctl restart nftwld"
+		hint = install.OpenNetwork
 	}
 	if hint != "" {
 		args = append(args, "hint", hint)

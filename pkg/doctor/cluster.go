@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"nftwl/pkg/config"
+	"nftwl/pkg/install"
 )
 
 // clusterFaults are what nftwld says of a server that it cannot use, by the word in
@@ -20,6 +21,7 @@ var clusterFaults = map[string]struct {
 	"memory":   {"has no memory left", remedy{words: "raise its maxmemory"}},
 	"readonly": {"is a replica, which takes nothing", remedy{words: "name the primary in cluster.server, or Sentinel (docs/cluster.md)"}},
 	"tls":      {"has a certificate that is not trusted", remedy{words: "name the certificates that sign it as cluster.ca_file, and the server by the name in its certificate"}},
+	"sandbox":  {"cannot be reached, because nftwld.service forbids the network", remedy{"install the drop-in of docs/cluster.md", install.OpenNetwork}},
 	"timeout":  {"does not answer in time", remedy{"see what nftwld says", "journalctl -u nftwld"}},
 	"network":  {"cannot be reached", remedy{"start it, and let nftwld.service reach it (docs/cluster.md)", "journalctl -u nftwld"}},
 }

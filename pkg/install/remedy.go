@@ -11,6 +11,10 @@ import (
 	"nftwl/pkg/snapshot"
 )
 
+// OpenNetwork is the command that lets nftwld.service reach the cluster's server.
+const OpenNetwork = "install -D -m 644 -t " + UnitDir + "/nftwld.service.d " + shareDir + "systemd/nftwld.service.d/cluster.conf" +
+	" && systemctl daemon-reload && systemctl restart nftwld"
+
 // Remedy is what to do about an error, or "".
 func Remedy(err error) string {
 	var problem *Problem

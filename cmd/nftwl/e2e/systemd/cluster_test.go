@@ -72,9 +72,11 @@ func TestClusterSandbox(t *testing.T) {
 			t.Errorf("no hint at the drop-in in\n%s", log)
 		}
 
-		m.write(clusterDropIn, nstest.Contrib(t, "systemd/nftwld.service.d/cluster.conf"))
-		m.run("systemctl", "daemon-reload")
-		m.run("systemctl", "restart", "nftwld")
+		m.copy(nstest.Root(t)+"/contrib/systemd", "usr/share/nftwl/systemd")
+		if got := m.doctor("cluster")["cluster"]; !strings.HasPrefix(got, "fail: ") {
+			t.Errorf("doctor: %s", got)
+		}
+		m.run("sh", "-euc", m.remedies("cluster")["cluster"])
 		m.clusterIs("login") // without a password
 		m.write("etc/nftwl/cluster.password", "secret\n")
 		nstest.Must(m, os.Chmod(m.file("etc/nftwl/cluster.password"), 0o600))
