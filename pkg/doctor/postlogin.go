@@ -25,7 +25,7 @@ type postLogin struct {
 	askers   []*doveconf.Settings
 
 	login    *install.PostLogin
-	programs []string // the paths that Dovecot executes: nftwl's, and those before and after it
+	programs []string // the paths that Dovecot executes: nftwl's, and the one after it
 }
 
 // root tells whether the service runs its programs as root.
@@ -55,15 +55,11 @@ func (d *Doctor) checkPostLogin(p *postLogin) {
 		return
 	}
 	p.login = login
-	for _, command := range [][]string{{login.Nftwl}, login.Before} {
-		if len(command) > 0 {
-			path := command[0]
-			if !filepath.IsAbs(path) {
-				path = filepath.Join(d.dovecot.Values["libexec_dir"], path) // as script-login does
-			}
-			p.programs = append(p.programs, path)
-		}
+	path := login.Nftwl
+	if !filepath.IsAbs(path) {
+		path = filepath.Join(d.dovecot.Values["libexec_dir"], path) // as script-login does
 	}
+	p.programs = append(p.programs, path)
 	if len(login.Command) > 0 {
 		path := login.Command[0]
 		if found, err := exec.LookPath(path); err == nil {
@@ -141,7 +137,7 @@ func (d *Doctor) untried(p *postLogin) string {
 	case p.login.MailUser:
 		return "it runs as the mail user"
 	case len(p.programs) > 1:
-		return "it would run " + strings.Join(slices.Concat(p.login.Before, p.login.Command), " ")
+		return "it would run " + strings.Join(p.login.Command, " ")
 	case !d.running:
 		return "Dovecot is not running"
 	}

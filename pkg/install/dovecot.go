@@ -124,7 +124,7 @@ func findChain(dovecot *doveconf.Settings, socket string) (*chain, error) {
 	if err != nil {
 		return nil, err
 	}
-	command := slices.Concat(login.Before, login.Command)
+	command := login.Command
 	if login.Nftwl != "" && len(command) == 0 {
 		return nil, nil
 	}

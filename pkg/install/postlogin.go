@@ -3,7 +3,7 @@ package install
 import (
 	"errors"
 	"fmt"
-	"slices"
+	"path"
 	"strings"
 )
 
@@ -44,13 +44,12 @@ func skipEmpty(args []string) []string {
 // post-login service.
 type PostLogin struct {
 	MailUser bool     // script-login -d: as the mail user, not as the service's
-	Before   []string // a program that runs first and executes nftwl, and its arguments
-	Nftwl    string   // as it is written; "" if no word looks like nftwl
+	Nftwl    string   // as it is written; "" if another program runs first
 	Config   string   // of its --config; "" for the default
 	Command  []string // what runs after nftwl, without Dovecot's own script-login; all of it without nftwl
 }
 
-// ErrEmptyWord reports a second space before nftwl.
+// ErrEmptyWord reports a second space before the program.
 var ErrEmptyWord = errors.New("two spaces in a row make an empty word, which is executed")
 
 // ParsePostLogin parses it as Dovecot does. An error says why it denies every
@@ -58,7 +57,7 @@ var ErrEmptyWord = errors.New("two spaces in a row make an empty word, which is 
 func ParsePostLogin(executable string) (*PostLogin, error) {
 	// process_exec() of Dovecot's src/master/main.c splits at each single space.
 	words := strings.Split(executable, " ")
-	if name := words[0]; name[strings.LastIndexByte(name, '/')+1:] != "script-login" {
+	if path.Base(words[0]) != "script-login" {
 		return nil, errors.New("script-login does not run it")
 	}
 	p := new(PostLogin)
@@ -77,23 +76,16 @@ func ParsePostLogin(executable string) (*PostLogin, error) {
 	if len(words) == 0 {
 		return nil, errors.New("script-login has no program to run")
 	}
-	// A program that comes before nftwl executes its arguments.
-	i := slices.IndexFunc(words, func(word string) bool {
-		return word == "nftwl" || strings.HasSuffix(word, "/nftwl")
-	})
-	if i < 0 { // perhaps it has another name
-		i = slices.Index(words, "login") - 1
-	}
-	if words[0] == "" || i > 0 && slices.Contains(words[:i], "") {
+	if words[0] == "" {
 		return nil, ErrEmptyWord
 	}
-	if i < 0 {
+	if path.Base(words[0]) != "nftwl" {
 		p.Command = words
 		return p, nil
 	}
-	p.Before, p.Nftwl = words[:i], words[i]
+	p.Nftwl = words[0]
 	var ok bool
-	if p.Config, p.Command, ok = LoginArgs(words[i+1:]); !ok {
+	if p.Config, p.Command, ok = LoginArgs(words[1:]); !ok {
 		return nil, fmt.Errorf("%s has no word login after it", p.Nftwl)
 	}
 	return p, nil

@@ -43,8 +43,7 @@ func TestParsePostLogin(t *testing.T) {
 		{"script-login /usr/bin/nftwl login", PostLogin{Nftwl: "/usr/bin/nftwl"}},
 		{"/usr/lib/dovecot/script-login nftwl login x  y", PostLogin{Nftwl: "nftwl", Command: []string{"x", "", "y"}}},
 		{"script-login /usr/bin/nftwl --config  /etc/x.yaml login", PostLogin{Nftwl: "/usr/bin/nftwl", Config: "/etc/x.yaml"}},
-		{"script-login /hop -x /usr/bin/nftwl login /y", PostLogin{Before: []string{"/hop", "-x"}, Nftwl: "/usr/bin/nftwl", Command: []string{"/y"}}},
-		{"script-login /opt/trust login /y", PostLogin{Nftwl: "/opt/trust", Command: []string{"/y"}}},
+		{"script-login /hop  /usr/bin/nftwl login /y", PostLogin{Command: []string{"/hop", "", "/usr/bin/nftwl", "login", "/y"}}},
 		{"script-login -d /x.sh -d y", PostLogin{MailUser: true, Command: []string{"/x.sh", "-d", "y"}}},
 		{"script-login -d -- rawlog -t", PostLogin{MailUser: true, Command: []string{"rawlog", "-t"}}},
 		{"script-login - x", PostLogin{Command: []string{"-", "x"}}},
@@ -57,7 +56,7 @@ func TestParsePostLogin(t *testing.T) {
 			continue
 		}
 		if p.MailUser != c.want.MailUser || p.Nftwl != c.want.Nftwl || p.Config != c.want.Config ||
-			!slices.Equal(p.Before, c.want.Before) || !slices.Equal(p.Command, c.want.Command) {
+			!slices.Equal(p.Command, c.want.Command) {
 			t.Errorf("%s: %+v", c.executable, *p)
 		}
 	}
@@ -65,7 +64,7 @@ func TestParsePostLogin(t *testing.T) {
 		"": false, "imap": false, "/usr/bin/nftwl login": false, "script-login": false, "script-login -d": false, "script-login --": false,
 		"script-login -c": false, "script-login -x /x.sh": false, "script-login --help": false, "script-login /usr/bin/nftwl": false,
 		"script-login nftwl list": false, "script-login /usr/bin/nftwl --config login": false,
-		"script-login  /usr/bin/nftwl login": true, "script-login ": true, "script-login -d  /x.sh": true, "script-login /hop  nftwl login": true,
+		"script-login  /usr/bin/nftwl login": true, "script-login ": true, "script-login -d  /x.sh": true,
 		" script-login x": false,
 	} {
 		if p, err := ParsePostLogin(executable); err == nil || errors.Is(err, ErrEmptyWord) != empty {
@@ -83,7 +82,7 @@ func FuzzParsePostLogin(f *testing.F) {
 	f.Fuzz(func(t *testing.T, line string, at uint8) {
 		words := strings.Split(line, " ")
 		p, err := ParsePostLogin("script-login " + line)
-		if err == nil && p.Nftwl != "" && len(p.Before) == 0 && !p.MailUser && words[0] == p.Nftwl {
+		if err == nil && p.Nftwl != "" && !p.MailUser && words[0] == p.Nftwl {
 			config, command, ok := LoginArgs(words[1:])
 			if !ok || config != p.Config || !slices.Equal(command, p.Command) {
 				t.Errorf("%q: %+v, and to login %q, %q, %v", line, *p, config, command, ok)
