@@ -115,7 +115,7 @@ Exit status: 0, or 1 if something failed, 2 if the command line was wrong.`,
 	_ = root.MarkPersistentFlagFilename("config", "yaml") // the flag is there
 	for _, cmd := range root.Commands() {
 		switch cmd.Name() {
-		case "login":
+		case "login", "help":
 			continue
 		case "save", "restore":
 			cmd.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveDefault)
@@ -127,12 +127,6 @@ Exit status: 0, or 1 if something failed, 2 if the command line was wrong.`,
 			cmd.ValidArgsFunction = completeAddresses(&configPath, trusted, banned)
 		case "why":
 			cmd.ValidArgsFunction = completeAddresses(&configPath, allLists...)
-		case "help":
-			cmd.Args = func(_ *cobra.Command, args []string) error {
-				about, rest, _ := root.Find(args) // the error is that of about's Args
-				return noSuchCommand(about, rest)
-			}
-			continue
 		case "completion":
 			cmd.Use, cmd.Short = "completion bash|fish|powershell|zsh", "Print a shell's completion script"
 			cmd.Run = func(*cobra.Command, []string) {} // so that cobra checks the arguments
