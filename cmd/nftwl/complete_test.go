@@ -12,8 +12,8 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// A real bash with what it needs for the script, and someone who presses Tab.
-// The comments, users' names among them, are text and nothing else.
+// In a real bash, someone presses Tab. Comments, which can have users' names, are
+// never run or expanded.
 func TestBashCompletes(t *testing.T) {
 	const functions = "/usr/share/bash-completion/bash_completion"
 	bash := nstest.Need(t, "bash", "bash")
@@ -30,7 +30,7 @@ add element inet filter trusted_ipv6 { 2001:db8::7 . 993 timeout 1d comment "ali
 	cmd.Dir = t.TempDir()
 	cmd.Env = []string{"TERM=dumb", "HOME=/", "PATH=" + filepath.Dir(nstest.Build(t, "cmd/nftwl")) + ":/usr/bin:/bin"}
 	y := startOn(t, 200, 24, cmd)
-	// What is typed, and what the terminal then shows. Bash shows nothing while
+	// What the user types, and what the terminal then shows. bash shows nothing while
 	// there is more to read.
 	for _, step := range []struct{ typed, shown string }{
 		{". " + functions + " && echo re''ady\n", "\nready\n"},

@@ -17,7 +17,7 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// documents returns what a reader reads, by its path from the root of the
+// documents returns the text of each document, by its path from the root of the
 // repository.
 func documents(t *testing.T) map[string]string {
 	t.Helper()
@@ -86,8 +86,7 @@ func TestDocsLinks(t *testing.T) {
 	}
 }
 
-// What a document names is there: files, targets of make, commands of nftwl
-// and their flags.
+// The files, make targets, commands of nftwl and flags that a document names exist.
 func TestDocsNames(t *testing.T) {
 	root := nstest.Root(t)
 	makefile, err := os.ReadFile(filepath.Join(root, "Makefile"))
@@ -112,7 +111,7 @@ func TestDocsNames(t *testing.T) {
 					t.Errorf("%s: the Makefile has no target %s", name, m[1])
 				}
 			}
-			// What follows a comment, && or > is no argument.
+			// Text after a comment, && or > is no argument.
 			for _, m := range command.FindAllStringSubmatch(strings.Trim(part, "`"), -1) {
 				line, _, _ := strings.Cut(m[1], " #")
 				line, _, _ = strings.Cut(line, " && ")
@@ -125,7 +124,7 @@ func TestDocsNames(t *testing.T) {
 	}
 }
 
-// refused says why the command line has no such command or flags.
+// refused returns why the command line is wrong, or "" if it is not.
 func refused(args []string) string {
 	if _, _, ok := install.LoginArgs(args); ok {
 		return ""
@@ -160,7 +159,7 @@ func refused(args []string) string {
 	return ""
 }
 
-// The manual page names no command that is not for its reader.
+// The manual page names no internal commands.
 func TestDocsManual(t *testing.T) {
 	page, err := os.ReadFile(filepath.Join(nstest.Root(t), "contrib/man/nftwl.8"))
 	if err != nil {
@@ -225,9 +224,8 @@ func TestDocsRules(t *testing.T) {
 	}
 }
 
-// Every block of shell is run by a test, which asks nstest.Blocks for those of
-// its heading; and every command in a line of its own words is in some test, as
-// it is written.
+// A test runs every block of shell: it calls nstest.Blocks with the block's heading.
+// Some test has every command that a document has in a sentence, as it is written.
 func TestDocsBlocksRun(t *testing.T) {
 	root := nstest.Root(t)
 	var tests strings.Builder
@@ -247,7 +245,7 @@ func TestDocsBlocksRun(t *testing.T) {
 		run[m[1]] = true
 	}
 	part := regexp.MustCompile("(?m)^ *```(\\w*)\n((?s:.*?)\n) *```$|^#+ (.*)$")
-	// What is more than a word, and names nothing that the reader fills in.
+	// Commands of more than a word, without anything that the reader must fill in.
 	command := regexp.MustCompile("`((?:sudo|rm|mv|cp|diff|sed|apt|install|systemctl|systemd-analyze|doveadm|nft|nftwld?|fail2ban-client)\\s[^`]+)`")
 	for name, text := range documents(t) {
 		if untested[name] {
@@ -281,8 +279,8 @@ func TestDocsBlocksRun(t *testing.T) {
 	}
 }
 
-// untested are documents whose commands build and test nftwl itself.
+// untested has the documents whose commands build and test nftwl itself.
 var untested = map[string]bool{"CONTRIBUTING.md": true, "docs/measurements.md": true}
 
-// lookedAt are documents whose commands within a line no test has yet.
+// lookedAt has the documents whose commands in sentences no test has yet.
 var lookedAt = map[string]bool{"docs/fail2ban.md": true, "docs/firewall.md": true, "docs/containers.md": true, "docs/troubleshooting.md": true}

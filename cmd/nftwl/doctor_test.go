@@ -17,8 +17,8 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// Whoever presses Ctrl-C a second time wants it to end, whatever it waits for:
-// here for what a program has started, which holds the pipe of its output.
+// A second Ctrl-C ends doctor, whatever it waits for: here for a process that a program
+// has started, and that keeps the program's output open.
 func TestDoctorInterruptedTwice(t *testing.T) {
 	h := newHost(t)
 	h.must(unix.Mkfifo("/run/held", 0o600))
@@ -44,7 +44,7 @@ func TestDoctorInterruptedTwice(t *testing.T) {
 		case <-time.After(10 * time.Millisecond):
 		}
 		if !held {
-			// Which fails until somebody reads, and whose close ends cat.
+			// Opening it fails until somebody reads; closing it ends cat.
 			f, err := os.OpenFile("/run/held", os.O_WRONLY|unix.O_NONBLOCK, 0)
 			if err != nil {
 				continue
@@ -52,17 +52,17 @@ func TestDoctorInterruptedTwice(t *testing.T) {
 			defer f.Close()
 			held = true
 		}
-		_ = cmd.Process.Signal(syscall.SIGINT) // it may have ended
+		_ = cmd.Process.Signal(syscall.SIGINT) // fails if it has ended
 	}
 }
 
-// What doctor prints fits the terminal, has its colours, and loses no word; its
-// commands stay whole.
+// doctor's output fits the terminal, uses its colours and loses no word. Commands are
+// not wrapped.
 func TestDoctorOnTerminal(t *testing.T) {
 	h := newHost(t)
 	h.write("/etc/nftwl.yaml", "snapshot: /etc/state/sets.nft\n")
 	h.write("/etc/state/sets.nft", "")
-	h.must(os.Chmod("/etc/state/sets.nft", 0o666)) // the remedy of which is long
+	h.must(os.Chmod("/etc/state/sets.nft", 0o666)) // because its remedy is long
 	results := func(text string) (words, commands []string) {
 		text = regexp.MustCompile("\x1b\\[[0-9;]*m").ReplaceAllString(text, "")
 		for _, m := range regexp.MustCompile(`(?m)^ +# (.*)$`).FindAllStringSubmatch(text, -1) {
@@ -109,8 +109,7 @@ func TestDoctorOnTerminal(t *testing.T) {
 	}
 }
 
-// One cause is one finding, with a remedy that works on a machine that has
-// nothing yet.
+// One cause makes one finding, and its remedy works on a machine that has nothing yet.
 func TestDoctorOnFreshMachine(t *testing.T) {
 	h := newHost(t)
 	var results []struct{ Check, Status, Command string }

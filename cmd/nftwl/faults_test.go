@@ -22,21 +22,21 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// A fault is something that is wrong when a user logs in. Whatever it is, the
-// login goes on: nftwl login executes the command.
+// A fault is something that is wrong when a user logs in. Whatever it is, nftwl login
+// executes the command, so the login goes on.
 type fault struct {
 	group, name string
 
 	ip      string   // the client's address; 192.0.2.7 if empty
-	noIP    bool     // there is none
+	noIP    bool     // $IP is unset
 	rules   string   // the ruleset; the sets if empty
 	config  string   // of the file that --config names
-	wrap    []string // a command to run nftwl under
+	wrap    []string // a command that runs nftwl
 	seccomp string   // a system call that fails: see seccompRun
 	close   string   // a shell's redirection
 	stdin   func(t *testing.T) *os.File
 	stderr  func(t *testing.T) *os.File
-	// variable is one that the user database adds to the environment.
+	// variable is added to the environment, like a field of the user database.
 	variable string
 	static   bool // the login executes a static program, which needs no descriptor
 	during   func(t *testing.T) (end func())
@@ -46,14 +46,14 @@ type fault struct {
 	waits string // what the login waits for; empty for nothing
 }
 
-// deadline is that of the default configuration.
+// deadline is the default configuration's.
 const deadline = 500 * time.Millisecond
 
 const theDeadline = "the deadline"
 
 const client = "192.0.2.7"
 
-// faults returns them all. The files that they name are those of prepare.
+// faults returns all faults. prepare makes the files that they name.
 func faults() []fault {
 	const notAddress = "is not an IP address"
 	unprivileged := []string{"setpriv", "--bounding-set=-net_admin"}
@@ -131,7 +131,7 @@ func prepare(t *testing.T, dir string) {
 	letIn(t, dir)
 }
 
-// What a fault made of a login.
+// result is the result of a login with a fault.
 type result struct {
 	went   bool // the command was executed
 	took   time.Duration
@@ -139,7 +139,7 @@ type result struct {
 	keys   int // in the trusted sets
 }
 
-// docs/faults.md says what this finds.
+// The results are in docs/faults.md.
 func TestFaults(t *testing.T) {
 	nstest.NeedUsers(t)
 	nstest.Need(t, "setpriv", "util-linux")
@@ -205,7 +205,7 @@ func (f *fault) check(t *testing.T, r result) {
 	t.Logf("%v, %q", r.took.Round(100*time.Microsecond), r.stderr)
 }
 
-// command returns what runs nftwl with arguments, the fault around it.
+// command returns a command that runs nftwl with the fault.
 func (f *fault) command(t *testing.T, dir string, args ...string) *exec.Cmd {
 	t.Helper()
 	argv := []string{nstest.Build(t, "cmd/nftwl")}
@@ -231,8 +231,8 @@ func (f *fault) command(t *testing.T, dir string, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// around runs something in a namespace of its own with the ruleset, and
-// returns how many elements the trusted sets have then.
+// around runs a function in a new namespace with the ruleset, and returns how many
+// elements the trusted sets have afterwards.
 func (f *fault) around(t *testing.T, run func()) (keys int) {
 	t.Helper()
 	nstest.New(t)
@@ -280,12 +280,11 @@ func (f *fault) login(t *testing.T, dir string) (r result) {
 	return r
 }
 
-// limit bounds what must happen.
+// limit is the longest wait for something that must happen.
 const limit = 20 * time.Second
 
-// If Go's runtime gives up before main, the command is not executed, and
-// docs/troubleshooting.md has the words by which to know why. The drop-in's limit
-// is enough.
+// If Go's runtime gives up before main, the command is not executed, and Dovecot's log
+// has words that docs/troubleshooting.md explains. The drop-in's limit is high enough.
 func TestBeforeMain(t *testing.T) {
 	nstest.NeedUsers(t)
 	nstest.Need(t, "setpriv", "util-linux")
@@ -309,7 +308,7 @@ func TestBeforeMain(t *testing.T) {
 	for _, test := range []struct {
 		what  string
 		wrap  []string
-		words string // empty where it runs
+		words string // on stderr; empty if nftwl runs
 	}{
 		{"the drop-in's vsz_limit", memory(gigabytes << 30), ""},
 		{"Dovecot's default of 256 MB", memory(256 << 20), "failed to reserve page summary memory"},
@@ -328,9 +327,9 @@ func TestBeforeMain(t *testing.T) {
 	}
 }
 
-// hugeTransaction has the kernel carry out one that takes it a second, during
-// which nobody else can write. The elements come first, in transactions as
-// large as any user may send; emptying the set is one.
+// hugeTransaction starts a transaction that takes the kernel a second, during which
+// nothing else can write. It first adds the elements, in transactions as large as any
+// user can send; emptying the set is a single one.
 func hugeTransaction(t *testing.T) (end func()) {
 	t.Helper()
 	nstest.Nft(t, "table inet other { set s { type ipv4_addr; }; }")
@@ -360,7 +359,7 @@ func hugeTransaction(t *testing.T) (end func()) {
 		thread <- unix.Gettid()
 		committed <- batch.Commit()
 	}()
-	// It has begun once the kernel has worked for it.
+	// It has begun when the process has used time in the kernel.
 	schedstat := fmt.Sprintf("/proc/self/task/%d/schedstat", <-thread)
 	worked := func() (ns int64) {
 		b, err := os.ReadFile(schedstat)
@@ -385,8 +384,7 @@ func hugeTransaction(t *testing.T) (end func()) {
 	}
 }
 
-// fullPipe returns the end of a pipe into which nothing fits any more, and
-// whose reader does not read.
+// fullPipe returns the write end of a full pipe that nobody reads.
 func fullPipe(t *testing.T) *os.File {
 	t.Helper()
 	r, w, err := os.Pipe()
@@ -404,7 +402,7 @@ func fullPipe(t *testing.T) *os.File {
 	return w
 }
 
-// brokenPipe returns the end of a pipe without a reader.
+// brokenPipe returns the write end of a pipe whose read end is closed.
 func brokenPipe(t *testing.T) *os.File {
 	t.Helper()
 	r, w, err := os.Pipe()
@@ -416,7 +414,7 @@ func brokenPipe(t *testing.T) *os.File {
 	return w
 }
 
-// letIn lets every user into a directory.
+// letIn lets every user enter a directory.
 func letIn(t *testing.T, dir string) {
 	t.Helper()
 	for ; len(dir) > len(os.TempDir()); dir = filepath.Dir(dir) {
@@ -426,10 +424,9 @@ func letIn(t *testing.T, dir string) {
 	}
 }
 
-// seccompRun, as the first argument of the test binary, has it execute the
-// command that follows, with a system call that fails: "sendto ENOMEM", or
-// "sendto 0" for one that does nothing and says that it did. Only nftwl's
-// netlink socket is affected.
+// With seccompRun as its first argument, the test binary executes the command that
+// follows, with a system call that fails ("sendto ENOMEM") or does nothing but reports
+// success ("sendto 0"). This affects only nftwl's netlink socket.
 const seccompRun = "seccomp-run"
 
 func runSeccomp(args []string) error {
@@ -454,7 +451,7 @@ func runSeccomp(args []string) error {
 		[]unix.SockFilter{{Code: ret, K: unix.SECCOMP_RET_ERRNO | uint32(errno)}, {Code: ret, K: unix.SECCOMP_RET_ALLOW}},
 	)
 	program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
-	runtime.LockOSThread() // the filter is the thread's that calls exec
+	runtime.LockOSThread() // because the filter belongs to the thread that calls exec
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return err
 	}

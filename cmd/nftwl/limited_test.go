@@ -13,9 +13,9 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// The shipped rules, and real packets: what their limit did to an address, unban
-// ends, on a port that the configuration does not name; and who is banned with a
-// network is reported to be.
+// With the shipped rules and real packets: unban ends what their limit did to an address,
+// also on a port that is not in the configuration. A ban of the address's network is
+// reported.
 func TestLimitedByTheRules(t *testing.T) {
 	nstest.New(t)
 	dir := t.TempDir()
@@ -32,7 +32,7 @@ func TestLimitedByTheRules(t *testing.T) {
 	}
 	internet := nstest.NewPeer(t, "198.51.100.0/24", "2001:db8:a::/48")
 	nstest.Echo(t, 587)
-	// answers tells whether a connection is opened and left open.
+	// answers reports whether a connection opens and stays open.
 	answers := func(from netip.Addr, patience time.Duration) bool {
 		server := nstest.ServerIPv4
 		if from.Is6() {
@@ -82,7 +82,7 @@ func TestLimitedByTheRules(t *testing.T) {
 		if out, errs, code := command("unban", who.neighbour); code != 0 {
 			t.Errorf("unban: exit %d, %s%s", code, out, errs)
 		}
-		// What was counted is forgotten, too.
+		// The count is reset too.
 		for i := range burst {
 			if !answers(from, limit) {
 				t.Fatalf("unbanned, %s opens %d connections, want %d", from, i, burst)

@@ -16,15 +16,15 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// tty is a terminal as its user has it.
+// tty is a user's terminal.
 type tty struct {
 	keys *os.File
 	mu   sync.Mutex
-	text []byte // all that was written to it
+	text []byte // everything that was written to it
 	end  chan struct{}
 }
 
-// startOn starts a command on a terminal of a size, which controls it.
+// startOn starts a command on a terminal with a size. It is the controlling terminal.
 func startOn(t *testing.T, columns, rows uint16, cmd *exec.Cmd) *tty {
 	t.Helper()
 	fd, err := unix.Open("/dev/ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
@@ -59,7 +59,7 @@ func startOn(t *testing.T, columns, rows uint16, cmd *exec.Cmd) *tty {
 		for b := make([]byte, 4096); ; {
 			n, err := y.keys.Read(b)
 			if err != nil {
-				return // EIO: nobody has it open any more
+				return // EIO: nobody has the terminal open
 			}
 			y.mu.Lock()
 			y.text = append(y.text, b[:n]...)
@@ -75,12 +75,12 @@ func (y *tty) written() string {
 	return strings.ReplaceAll(string(y.text), "\r", "")
 }
 
-// wait ends with the command.
+// wait waits for the command to end.
 func (y *tty) wait(t *testing.T, cmd *exec.Cmd) (text string, code int) {
 	t.Helper()
 	ended := time.AfterFunc(limit, func() { _ = cmd.Process.Kill() })
 	defer ended.Stop()
-	_ = cmd.Wait() // the code tells
+	_ = cmd.Wait() // the exit status shows whether it failed
 	<-y.end
 	return y.written(), cmd.ProcessState.ExitCode()
 }
@@ -94,7 +94,7 @@ table inet filter {
 }
 `
 
-// A line for each address, of any length: nothing is cut.
+// Each address has a line of any length: nothing is cut.
 func TestList(t *testing.T) {
 	nstest.New(t)
 	nstest.Nft(t, fourSets+`
@@ -110,22 +110,22 @@ add element inet filter banned_ipv6 { 2001:db8:: timeout 90d expires 10d59m }
 	const want = `LIST     ADDRESS               PORTS                TIME LEFT  COMMENT
 trusted  192.0.2.7             143,993,995          permanent
 trusted  192.0.2.8             143,465,587,993,995  20h        carol, of the office in Trier
-trusted  2001:db8:1:2:3:4:5:6  993                  LIFE       Zoë
+trusted  2001:db8:1:2:3:4:5:6  993                  TIME       Zoë
 banned   198.51.100.1          465                  8d         guessing
 banned   2001:db8::/64         all                  10d
 `
 	left := regexp.MustCompile(`30d   |29d23h`)
 	cmd := nftwl(t, []string{"TERM=xterm"}, "list")
 	on, code := startOn(t, 40, 24, cmd).wait(t, cmd)
-	if on = left.ReplaceAllString(on, "LIFE  "); on != want || code != 0 {
+	if on = left.ReplaceAllString(on, "TIME  "); on != want || code != 0 {
 		t.Errorf("on a terminal: exit %d\n%swant\n%s", code, on, want)
 	}
-	if out, _, _ := output(t, nftwl(t, nil, "list")); left.ReplaceAllString(out, "LIFE  ") != want {
+	if out, _, _ := output(t, nftwl(t, nil, "list")); left.ReplaceAllString(out, "TIME  ") != want {
 		t.Errorf("through a pipe:\n%s", out)
 	}
 }
 
-// A note reports an empty list on a terminal, and only there.
+// On a terminal, and only there, a note reports an empty list.
 func TestListEmpty(t *testing.T) {
 	nstest.New(t)
 	nstest.Nft(t, fourSets)
@@ -144,8 +144,8 @@ func TestListEmpty(t *testing.T) {
 	}
 }
 
-// A user's name is the comment of an element. It must not write to a terminal
-// but what can be seen, in the order in which it is.
+// A user chooses the comment of an element, their name. list must print only its visible
+// characters, in their order.
 func TestListShowsCommentsAsTheyAre(t *testing.T) {
 	nstest.New(t)
 	for comment, want := range map[string]string{

@@ -23,8 +23,8 @@ table inet filter {
 	set trusted_ipv6 { type ipv6_addr . inet_service; flags dynamic,timeout; timeout 1d; size 65535; }
 }`
 
-// nftwl is a run of the real binary as Dovecot would start it: with nothing in
-// the environment but what is given.
+// nftwl returns a command that runs the real binary as Dovecot would, with only the given
+// environment.
 func nftwl(t *testing.T, env []string, args ...string) *exec.Cmd {
 	t.Helper()
 	cmd := exec.Command(nstest.Build(t, "cmd/nftwl"), args...)
@@ -35,8 +35,7 @@ func nftwl(t *testing.T, env []string, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// output runs cmd and returns what it wrote to stdout and stderr, and its
-// exit code.
+// output runs cmd, and returns its stdout, its stderr and its exit status.
 func output(t *testing.T, cmd *exec.Cmd) (stdout, stderr string, code int) {
 	t.Helper()
 	var out, errs bytes.Buffer
@@ -61,7 +60,7 @@ func trustedNow(t *testing.T, set string) string {
 func TestLoginKeepsArguments(t *testing.T) {
 	nstest.New(t)
 	nstest.Nft(t, sets)
-	// cat's own command line, with an argument that is no file first.
+	// cat prints its own command line, which begins with an argument that is no file.
 	want := []string{"cat", "/proc/self/cmdline", "--", "with space", "", " ", "line\nfeed", "--config", "-h", "login", `"'\`, "\xff"}
 	out, _, _ := output(t, nftwl(t, []string{"IP=192.0.2.7"}, append([]string{"login"}, want...)...))
 	if got := strings.Join(want, "\x00") + "\x00"; out != got {
@@ -82,8 +81,8 @@ func TestLoginKeepsEnvironment(t *testing.T) {
 	}
 }
 
-// Descriptors 0, 1 and 3 are the client's and Dovecot's. The command finds
-// those, and no other, as it would without nftwl.
+// Descriptors 0, 1 and 3 belong to the client and to Dovecot. The command has these and no
+// others, as without nftwl.
 func TestLoginKeepsDescriptors(t *testing.T) {
 	nstest.New(t)
 	nstest.Nft(t, sets)
@@ -101,8 +100,8 @@ func TestLoginKeepsDescriptors(t *testing.T) {
 	if err := os.WriteFile(config, []byte("timeout: 1h\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	// The shell's own /proc entry: what it opens itself is gone when readlink
-	// looks, or is the same in both runs.
+	// This reads the shell's /proc entry. What the shell opens itself is closed when
+	// readlink looks, or is the same in both runs.
 	command := []string{"/bin/sh", "-c", "readlink /proc/$$/fd/* >" + dir + "/links; true"}
 	links := func(cmd *exec.Cmd) string {
 		t.Helper()
@@ -135,12 +134,12 @@ func TestLoginKeepsDescriptors(t *testing.T) {
 	}
 }
 
-// However few descriptors are left, the command is executed; two are enough to
-// trust. (One is, except that Go 1.26 loses it in a cgroup of version 1.) The
-// command is a static program, since the loader of another needs a descriptor.
+// However few descriptors are left, the command is executed. Two are enough to trust the
+// address. (One would be, but Go 1.26 loses it in a cgroup of version 1.) The command is
+// a static program, because a dynamic loader needs a descriptor.
 //
-// Where stdin, stdout or stderr does not block, package os starts Go's poller
-// before main, which takes two.
+// If stdin, stdout or stderr is nonblocking, package os starts Go's poller before main,
+// which takes two descriptors.
 func TestLoginWithFewDescriptors(t *testing.T) {
 	nstest.New(t)
 	prlimit := nstest.Need(t, "prlimit", "util-linux")
@@ -176,7 +175,7 @@ func TestLoginWithFewDescriptors(t *testing.T) {
 	}
 }
 
-// nonBlocking returns a file for stdin that does not block, as Dovecot's.
+// nonBlocking returns a nonblocking file for stdin, like Dovecot's.
 func nonBlocking(t *testing.T) *os.File {
 	t.Helper()
 	fd, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
@@ -190,8 +189,7 @@ func nonBlocking(t *testing.T) *os.File {
 
 func TestLoginKeepsSignals(t *testing.T) {
 	nstest.New(t)
-	// What is ignored here is ignored in the children. SIGPIPE is what
-	// Dovecot ignores.
+	// The children ignore what is ignored here. Dovecot ignores SIGPIPE.
 	signal.Ignore(unix.SIGPIPE, unix.SIGHUP)
 	defer signal.Reset(unix.SIGPIPE, unix.SIGHUP)
 	command := []string{"/bin/grep", "^Sig[BI]", "/proc/self/status"}
@@ -235,7 +233,7 @@ func TestLoginExitCodes(t *testing.T) {
 		code    int
 		words   string
 	}{
-		{nil, []string{"true"}, 0, ""}, // without PATH it is execvp's default
+		{nil, []string{"true"}, 0, ""}, // without PATH, execvp's default applies
 		{nil, []string{"sh", "-c", "exit 42"}, 42, ""},
 		{nil, []string{"no-such-command"}, 127, `command "no-such-command" not found`},
 		{nil, []string{"", "", "sh", "-c", "exit 3"}, 3, ""},
@@ -258,8 +256,8 @@ func TestLoginExitCodes(t *testing.T) {
 	}
 }
 
-// Whom a login trusts. Nothing is ever on stdout but the command's own, and what is
-// not an error is not on stderr, where Dovecot would log it as one.
+// Which addresses a login trusts. stdout has only the command's output, and stderr only
+// errors, because Dovecot logs each line there as an error.
 func TestLoginDecides(t *testing.T) {
 	const port = " . 993"
 	for _, test := range []struct {
@@ -337,8 +335,8 @@ func TestLoginDecides(t *testing.T) {
 	}
 }
 
-// A login prints one line, however much is wrong, with the address and what
-// that means for it.
+// However much is wrong, a login prints one line, which names the address and says that
+// it is not trusted.
 func TestLoginPrintsOneLine(t *testing.T) {
 	bad := filepath.Join(t.TempDir(), "config")
 	if err := os.WriteFile(bad, []byte("timeout: 1d\ntiemout: 2d\n"), 0o600); err != nil {

@@ -19,8 +19,8 @@ func TestMain(m *testing.M) {
 	nstest.Main(m)
 }
 
-// The scripts run the real binary, each in a network namespace of its own,
-// with nft to prepare the ruleset and to say what the kernel then holds.
+// The scripts run the real binary, each in its own network namespace. They use nft to
+// prepare the ruleset and to read the sets.
 func TestScripts(t *testing.T) {
 	nstest.Need(t, "nft", "nftables")
 	root := nstest.Root(t)

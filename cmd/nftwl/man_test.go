@@ -16,7 +16,7 @@ import (
 
 //go:generate env UPDATE_DOCS=1 go test -count=1 -run TestManCommands|TestFaults|TestSetupWording|TestTroubleshootingWhy .
 
-// nftwl(8) is what the commands say of themselves, in a frame.
+// nftwl(8) has the help of the commands, in a frame.
 func TestManCommands(t *testing.T) {
 	root := newRoot()
 	about, exit, ok := strings.Cut(root.Long, "\n\nExit status: ")
@@ -178,8 +178,8 @@ the one before.
 .BR fail2ban (1)
 `
 
-// nftwl.yaml(5) has every key that a configuration can have, its defaults are
-// those of the example, and the example's are the program's.
+// nftwl.yaml(5) has every key of the configuration. Its defaults are those of its example,
+// and those of the program.
 func TestManConfig(t *testing.T) {
 	page, err := os.ReadFile(filepath.Join(nstest.Root(t), "contrib/man/nftwl.yaml.5"))
 	if err != nil {
@@ -220,7 +220,7 @@ func TestManConfig(t *testing.T) {
 	}
 }
 
-// man shows the pages without a complaint, and finds them by their subject.
+// man shows the pages without warnings, and finds them by their subject.
 func TestManPages(t *testing.T) {
 	root := nstest.Root(t)
 	manpage.Check(t, filepath.Join(root, "contrib/man/nftwl.8"), "nftwl - trust the addresses of a mail server's users in nftables",

@@ -34,7 +34,8 @@ func TestReadmeConfigIsTheDefault(t *testing.T) {
 	}
 }
 
-// What is to be pasted is how the shipped drop-in begins, less its comments.
+// The README's settings for Dovecot are the start of the shipped drop-in, without its
+// comments.
 func TestReadmeDovecotIsTheDropIn(t *testing.T) {
 	dropIn, err := os.ReadFile(filepath.Join(nstest.Root(t), "contrib", "dovecot", "90-nftwl.conf"))
 	if err != nil {
@@ -54,7 +55,7 @@ func TestReadmeDovecotIsTheDropIn(t *testing.T) {
 	}
 }
 
-// The transcripts are what the commands print, but for the time that is left.
+// The transcripts show what the commands print, except for the time left.
 func TestReadmeTranscripts(t *testing.T) {
 	timeLeft := regexp.MustCompile(` (1d|23h59m) +`)
 	for _, block := range readme(t, "console") {
@@ -82,8 +83,8 @@ func TestReadmeTranscripts(t *testing.T) {
 
 func quoteShell(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
-// make demo, as it prints it: real connections, before and after a login and a
-// ban. Without nft it shows the sets alone, and says why.
+// make demo shows real connections before and after a login and a ban. Without nft it
+// shows only the sets, and prints why.
 func TestDemo(t *testing.T) {
 	program := nstest.Build(t, "testdata/demo")
 	demo := func() string {

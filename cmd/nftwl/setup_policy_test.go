@@ -26,7 +26,7 @@ const (
 
 var policyFiles = []string{policy, settings, keyFile, unit, socket}
 
-// newPolicyHost has nftwld, and a Dovecot that reads conf.d.
+// newPolicyHost returns a host with nftwld, and with a Dovecot that reads conf.d.
 func newPolicyHost(t *testing.T) *host {
 	t.Helper()
 	nstest.Need(t, "doveconf", "dovecot-core")
@@ -37,13 +37,13 @@ func newPolicyHost(t *testing.T) *host {
 		conf = "dovecot_config_version = 2.4.0\ndovecot_storage_version = 2.4.0\n" + conf
 	}
 	h.write("/etc/dovecot/dovecot.conf", conf)
-	h.write("/etc/dovecot/conf.d/10-mail.conf", "") // an include of nothing is an error
+	h.write("/etc/dovecot/conf.d/10-mail.conf", "") // because an include that matches no file is an error
 	return h
 }
 
 func (h *host) is24() bool { return strings.HasPrefix(h.run("dovecot", "--version"), "2.4.") }
 
-// shipped is contrib's settings for the installed Dovecot.
+// shipped returns contrib's settings for the installed Dovecot.
 func (h *host) shipped() string {
 	version := "2.3"
 	if h.is24() {
@@ -105,7 +105,7 @@ func TestSetupPolicy(t *testing.T) {
 			t.Errorf("%s has mode %v:\n%s", path, h.mode(path), h.read(path))
 		}
 	}
-	// Root sees the settings, and everybody else can still read the rest.
+	// root can read the settings, and other users can still read the rest.
 	if text := h.run("doveconf", "-nP"); !strings.Contains(text, "server_api_header = X-API-Key: "+key) || !strings.Contains(text, salt[1]) {
 		t.Errorf("doveconf:\n%s", text)
 	}
@@ -131,7 +131,7 @@ func TestSetupPolicy(t *testing.T) {
 	h.same(before)
 }
 
-// What is there stays, and is used.
+// Existing files stay, and setup uses them.
 func TestSetupPolicyKeeps(t *testing.T) {
 	const mine = "0123456789abcdef"
 	put := func(h *host, path, text string) {
@@ -192,7 +192,8 @@ func TestSetupPolicyKeeps(t *testing.T) {
 	})
 }
 
-// Another address, key and configuration; a package's units; no systemd.
+// With another address, key and configuration, with a package's units, and without
+// systemd.
 func TestSetupPolicyFollows(t *testing.T) {
 	for listen, url := range map[string]string{
 		"172.17.0.1:8086": "http://172.17.0.1:8086/", "0.0.0.0:8086": "http://127.0.0.1:8086/", `"[::]:8086"`: "http://[::1]:8086/",

@@ -21,8 +21,8 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// setups are the command lines of setup, and where each puts which directory of
-// contrib's.
+// setups has the command lines of setup, and where each installs which directory of
+// contrib.
 var setups = []struct {
 	args       []string
 	dir, under string
@@ -34,9 +34,8 @@ var setups = []struct {
 	{[]string{"fail2ban"}, "/etc/fail2ban", "fail2ban", 5},
 }
 
-// A host has the directories /etc and /run to itself, and the nftwl that was just
-// built at /usr/bin/nftwl. Dovecot, fail2ban and systemd are there, as far as
-// their directories say.
+// A host has its own /etc and /run, and the program just built as /usr/bin/nftwl. It has
+// the directories of Dovecot, fail2ban and systemd.
 type host struct{ *testing.T }
 
 func newHost(t *testing.T) *host {
@@ -44,7 +43,7 @@ func newHost(t *testing.T) *host {
 	bin := filepath.Dir(nstest.Build(t, "cmd/nftwl"))
 	nstest.New(t)
 	h := &host{t}
-	// Which doveconf and nft look up.
+	// doveconf and nft look these up.
 	var names [2][]byte
 	for i, name := range []string{"/etc/passwd", "/etc/group"} {
 		var err error
@@ -88,7 +87,7 @@ func (h *host) read(path string) string {
 
 const hostPath = "PATH=/usr/sbin:/usr/bin:/sbin:/bin"
 
-// try runs a program with the variables that are given.
+// try runs a program with the given environment.
 func (h *host) try(env []string, program string, args ...string) (stdout, stderr string, code int) {
 	h.Helper()
 	cmd := exec.Command(program, args...)
@@ -112,8 +111,7 @@ func (h *host) setup(args ...string) string {
 	return h.run("/usr/bin/nftwl", append([]string{"setup"}, args...)...)
 }
 
-// refuses runs setup, which must fail with such lines on stderr and change
-// nothing.
+// refuses runs setup, which must fail with these lines on stderr, and change nothing.
 func (h *host) refuses(code int, want []string, args ...string) {
 	h.Helper()
 	before := h.tree()
@@ -129,7 +127,7 @@ func (h *host) refuses(code int, want []string, args ...string) {
 	h.same(before)
 }
 
-// tree has a line for each file in /etc.
+// tree returns a line for each file in /etc.
 func (h *host) tree() []string {
 	h.Helper()
 	var lines []string
@@ -170,7 +168,7 @@ func (h *host) same(before []string) {
 	}
 }
 
-// parsePlan takes the files out of what setup prints.
+// parsePlan returns the files in setup's output.
 func parsePlan(text string) map[string]string {
 	files := make(map[string]string)
 	for _, part := range strings.Split("\n"+text, "\n### ") {
@@ -181,8 +179,7 @@ func parsePlan(text string) map[string]string {
 	return files
 }
 
-// problems is what setup prints before the reasons for which --write would write
-// nothing.
+// problems is the line that setup prints before the reasons why --write would refuse.
 const problems = "\n--write would write nothing:\n"
 
 func TestSetupPrintsContrib(t *testing.T) {
@@ -214,7 +211,7 @@ func TestSetupWrites(t *testing.T) {
 			h := newHost(t)
 			before := h.tree()
 			args := append(s.args, "--write")
-			// As root of a careful administrator has it.
+			// The umask of a careful administrator.
 			script := `umask 077; exec nftwl setup "$@"`
 			out := h.run("/bin/sh", append([]string{"-c", script, "sh"}, args...)...)
 			var written []string
@@ -248,7 +245,7 @@ func TestSetupWrites(t *testing.T) {
 			}
 			h.same(news)
 
-			// As it is printed; what is to be reloaded is not running.
+			// Run the undo as it is printed. Its reloads fail, because nothing runs here.
 			_, undo, found := strings.Cut(out, "\nTo undo it:\n")
 			if !found || undo == "" {
 				t.Fatalf("no way back in\n%s", out)
@@ -259,7 +256,7 @@ func TestSetupWrites(t *testing.T) {
 	}
 }
 
-// The rest of a half-written set of files is written.
+// If some of the files exist already, setup writes the others.
 func TestSetupWritesWhatIsMissing(t *testing.T) {
 	h := newHost(t)
 	h.setup("nftables", "--write")
@@ -309,7 +306,7 @@ func TestSetupNeverOverwrites(t *testing.T) {
 	})
 }
 
-// A write that fails halfway takes back what it wrote.
+// If writing fails halfway, setup removes what it has written.
 func TestSetupUnwritable(t *testing.T) {
 	h := newHost(t)
 	const dir = "/etc/systemd/system/nftwl-.service.d"
@@ -326,7 +323,7 @@ func TestSetupUnwritable(t *testing.T) {
 	}
 }
 
-// What keeps it from being written keeps nobody from looking at it.
+// Reasons that keep setup from writing do not keep it from printing.
 func TestSetupProblems(t *testing.T) {
 	for _, c := range []struct {
 		name  string
@@ -362,7 +359,7 @@ func TestSetupUsage(t *testing.T) {
 	h.refuses(1, []string{"nftwl: error: setup: the rules are for IPv4 and IPv6, and table ip6 filter is not", "nftwl: hint: table: "}, "nftables", "--write")
 }
 
-// Units that a package has installed need not be written.
+// setup does not write units that a package has installed.
 func TestSetupPackagedUnits(t *testing.T) {
 	h := newHost(t)
 	const dir = "/usr/lib/systemd/system"
@@ -374,7 +371,7 @@ func TestSetupPackagedUnits(t *testing.T) {
 		t.Error(out)
 	}
 	h.same(before)
-	// All but one, of another version.
+	// All but one are there, from another version.
 	h.write(dir+"/nftwl-save.timer", "")
 	out = h.setup("systemd", "--write")
 	if !strings.HasPrefix(out, "written: /etc/systemd/system/nftwl-save.timer\n\nInstalled already, in /usr/lib/systemd/system: nftwl-persist.service, ") {
@@ -382,8 +379,8 @@ func TestSetupPackagedUnits(t *testing.T) {
 	}
 }
 
-// In a table of their own, one unit takes the place of the one that follows
-// nftables.service, unless that is what loads the firewall.
+// If the rules have their own table, another unit replaces the one that follows
+// nftables.service, unless nftables.service loads the firewall.
 func TestSetupStandaloneUnit(t *testing.T) {
 	const dir = "/etc/systemd/system/"
 	const unit = dir + "nftwl-persist.service"
@@ -426,7 +423,7 @@ func TestSetupStandaloneUnit(t *testing.T) {
 			h.try(nil, "/bin/sh", "-c", undo)
 			h.same(rules)
 
-			// Over a package's unit of the other kind.
+			// It replaces a package's unit of the other kind.
 			h.must(unix.Mount("none", "/usr/lib/systemd/system", "tmpfs", 0, "mode=755"))
 			h.must(os.CopyFS("/usr/lib/systemd/system", os.DirFS(contrib)))
 			out = h.setup("systemd", "--write")
@@ -452,7 +449,7 @@ func TestSetupStandaloneUnit(t *testing.T) {
 	})
 }
 
-// A post-login script that is there goes on, or setup refuses.
+// An existing post-login script keeps running, or setup refuses.
 func TestSetupPostLogin(t *testing.T) {
 	doveconf := nstest.Need(t, "doveconf", "dovecot-imapd")
 	h := newHost(t)
@@ -471,7 +468,7 @@ func TestSetupPostLogin(t *testing.T) {
 	if !strings.Contains(parsed, "\n  executable = script-login /usr/bin/nftwl login\n") {
 		t.Errorf("doveconf:\n%s", parsed)
 	}
-	// A script that is there goes on.
+	// An existing script keeps running.
 	h.must(os.Remove(dropIn))
 	hello := func(settings string) {
 		h.Helper()
@@ -506,7 +503,7 @@ service hello {
 	if out := h.setup("dovecot"); !strings.Contains(out, strings.Replace(chained, "1G", "3 G", 1)) {
 		t.Errorf("the limit is not kept:\n%s", out)
 	}
-	// What it cannot keep, it does not replace.
+	// setup does not replace what it cannot preserve.
 	for _, c := range []struct{ settings, says string }{
 		{"chroot = /srv", "chroot = /srv"},
 		{"privileged_group = mail", "privileged_group = mail"},
@@ -537,7 +534,7 @@ service hello {
 	}
 }
 
-// The files name /usr/bin/nftwl, which may be a link, and /etc/nftwl.yaml.
+// The files name /usr/bin/nftwl, which can be a link, and /etc/nftwl.yaml.
 func TestSetupPaths(t *testing.T) {
 	h := newHost(t)
 	const program, other = "/opt/nftwl-1.0/nftwl", "/etc/mail/nftwl.yaml"
@@ -566,7 +563,7 @@ func TestSetupPaths(t *testing.T) {
 	if out := h.run(program, "setup", "dovecot"); strings.Contains(out, problems) || !strings.Contains(out, "script-login /usr/bin/nftwl login\n") {
 		t.Error(out)
 	}
-	// Others must not get to write what root runs.
+	// Others must not be able to write what root runs.
 	for _, path := range []string{program, filepath.Dir(program)} {
 		h.must(os.Chmod(path, 0o775))
 		refuses(program, "others than root can change it: "+path+" has mode 0775\n")
@@ -579,9 +576,8 @@ func TestSetupPaths(t *testing.T) {
 	}
 }
 
-// The rules as the configuration has them, under the real nft and with real
-// packets: whoever has logged in passes, and so does everyone in the network
-// that is trusted.
+// The rules with the configuration's names, in the real nft and with real packets: an
+// address that has logged in passes, and so does every address of a trusted network.
 func TestSetupRules(t *testing.T) {
 	const names = "trusted: {ipv4: banned_ipv4, ipv6: good6}\nbanned: {ipv4: trusted_ipv4, ipv6: bad6}\n"
 	for _, c := range []struct {
@@ -608,7 +604,7 @@ func TestSetupRules(t *testing.T) {
 			if strings.Contains(next, "# STOP: with ipv6_prefix: ") != (c.prefix != 128) {
 				t.Errorf("whether the rules are to be edited:\n%s", next)
 			}
-			// What is to be done next, except what systemd would do.
+			// The next steps, except those of systemd.
 			for line := range strings.Lines(next) {
 				if strings.HasPrefix(line, "  sed ") || strings.HasPrefix(line, "  cp ") {
 					h.run("/bin/sh", "-euc", line)
@@ -632,8 +628,8 @@ func TestSetupRules(t *testing.T) {
 					conn.Close()
 				}
 			}()
-			// A stranger's sixth connection is reset, and its source limited. Those
-			// that are let in end at once, in good order.
+			// A stranger's sixth connection is reset, and its source limited. The others
+			// get in, and end at once without a reset.
 			opens := func(from string) int {
 				t.Helper()
 				addr, server := netip.MustParseAddr(from), nstest.ServerIPv4
@@ -660,7 +656,7 @@ func TestSetupRules(t *testing.T) {
 					t.Fatalf("login from %s: exit %d: %s", user, code, stderr)
 				}
 			}
-			within := func(bits int) int { // of a neighbour in the network of so many bits
+			within := func(bits int) int { // for a neighbour in the network of so many bits
 				if c.prefix <= bits {
 					return 8
 				}
@@ -681,7 +677,7 @@ func TestSetupRules(t *testing.T) {
 					t.Errorf("%s opens %d connections, not %d", s.from, n, s.want)
 				}
 			}
-			// In sets of the limit's own, whatever the others are called.
+			// The limit has its own sets, whatever the names of the others are.
 			h.run(nft, "get", "element", c.table+" limited_ipv4", "{ 198.51.100.8 . 587 }")
 			h.run("/usr/bin/nftwl", "ban", "2001:db8:a:301::7", "198.51.100.9")
 			for _, from := range []string{"2001:db8:a:301::7", "198.51.100.9"} {
@@ -690,7 +686,7 @@ func TestSetupRules(t *testing.T) {
 				}
 			}
 
-			// Gone as it came, and submission is as open as without nftwl.
+			// After the undo, nothing is left, and submission is open as without nftwl.
 			h.try(nil, "/bin/sh", "-c", undo)
 			if _, err := os.Stat("/etc/nftwl"); err == nil {
 				t.Error("/etc/nftwl is left")
@@ -711,7 +707,7 @@ func TestSetupRules(t *testing.T) {
 	}
 }
 
-// What is to be done depends on what loads the firewall.
+// The next steps depend on what loads the firewall.
 func TestSetupNextOfRules(t *testing.T) {
 	const debian = "#!/usr/sbin/nft -f\n\nflush ruleset\n\ntable inet filter {\n\tchain input {\n\t\ttype filter hook input priority filter; policy accept;\n\t}\n\tchain forward {\n\t\ttype filter hook forward priority 0;\n\t}\n}\n"
 	const mine = "flush ruleset\ntable inet filter {\n\tchain input {\n\t\ttype filter hook input priority filter;\n\t\ttcp dport 22 accept\n\t}\n}\n"
@@ -750,7 +746,7 @@ func TestSetupNextOfRules(t *testing.T) {
 				_, undo, _ := strings.Cut(out, "\nTo undo it:\n")
 				h.try(nil, "/bin/sh", "-c", undo)
 				_, err := os.Stat("/etc/nftwl/nftwl.nft")
-				// While something includes the files, they stay.
+				// The files stay while something includes them.
 				if included := strings.Contains(h.read(c.path), "include"); included != (err == nil) || included != (c.name != "included") {
 					t.Errorf("%v, and %s is\n%s", err, c.path, h.read(c.path))
 				}
@@ -760,8 +756,8 @@ func TestSetupNextOfRules(t *testing.T) {
 	}
 }
 
-// Rules that are in the kernel, and in no file of nftables: by the real
-// iptables, as Docker and fail2ban name theirs, and by hand.
+// Rules that are in the kernel but in no file of nftables: those of the real iptables,
+// with the names that Docker and fail2ban use, and those made by hand.
 func TestSetupLooksAtTheKernel(t *testing.T) {
 	const stop = "# STOP: loading /etc/nftables.conf deletes these tables"
 	const debian = "flush ruleset\ntable inet filter {\n\tchain input {\n\t\ttype filter hook input priority filter;\n\t}\n}\n"
@@ -817,7 +813,7 @@ func TestSetupLooksAtTheKernel(t *testing.T) {
 			}
 
 			if slices.Contains(c.want, stop) {
-				// The way out that it shows.
+				// The solution that setup prints.
 				h.write("/etc/nftwl.yaml", "table: inet nftwl\n")
 				m := regexp.MustCompile(`(?m)^  #   (mv .*)$`).FindStringSubmatch(next)
 				if m == nil {
@@ -841,7 +837,7 @@ func TestSetupLooksAtTheKernel(t *testing.T) {
 	})
 }
 
-// The configuration names another table than the rules that are there.
+// The configuration names another table than the existing rules.
 func TestSetupOtherTable(t *testing.T) {
 	for _, c := range []struct{ before, after string }{
 		{"# all defaults\n", "table: inet mail\n"},
@@ -854,7 +850,7 @@ func TestSetupOtherTable(t *testing.T) {
 		h.refuses(1, []string{"/etc/nftwl/sets.nft "}, "nftables", "--write")
 		h.run("/bin/mv", "/etc/nftwl", "/etc/nftwl.old")
 		h.setup("nftables", "--write")
-		// The remedy for missing sets is what setup has just written.
+		// The remedy for missing sets loads what setup has just written.
 		const load = "nft -f /etc/nftwl/sets.nft"
 		if _, stderr, code := h.try(nil, "/usr/bin/nftwl", "list"); code != 1 || !strings.Contains(stderr, "("+load+")") {
 			t.Errorf("exit %d: %s", code, stderr)
@@ -864,8 +860,8 @@ func TestSetupOtherTable(t *testing.T) {
 	}
 }
 
-// onlyNames checks that the rules are contrib's except for the names of the table
-// and the sets in a configuration of TestSetupRules, which swaps the IPv4 ones.
+// onlyNames checks that the rules differ from contrib's only in the names of the table and
+// the sets. A configuration of TestSetupRules swaps the IPv4 sets.
 func (h *host) onlyNames(config string) {
 	h.Helper()
 	var pairs []string
@@ -885,8 +881,8 @@ func (h *host) onlyNames(config string) {
 	}
 }
 
-// What setup prints is in testdata/setup.txt, to be read at a glance, and pinned
-// nowhere else.
+// testdata/setup.txt has what setup prints, to be read at a glance. No other test pins its
+// wording.
 func TestSetupWording(t *testing.T) {
 	h := newPolicyHost(t)
 	var b strings.Builder

@@ -19,7 +19,7 @@ import (
 	"nftwl/pkg/trust"
 )
 
-// entry is an element's place.
+// entry is an element's set, address and port.
 type entry struct {
 	list string
 	addr netip.Addr
@@ -28,14 +28,13 @@ type entry struct {
 
 func (e entry) String() string { return fmt.Sprintf("%s %s . %d", e.list, e.addr, e.port) }
 
-// span is what the model knows of an element. The kernel's clock is read some
-// time between the begin and the end of a command, so the model has the
-// earliest and the latest moment at which it can end. One whose earliest moment
-// has passed may or may not be there.
+// span is what the model knows about an element. The kernel reads its clock some time
+// during a command, so the model has the earliest and the latest moment at which the
+// element can expire. Between these moments it can be there or not.
 type span struct {
 	early, late time.Time
-	comments    []string // which it can have
-	perhaps     bool     // whether it is there at all is not known
+	comments    []string // the comments that it can have
+	perhaps     bool     // whether the element can also be missing
 }
 
 func (l span) union(other span) span {
@@ -54,14 +53,14 @@ func (l span) union(other span) span {
 	return u
 }
 
-// jiffy is how exact the kernel's times are, and more.
+// jiffy is more than the imprecision of the kernel's times.
 const jiffy = 50 * time.Millisecond
 
-// model is what the sets must hold.
+// model has the elements that the sets must have.
 type model map[entry]span
 
-// put gives an element a life that ends between two moments, unless it has one
-// that is not shorter by more than slack. Now is some time from start to end.
+// put gives an element a time to expire, unless its old one is not earlier by more than
+// slack. The command ran from start to end.
 func (m model) put(e entry, l span, slack time.Duration, start, end time.Time) {
 	old, ok := m[e]
 	if !ok || old.late.Before(start.Add(-jiffy)) {
@@ -78,13 +77,13 @@ func (m model) put(e entry, l span, slack time.Duration, start, end time.Time) {
 	}
 }
 
-// compare returns in what the kernel's state differs.
-func (m model) compare(kernel map[entry]kernelLife, start, end time.Time) (diffs []string) {
+// compare returns how the kernel's state differs from the model.
+func (m model) compare(kernel map[entry]kernelElement, start, end time.Time) (diffs []string) {
 	for e, l := range m {
 		k, ok := kernel[e]
 		switch {
 		case !ok && !l.perhaps && l.early.After(end.Add(jiffy)):
-			diffs = append(diffs, fmt.Sprintf("%v is missing, and should live for %v", e, l.early.Sub(end)))
+			diffs = append(diffs, fmt.Sprintf("%v is missing, and should have %v left", e, l.early.Sub(end)))
 		case ok && (k.expires < l.early.Sub(end)-jiffy || k.expires > l.late.Sub(start)+jiffy):
 			diffs = append(diffs, fmt.Sprintf("%v has %v left, and should have %v to %v", e, k.expires, l.early.Sub(end), l.late.Sub(start)))
 		case ok && !slices.ContainsFunc(l.comments, func(c string) bool { return sameUsers(c, k.comment) }):
@@ -99,25 +98,25 @@ func (m model) compare(kernel map[entry]kernelLife, start, end time.Time) (diffs
 	return diffs
 }
 
-// sameUsers tells whether two comments name the same users, in any order.
+// sameUsers reports whether two comments name the same users, in any order.
 func sameUsers(a, b string) bool {
 	users := func(s string) []string { return slices.Sorted(slices.Values(strings.Split(s, ", "))) }
 	return slices.Equal(users(a), users(b))
 }
 
-type kernelLife struct {
+type kernelElement struct {
 	expires time.Duration
 	comment string
 }
 
 // kernelState reads the sets, with another reader than nftwl's own.
-func kernelState(t *testing.T) map[entry]kernelLife {
+func kernelState(t *testing.T) map[entry]kernelElement {
 	t.Helper()
 	c, err := nftables.New()
 	if err != nil {
 		t.Fatal(err)
 	}
-	state := make(map[entry]kernelLife)
+	state := make(map[entry]kernelElement)
 	for _, list := range []string{"trusted", "banned"} {
 		for _, family := range []string{"ipv4", "ipv6"} {
 			set, err := c.GetSetByName(&nftables.Table{Name: "filter", Family: nftables.TableFamilyINet}, list+"_"+family)
@@ -131,15 +130,15 @@ func kernelState(t *testing.T) map[entry]kernelLife {
 			for _, e := range elems {
 				n := len(e.Key) - 4 // the port is padded to 4 bytes
 				addr, _ := netip.AddrFromSlice(e.Key[:n])
-				state[entry{list, addr, binary.BigEndian.Uint16(e.Key[n:])}] = kernelLife{e.Expires, e.Comment}
+				state[entry{list, addr, binary.BigEndian.Uint16(e.Key[n:])}] = kernelElement{e.Expires, e.Comment}
 			}
 		}
 	}
 	return state
 }
 
-// Logins, bans, saves and restores at random, against a model of what the
-// sets then hold. SOAK=10m goes on for so long, and SEED=N repeats a run.
+// Random logins, bans, saves and restores, compared with a model of the sets. SOAK=10m
+// sets the time, and SEED=N repeats a run.
 func TestSoak(t *testing.T) {
 	length := 2 * time.Second
 	if s := os.Getenv("SOAK"); s != "" {
@@ -206,12 +205,12 @@ func (s *soak) addr() netip.Addr {
 	return netip.MustParseAddr(fmt.Sprintf(pick(s, "192.0.2.%d", "2001:db8::%d"), 1+s.random.IntN(4)))
 }
 
-// span is the life of an element that is given a timeout between two moments.
+// span returns the span of an element whose timeout starts between two moments.
 func (s *soak) span(timeout time.Duration, comment string, start, end time.Time) span {
 	return span{start.Add(timeout), end.Add(timeout), []string{comment}, false}
 }
 
-// run runs nftwl and returns when it began and ended.
+// run runs nftwl, and returns when it began and ended.
 func (s *soak) run(env []string, args ...string) (start, end time.Time) {
 	s.Helper()
 	start = time.Now()
@@ -225,7 +224,7 @@ func (s *soak) run(env []string, args ...string) (start, end time.Time) {
 	return start, end
 }
 
-// step does one thing.
+// step runs one random command.
 func (s *soak) step() {
 	s.Helper()
 	timeout := pick(s, time.Second, 3*time.Second, time.Minute, time.Hour, 24*time.Hour)
@@ -253,9 +252,9 @@ func (s *soak) step() {
 			if !there {
 				continue
 			}
-			// Those who logged in before from there are named, too. Someone new is
-			// named even where nothing else is to be changed, and then the time
-			// left is never shorter than asked.
+			// The comment also has earlier users of the address. A new user is added
+			// even if nothing else changes, and then the time left is never shorter
+			// than asked for.
 			new := false
 			if !old.perhaps && old.early.After(end.Add(jiffy)) {
 				l.comments = nil
@@ -320,7 +319,7 @@ func (s *soak) step() {
 		nstest.Nft(s.T, "flush ruleset\n"+s.rules)
 		clear(s.model)
 		s.restore()
-	case "reload unseen": // as by hand, and the timer's save comes next
+	case "reload unseen": // by hand; the next save is the timer's
 		nstest.Nft(s.T, "flush ruleset\n"+s.rules)
 		clear(s.model)
 		s.restoreBy("save")
@@ -349,7 +348,7 @@ func (s *soak) restore() {
 	s.restoreBy("restore")
 }
 
-// restoreBy has a command bring back what is in the snapshot.
+// restoreBy runs a command that restores the snapshot.
 func (s *soak) restoreBy(command string) {
 	s.Helper()
 	if s.saved == nil {
@@ -360,13 +359,13 @@ func (s *soak) restoreBy(command string) {
 		if l.late.Before(start) {
 			continue
 		}
-		// It takes a moment to save and to restore.
+		// Saving and restoring takes a moment.
 		l.early, l.late = l.early.Add(-2*jiffy), l.late.Add(2*jiffy)
 		perhaps := l.perhaps || l.early.Before(end)
 		l.perhaps = false
 		before, ok := s.model[e]
 		s.model.put(e, l, time.Second, start, end)
-		if perhaps { // or it was not in the file, and all is as it was
+		if perhaps { // it can be missing in the file, so that nothing changed
 			if !ok {
 				before = s.model[e]
 				before.perhaps = true

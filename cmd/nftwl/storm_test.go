@@ -14,9 +14,9 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// Many logins at once, each from another address, while the sets are saved and
-// listed and the ruleset is loaded anew beside them: all of them get to their
-// command, and all are trusted. STORM=5000 makes so many.
+// Many logins at once, each from another address, while other programs save and list the
+// sets and load the ruleset again. All of them execute their command, and all are
+// trusted. STORM=5000 sets the number of logins.
 func TestStorm(t *testing.T) {
 	count, atOnce := 500, 100
 	if s := os.Getenv("STORM"); s != "" {
@@ -37,7 +37,7 @@ func TestStorm(t *testing.T) {
 	}
 
 	address := func(i int) string { return fmt.Sprintf("198.18.%d.%d", i/250, 1+i%250) }
-	// This thread is the one in the namespace, and so starts all processes.
+	// This thread is in the namespace, so it starts all processes.
 	start := func(cmd *exec.Cmd, ended func(took time.Duration)) {
 		var stderr strings.Builder
 		cmd.Stderr = &stderr
@@ -52,7 +52,8 @@ func TestStorm(t *testing.T) {
 			ended(time.Since(begin))
 		}()
 	}
-	// storm starts a command for each login, and one of those beside at a time.
+	// storm starts a command for each login, and meanwhile one of the other commands at a
+	// time.
 	storm := func(login func(i int) *exec.Cmd, beside ...func() *exec.Cmd) (times []time.Duration) {
 		done, besideDone := make(chan time.Duration), make(chan time.Duration, 1)
 		busy := false

@@ -11,8 +11,8 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// docs/troubleshooting.md shows what nftwl why says with the rules as they are
-// shipped. UPDATE_DOCS=1 writes it anew.
+// docs/troubleshooting.md shows what nftwl why prints with the shipped rules.
+// UPDATE_DOCS=1 writes its transcripts.
 func TestTroubleshootingWhy(t *testing.T) {
 	nstest.New(t)
 	contrib := filepath.Join(nstest.Root(t), "contrib", "nftables")
@@ -51,7 +51,7 @@ func TestTroubleshootingWhy(t *testing.T) {
 		out, err := nftwl(t, nil, strings.Fields(command)[2:]...).CombinedOutput()
 		if err != nil {
 			t.Errorf("%s: %v\n%s", command, err, out)
-			return block // an error does not belong into the document
+			return block // do not write an error into the document
 		}
 		new := "```console\n" + command + "\n" + string(out) + "```\n"
 		if timeLeft.ReplaceAllString(new, " TIME ") == timeLeft.ReplaceAllString(block, " TIME ") {
