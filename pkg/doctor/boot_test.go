@@ -10,8 +10,8 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// A file is what is loaded, whatever its rules refer to, its sets hold and its
-// counters have counted; and what nftwl needs and the file lacks is found.
+// doctor recognizes a file as the loaded one, whatever its rules refer to, its sets have
+// and its counters have counted. It finds what nftwl needs and the file lacks.
 func TestBoot(t *testing.T) {
 	const rules = `flush ruleset
 table inet filter {
@@ -45,8 +45,8 @@ table inet filter {
 	}
 	for _, v := range []struct {
 		name string
-		edit func(string) string // of the file, once it is loaded
-		hand string              // what is loaded by hand
+		edit func(string) string // edits the file after it is loaded
+		hand string              // rules loaded by hand
 		want []string
 	}{
 		{name: "as it is loaded"},

@@ -98,7 +98,7 @@ func TestKernel(t *testing.T) {
 	}
 	d.conn.Close()
 
-	// Capabilities belong to the thread, which goes with the test.
+	// Capabilities belong to the thread, which ends with the test.
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var caps [2]unix.CapUserData
 	if err := unix.Capget(&header, &caps[0]); err != nil {
@@ -126,7 +126,7 @@ func TestKernelWithoutSocket(t *testing.T) {
 		{Code: unix.BPF_RET, K: unix.SECCOMP_RET_ALLOW},
 	}
 	program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
-	// It holds for the thread, which goes with the test.
+	// It applies to the thread, which ends with the test.
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		t.Fatal(err)
 	}
@@ -168,7 +168,7 @@ func TestRun(t *testing.T) {
 	}
 }
 
-// A doveconf that hangs is not waited for.
+// doctor does not wait for a doveconf that hangs.
 func TestDoveconfHangs(t *testing.T) {
 	nstest.Need(t, "dovecot", "dovecot-core")
 	dir := t.TempDir()
@@ -204,7 +204,7 @@ func TestSets(t *testing.T) {
 	}
 	for _, v := range []struct {
 		name     string
-		trusted4 string // the definition of trusted_ipv4; "-" for none
+		trusted4 string // the definition of trusted_ipv4; "-" if it is missing
 		banned6  string
 		config   string
 		want     []string

@@ -17,9 +17,8 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// contributed returns the example firewall, or another file of
-// contrib/nftables, as one text without includes. Edits are pairs: what
-// stands in the files, and what an administrator made of it.
+// contributed returns the example firewall, or another file of contrib/nftables, as one
+// text without includes. Edits are pairs: text of the files, and its replacement.
 func contributed(t *testing.T, name string, edits ...string) string {
 	t.Helper()
 	used := make([]bool, len(edits))
@@ -74,7 +73,7 @@ func newDoctor(t *testing.T, config string) (*Doctor, *[]Result) {
 	}}, &results
 }
 
-// checkTheRules returns what is not ok of the rules in the namespace.
+// checkTheRules returns the results of the rules in the namespace that are not ok.
 func checkTheRules(t *testing.T, config string) []Result {
 	t.Helper()
 	d, results := newDoctor(t, config)
@@ -93,8 +92,8 @@ const (
 	strict   = `include "nftwl/strict.nft"`
 )
 
-// The files of contrib/nftables are well, in each variant, whichever nft loads
-// and whichever reads them.
+// doctor finds nothing wrong with the files of contrib/nftables, in each variant,
+// whichever nft loads them and whichever reads them.
 func TestRulesOfContrib(t *testing.T) {
 	const (
 		standalone64     = `ip6 saddr & $nftwl_ipv6_network . tcp dport @trusted_ipv6`
@@ -138,7 +137,7 @@ func TestRulesOfContrib(t *testing.T) {
 	}
 }
 
-// load loads a ruleset by the nft that the doctor will find.
+// load loads a ruleset with the nft that doctor will find.
 func load(t *testing.T, text string) {
 	t.Helper()
 	cmd := exec.Command("nft", "-f", "-")
@@ -166,7 +165,7 @@ func TestRulesBroken(t *testing.T) {
 		all        = `limit rate over 3/minute burst 5 packets`
 		anotherEnd = "iif \"lo\" accept\nct state established,related accept\nmeta l4proto ipv6-icmp accept\ntcp dport { 143, 587 } accept\n"
 	)
-	// another is a firewall beside ours.
+	// another is a second firewall.
 	another := func(hook, rules string) string {
 		return "table ip theirs {\nchain in { type filter hook " + hook + "; policy drop;\n" + rules + anotherEnd + "}\n}\n"
 	}
@@ -174,7 +173,7 @@ func TestRulesBroken(t *testing.T) {
 	for _, v := range []struct {
 		name   string
 		config string
-		file   string // nftables.conf if empty
+		file   string // default: nftables.conf
 		edits  []string
 		more   string   // a text to load after it
 		want   []string // what is not ok
@@ -303,7 +302,7 @@ func names(results []Result) (names []string) {
 	return names
 }
 
-// routes sends what is for the internet to the peer, by net0.
+// routes adds the routes to the internet: to the peer, through net0.
 func routes(t *testing.T) {
 	t.Helper()
 	for _, via := range []string{"192.0.2.2", "2001:db8::2"} {
@@ -313,7 +312,7 @@ func routes(t *testing.T) {
 	}
 }
 
-// Rules that do the same in other words are well.
+// doctor finds nothing wrong with rules that do the same in another way.
 func TestRulesHealthy(t *testing.T) {
 	const jump = "\t\tjump nftwl\n"
 	for name, v := range map[string]struct {
@@ -347,7 +346,7 @@ func TestRulesHealthy(t *testing.T) {
 	}
 }
 
-// Where only IPv4 has a route, IPv6 would come by the same interface.
+// If only IPv4 has a route, IPv6 packets would arrive through the same interface.
 func TestRulesOfAnInterface(t *testing.T) {
 	nstest.New(t)
 	nstest.NewPeer(t)
@@ -363,7 +362,7 @@ func TestRulesOfAnInterface(t *testing.T) {
 	}
 }
 
-// Beside what other programs make.
+// Together with the rules of other programs.
 func TestRulesBeside(t *testing.T) {
 	rulesets := filepath.Join(nstest.Root(t), "testdata", "rulesets")
 	const container = "type filter hook input priority filter - 10; policy accept;"
@@ -437,7 +436,7 @@ func TestRulesBeside(t *testing.T) {
 	}
 }
 
-// What cannot be tried is named, where there is any.
+// doctor names what it cannot try, if there is anything.
 func TestRulesUnseen(t *testing.T) {
 	nstest.New(t)
 	nstest.Nft(t, contributed(t, "nftables.conf"))
@@ -456,7 +455,7 @@ func TestRulesUnseen(t *testing.T) {
 	}
 	unseen(": table ip filter (")
 
-	// As iptables-legacy does it, asking makes the table: IPT_SO_GET_INFO of
+	// As with iptables-legacy, a query creates the table: IPT_SO_GET_INFO in
 	// linux/netfilter_ipv4/ip_tables.h.
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
 	if err != nil {
@@ -477,7 +476,7 @@ func TestRulesUnseen(t *testing.T) {
 	unseen("; table filter of iptables-legacy")
 }
 
-// Where nobody comes by IPv6, rules for IPv4 are enough.
+// If no client uses IPv6, rules for IPv4 are enough.
 func TestRulesWithoutIPv6(t *testing.T) {
 	nstest.New(t)
 	nstest.Nft(t, contributed(t, "nftables.conf", "\t\tjump nftwl\n", "\t\tip version 4 jump nftwl\n"))
@@ -494,8 +493,8 @@ func TestRulesWithoutIPv6(t *testing.T) {
 	}
 }
 
-// nft 1.0.6 crashes on a map that a later one has loaded, and prints half an
-// object of a table that is dormant: the kernel knows better.
+// nft 1.0.6 crashes on a map that a later nft has loaded, and prints half an object of a
+// dormant table. doctor asks the kernel instead.
 func TestRulesUnreadable(t *testing.T) {
 	for name, rules := range map[string]string{
 		"crash":   "table inet x { chain c { ct state vmap { established : accept, related : accept, invalid : drop }; }; }",

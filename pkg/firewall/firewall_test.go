@@ -21,7 +21,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	nstest.Parallel(8) // these tests wait rather than work
+	nstest.Parallel(8) // these tests wait more than they work
 	nstest.Main(m)
 }
 
@@ -31,10 +31,10 @@ var (
 	sources         = []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24"), netip.MustParsePrefix("2001:db8:a::/48")}
 )
 
-// Each input is what stands in a chain of hook input, of a table that has two
-// sets which hold the client.
+// Each input is the text of a chain of hook input. Its table has two sets with the
+// client.
 var inputs = []struct {
-	name, input, more string // more is of the table
+	name, input, more string // more is more text of the table
 	family            string // inet if empty
 	beside            string // other tables
 	iptables          string // commands; %s is iptables or ip6tables
@@ -102,7 +102,7 @@ var inputs = []struct {
 	{name: "iptables by its bytes", iptables: `%s -A INPUT -p tcp --dport 80 -m length --length 1:65535 -m u32 --u32 "0>>28=4:6" -j DROP`},
 }
 
-// What the copy says of a packet, the kernel does with one.
+// The kernel does with a packet what it does in the copy.
 func TestAsTheKernel(t *testing.T) {
 	for _, test := range inputs {
 		t.Run(test.name, func(t *testing.T) {
@@ -119,7 +119,7 @@ func TestAsTheKernel(t *testing.T) {
 			}
 			if test.iptables != "" {
 				for _, program := range []string{"iptables-nft", "ip6tables-nft"} {
-					// Neighbours must be found, whatever the policy.
+					// Neighbour discovery must work, whatever the policy.
 					commands := program + " -A INPUT -p icmpv6 -j ACCEPT\n" + strings.ReplaceAll(test.iptables, "%s", program)
 					if program == "iptables-nft" {
 						_, commands, _ = strings.Cut(commands, "\n")
@@ -174,7 +174,7 @@ func TestAsTheKernel(t *testing.T) {
 						default:
 							defer real.Close()
 						}
-						// Not every client takes an answer of ICMP for a refusal.
+						// Not every client treats an ICMP answer as a refusal.
 						if result.Verdict != verdict && !(result.Verdict == Reject && verdict == Drop) {
 							t.Errorf("from %s to %d: %s by %q; the kernel says %s", from, port, result.Verdict, c.Text(result.Step), verdict)
 						}
@@ -210,7 +210,7 @@ func shipped(t *testing.T, file string) {
 	}
 }
 
-// open asks about the clients and a port.
+// open makes a copy of the loaded rules, for the clients and these ports.
 func open(t *testing.T, ports ...uint16) *Copy {
 	t.Helper()
 	c, err := Open(sources, ports)
@@ -221,7 +221,7 @@ func open(t *testing.T, ports ...uint16) *Copy {
 	return c
 }
 
-// decides asks what decides of a first packet.
+// decides returns which rule decides about a first packet.
 func (c *Copy) decides(t *testing.T, from netip.Addr, port uint16) string {
 	t.Helper()
 	_, result, err := c.Dial(from, port)
@@ -263,7 +263,7 @@ func TestDecides(t *testing.T) {
 	}
 }
 
-// A chain of several devices is copied, of whatever kind they are.
+// A chain of several devices is copied, whatever kind of devices they are.
 func TestDevices(t *testing.T) {
 	nstest.New(t)
 	nstest.NewPeer(t, sources[0].String())
@@ -280,7 +280,7 @@ func TestDevices(t *testing.T) {
 	}
 }
 
-// Elements of large sets that the probe asks for are there, under any mask.
+// The copy has the elements of large sets that the probe looks up, with any mask.
 func TestLargeSets(t *testing.T) {
 	nstest.New(t)
 	nstest.Nft(t, `table inet f {
@@ -354,7 +354,7 @@ func numbers(n int) iter.Seq[int] {
 	}
 }
 
-// The sets of the copy can be changed, and the machine's stay as they are.
+// Changes to the copy's sets do not change the machine's.
 func TestChangedSets(t *testing.T) {
 	nstest.New(t)
 	shipped(t, "nftables.conf")
@@ -371,7 +371,7 @@ func TestChangedSets(t *testing.T) {
 	if got := c.decides(t, client4, 993); !strings.HasPrefix(got, "drop inet filter nftwl: ip saddr . tcp dport @banned_ipv4 ") {
 		t.Error(got)
 	}
-	// Here, nothing has changed.
+	// In this namespace, nothing has changed.
 	if interfaces, err := net.Interfaces(); err != nil || len(interfaces) != 1 {
 		t.Errorf("%v, %v", interfaces, err)
 	}
@@ -385,7 +385,7 @@ func TestChangedSets(t *testing.T) {
 	}
 }
 
-// What cannot be copied is named, and the rest is asked.
+// What cannot be copied is named, and the rest is tried.
 func TestOmitted(t *testing.T) {
 	nstest.New(t)
 	nstest.Nft(t, "table inet f { chain c { type filter hook input priority 0; tcp dport 80 drop; }; }")
@@ -402,7 +402,7 @@ func TestOmitted(t *testing.T) {
 	}
 }
 
-// Without nft, a rule is its handle.
+// Without nft, a rule is shown by its handle.
 func TestWithoutNft(t *testing.T) {
 	nstest.New(t)
 	nstest.Nft(t, `table inet f { chain c { type filter hook input priority 0; tcp dport 80 drop comment "no"; }; }`)
