@@ -14,7 +14,7 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// Whatever doveconf is, and leaves running.
+// Whatever doveconf does, and whatever process it leaves running.
 func TestDoveconfHeldOpen(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "doveconf"), []byte("#!/bin/sh\nsleep 20 &\n"), 0o755); err != nil {
@@ -28,7 +28,7 @@ func TestDoveconfHeldOpen(t *testing.T) {
 	}
 }
 
-// Whoever can write a directory above a program can put another in its place.
+// Someone who can write to a directory above a program can replace the program.
 func TestOnlyRoots(t *testing.T) {
 	must := func(err error) {
 		t.Helper()

@@ -73,8 +73,8 @@ func TestParsePostLogin(t *testing.T) {
 	}
 }
 
-// A second space anywhere makes no difference to whether a line is a login,
-// and a login is what the doctor takes it for.
+// A second space anywhere does not change whether a line is a login, and doctor and login
+// agree on that.
 func FuzzParsePostLogin(f *testing.F) {
 	for _, line := range []string{"/usr/bin/nftwl login", "nftwl --config /etc/x.yaml login /x.sh y", "nftwl --config login login", "x nftwl --config=  login"} {
 		f.Add(line, uint8(3))
