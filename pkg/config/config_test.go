@@ -81,7 +81,7 @@ failures: {limit: 3, longest: 30d}
 	}
 }
 
-// A part of nftwld is off unless it is there.
+// A part of nftwld is off unless the configuration has its key.
 func TestParts(t *testing.T) {
 	c, err := Parse([]byte("policy: {listen: 127.0.0.1:8085, key_file: /etc/nftwl/policy.key}\n" +
 		"failures: {limit: 10, within: 10m, ban: 1h, longest: 7d, trusted_limit: 100}\n"))
@@ -233,7 +233,7 @@ func TestLoad(t *testing.T) {
 		dir:                           "not a regular file",
 		pipe:                          "not a regular file",
 		"/dev/zero":                   "not a regular file",
-		// A regular file of 0 bytes, by stat, of which a read gives a part.
+		// A regular file whose size is 0 according to stat, but which can be read.
 		"/proc/kallsyms": "larger than 32 KiB",
 		write("large", strings.Repeat("#", maxFile+1)): "larger than 32 KiB",
 		write("empty", ""):                    "empty is empty; remove the file to use the defaults",
@@ -245,8 +245,8 @@ func TestLoad(t *testing.T) {
 	}
 }
 
-// A login waits for the file to be read, in the address space that Dovecot
-// leaves it. None of these may take seconds or gigabytes.
+// A login waits while the file is read, and Dovecot limits its address space. So none of
+// these files must take seconds or gigabytes.
 func TestHostileFiles(t *testing.T) {
 	for name, unit := range map[string]string{
 		"brackets": "[", "braces": "{a: ", "closed": "[],", "items": "- ", "questions": "? ", "colons": "a: ",
@@ -282,8 +282,7 @@ func TestHostileFiles(t *testing.T) {
 	}
 }
 
-// Whatever the file holds, it is a configuration that holds, or an error with
-// a line.
+// Whatever is in the file, the result is a valid configuration, or an error with a line.
 func FuzzParse(f *testing.F) {
 	f.Add("table: inet filter\nports: [1, 2]\ntrusted: {ipv4: a}\nignore: [::1]\n")
 	f.Add("timeout: 1d12h\ncomment: false\n? a\n: b\n")

@@ -22,7 +22,7 @@ func TestMain(m *testing.M) { nstest.Main(m) }
 
 var filter = Table{INet, "filter"}
 
-// dial opens a connection in a namespace of the test's own, with a ruleset.
+// dial opens a connection in a new namespace with a ruleset.
 func dial(t testing.TB, ruleset string) *Conn {
 	t.Helper()
 	nstest.New(t)
@@ -45,14 +45,14 @@ func describe(t testing.TB, c *Conn, name string) *Set {
 	return s
 }
 
-// nftElement is an element as nft -j list set prints it, in seconds; it is
-// the judge of what the kernel holds.
+// nftElement is an element as nft -j list set prints it, in seconds. The tests compare
+// with it.
 type nftElement struct {
 	Timeout, Expires int
 	Comment          string
 }
 
-// nftList returns what nft says that a set holds, by key.
+// nftList returns a set's elements according to nft, by key.
 func nftList(t testing.TB, set string) map[string]nftElement {
 	t.Helper()
 	out, err := exec.Command("nft", "-j", "list", "set", "inet", "filter", set).CombinedOutput()
@@ -76,7 +76,7 @@ func nftList(t testing.TB, set string) map[string]nftElement {
 			continue
 		}
 		for _, raw := range obj.Set.Elem {
-			// An element without any property is its bare value.
+			// nft prints an element without properties as its bare value.
 			var wrapped struct {
 				Elem *struct {
 					Val json.RawMessage
@@ -199,7 +199,7 @@ func TestAddIsReadByNft(t *testing.T) {
 				t.Errorf("%s: %s: outcome %v", set, k, outcomes[i])
 			}
 		}
-		// What was written is what is read, in both ways.
+		// Both readers read what was written.
 		all, err := c.Elements(s)
 		if err != nil || len(all) != len(keys) {
 			t.Fatalf("%s: %v, %v", set, all, err)
@@ -216,7 +216,7 @@ func TestAddIsReadByNft(t *testing.T) {
 	}
 }
 
-// Another implementation reads the same.
+// Another implementation reads the same elements.
 func TestReadByLibrary(t *testing.T) {
 	c := dial(t, rules)
 	s := describe(t, c, "v6port")
@@ -277,7 +277,7 @@ func TestPermanent(t *testing.T) {
 		if got, ok := found[e.Key]; err != nil || !ok || !got.Permanent() {
 			t.Errorf("%s: read %+v, %v", set, found, err)
 		}
-		// It stays so, whatever a login asks for.
+		// It stays permanent, whatever timeout a login asks for.
 		e.Timeout = time.Hour
 		if o, err := c.Extend(s, []Element{e}, 0, nil); err != nil || o[0] != Unchanged {
 			t.Errorf("%v, %v", o, err)
@@ -292,7 +292,7 @@ func TestExtend(t *testing.T) {
 	const k = "192.0.2.7 . 993"
 	for _, test := range []struct {
 		name    string
-		there   string // as nft adds it
+		there   string // the element that nft adds first
 		e       Element
 		outcome Outcome
 		expires int // at least, in seconds
@@ -315,7 +315,7 @@ func TestExtend(t *testing.T) {
 				nstest.Nft(t, "flush set inet filter v4port; add element inet filter v4port { "+k+" "+test.there+" }")
 				s := describe(t, c, "v4port")
 				test.e.Key = key(k)
-				// A second element, new, goes with it.
+				// A second, new element is added with it.
 				second := Element{Key: key("192.0.2.7 . 465"), Timeout: time.Hour}
 				o, err := c.Extend(s, []Element{test.e, second}, 0, nil)
 				if err != nil || !slices.Equal(o, []Outcome{test.outcome, Added}) {
@@ -333,9 +333,8 @@ func TestExtend(t *testing.T) {
 	}
 }
 
-// Where the kernel renews an element without deleting it, nothing is deleted:
-// closing the connection after a deletion takes long enough to double the time
-// of a login.
+// If the kernel can renew an element without deleting it, nothing is deleted. Closing
+// the connection after a deletion would double the time of a login.
 func TestRenewalDeletesNothing(t *testing.T) {
 	c := dial(t, rules)
 	const k = "192.0.2.7 . 993"
@@ -363,7 +362,7 @@ func TestRenewalDeletesNothing(t *testing.T) {
 	}
 }
 
-// Logins at the same moment, of which one is trusted for longer, or for ever.
+// Logins at the same moment, one of which is trusted for longer, or permanently.
 func TestExtendAtOnce(t *testing.T) {
 	c := dial(t, rules)
 	s := describe(t, c, "v4port")
@@ -378,7 +377,7 @@ func TestExtendAtOnce(t *testing.T) {
 	}
 	jobs, done := make(chan job), make(chan error)
 	defer close(jobs)
-	// Both begin at once, as far as a program can have it.
+	// Both begin at the same time, as nearly as a program can manage.
 	atOnce := func(ready *atomic.Int32) {
 		for ready.Add(1); ready.Load() < 2; {
 		}
@@ -420,7 +419,7 @@ func TestExtendAtOnce(t *testing.T) {
 	}
 }
 
-// If there is no room for missing elements, the others are renewed all the same.
+// If there is no room for missing elements, the others are still renewed.
 func TestFullRenews(t *testing.T) {
 	c := dial(t, rules)
 	s := describe(t, c, "small")
@@ -438,7 +437,7 @@ func TestFullRenews(t *testing.T) {
 	}
 }
 
-// On kernels before 6.12 this is what renews.
+// On kernels before 6.12, this renews an element.
 func TestReplace(t *testing.T) {
 	c := dial(t, rules)
 	nstest.Nft(t, "add element inet filter v4port { 192.0.2.7 . 993 timeout 1h expires 10m }")
@@ -541,15 +540,15 @@ func TestWriteErrors(t *testing.T) {
 	if _, err := c.Extend(s, e("192.0.2.7 . 1"), 0, nil); !errors.Is(err, ErrNoTable) {
 		t.Errorf("the table is gone: %v", err)
 	}
-	// The connection is as good as before.
+	// The connection still works.
 	nstest.Nft(t, rules)
 	if _, err := c.Extend(s, e("192.0.2.7 . 1"), 0, nil); err != nil {
 		t.Error(err)
 	}
 }
 
-// A deletion of a missing element is an error at once, also if further messages
-// follow in the batch.
+// Deleting a missing element is an error at once, even if more messages follow in the
+// batch.
 func TestDeleteMissing(t *testing.T) {
 	c := dial(t, rules)
 	s := describe(t, c, "v4port")
@@ -598,7 +597,7 @@ func TestCreate(t *testing.T) {
 	}
 }
 
-// Many elements take several messages, as a list ends at 64 KiB, and several
+// Many elements take several messages, because a list ends at 64 KiB, and several
 // buffers.
 func TestMany(t *testing.T) {
 	const n = 20000
@@ -666,7 +665,7 @@ func TestDumpDuringResize(t *testing.T) {
 	}
 }
 
-// Reports of the kernel's that a table is the same, or is another one.
+// The kernel's answers that a table is the same, or another one.
 func TestInstance(t *testing.T) {
 	const table = "table inet filter { set v4port { type ipv4_addr . inet_service; flags timeout; }; }"
 	c := dial(t, table)
@@ -699,7 +698,7 @@ func TestInstance(t *testing.T) {
 			seen[now] = true
 		}
 	}
-	// The same steps give the same handle in a namespace of its own.
+	// In another namespace, the same steps give the same handle.
 	nstest.New(t)
 	nstest.Nft(t, table)
 	elsewhere, err := Dial()
@@ -715,8 +714,8 @@ func TestInstance(t *testing.T) {
 	}
 }
 
-// What nft can put into a set and a mail server has no use for is read and
-// written as it is.
+// Elements that nft accepts but a mail server does not need are read and written
+// unchanged.
 func TestOddElements(t *testing.T) {
 	c := dial(t, rules)
 	for set, zero := range map[string]string{"v4port": "192.0.2.7 . 0", "v6port": "2001:db8::7 . 0", "v4": "", "v6": ""} {
@@ -778,7 +777,7 @@ func TestCreateExisting(t *testing.T) {
 	}
 }
 
-// Of elements of one call with the same key, the first counts.
+// If a call has several elements with the same key, the first one counts.
 func TestExtendTwice(t *testing.T) {
 	c := dial(t, rules)
 	s := describe(t, c, "v4port")
@@ -799,9 +798,9 @@ func TestExtendTwice(t *testing.T) {
 	}
 }
 
-// While others change the ruleset all the time, a change takes no longer than its
-// deadline and the last of their transactions. A new element is added all the same,
-// and none expires earlier than it would.
+// While others keep changing the ruleset, a change takes no longer than its deadline and
+// the last of their transactions. A new element is still added, and no element expires
+// earlier than before.
 func TestExtendBehindOthers(t *testing.T) {
 	const deadline = 300 * time.Millisecond
 	c := dial(t, "table inet other { set s { type ipv4_addr; }; };"+rules)
@@ -874,7 +873,7 @@ func TestDeadline(t *testing.T) {
 	c := dial(t, rules)
 	c.SetDeadline(time.Now().Add(50 * time.Millisecond))
 	start := time.Now()
-	// A reply to nothing never comes.
+	// Without a request, a reply never comes.
 	_, err := c.read()
 	if !errors.Is(err, ErrDeadline) {
 		t.Errorf("%v", err)
@@ -884,8 +883,8 @@ func TestDeadline(t *testing.T) {
 	}
 }
 
-// Dump reports that the ruleset changed meanwhile. Elements then still returns all
-// elements that were there throughout.
+// Dump reports that the ruleset has changed meanwhile. Elements still returns all
+// elements that were there all the time.
 func TestInterruptedDump(t *testing.T) {
 	const n = 20000
 	c := dial(t, `table inet filter { set v4port { type ipv4_addr . inet_service; flags timeout; }; }`)
@@ -957,8 +956,8 @@ func TestInterruptedDump(t *testing.T) {
 	}
 }
 
-// The buffers of each dump end elsewhere, also on a connection that has dumped
-// before: what is missing from one dump is not missing from the next.
+// The buffers of each dump end at other elements, also on a connection that has dumped
+// before, so that the next dump has what one dump lacks.
 func TestElementsWhileOthersAreDeleted(t *testing.T) {
 	const n = 5000
 	c := dial(t, `table inet filter { set v4port { type ipv4_addr . inet_service; flags timeout; }; }`)

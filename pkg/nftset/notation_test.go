@@ -33,7 +33,7 @@ func TestParseTimeout(t *testing.T) {
 	}
 }
 
-// What is accepted is written back so that it is read again as the same.
+// Every accepted text is written in a form that is read as the same value.
 func FuzzParseTimeout(f *testing.F) {
 	f.Add("1d12h5m59s996ms")
 	f.Add("36500d")

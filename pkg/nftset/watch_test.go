@@ -13,7 +13,8 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// Whoever changes a set, the watcher hears of it, and knows what nftwl meant.
+// The watcher receives every change of a set, by any program, and knows what nftwl meant
+// by its own.
 func TestWatch(t *testing.T) {
 	const ruleset = `table inet filter {
 	set trusted_ipv4 { type ipv4_addr . inet_service; flags dynamic,timeout; timeout 1d; }
@@ -123,7 +124,7 @@ func TestWatch(t *testing.T) {
 	})
 }
 
-// A watcher that does not read is told what it has missed.
+// A watcher that does not read is told that it has missed events.
 func TestWatchOverrun(t *testing.T) {
 	nstest.New(t)
 	nstest.Nft(t, "add table inet filter\nadd set inet filter trusted_ipv4 { type ipv4_addr; size 1000000; }\n")
@@ -153,7 +154,7 @@ func TestWatchOverrun(t *testing.T) {
 	if !overrun {
 		t.Error("it missed nothing")
 	}
-	// It goes on.
+	// It then goes on.
 	nstest.Nft(t, "add set inet filter end { type ipv4_addr; }\n")
 	for end := false; !end; {
 		nstest.Must(t, w.Read(time.Now().Add(nstest.Patience), func(e Event) { end = end || e.Set == "end" }))

@@ -18,10 +18,10 @@ import (
 
 var filter = nftset.Table{Family: nftset.INet, Name: "filter"}
 
-// comments look like nft's language; nft prints and loads them all the same.
+// comments look like nft's language; nft still prints and loads them.
 var comments = []string{"", "alice", `x \ y; {`, "}", "# nftwl end, 7 elements", "a, b", "'quoted'", "zoë ☃ 日本", "timeout 1d", strings.Repeat("x", nftset.MaxComment)}
 
-// random returns a file with the four sets, as the parser should return it.
+// random returns a random file with the four sets, like the parser does.
 func random(r *rand.Rand) *File {
 	f := &File{Saved: time.Now().Add(-time.Duration(r.IntN(1000)) * time.Millisecond).UTC()}
 	pick := func(d ...time.Duration) time.Duration { return d[r.IntN(len(d))] }
@@ -31,8 +31,8 @@ func random(r *rand.Rand) *File {
 		set := nftset.Set{Table: filter, Name: name, Key: nftset.KeyType{IPv6: i%2 == 1, Port: port}}
 		set.Dynamic, set.Timeouts, set.Memory, set.Counter = r.IntN(2) > 0, r.IntN(4) > 0, r.IntN(4) == 0, r.IntN(4) == 0
 		set.Comment = comments[r.IntN(len(comments))]
-		// With both, the kernel takes a tree that is for intervals, and refuses
-		// the second element (nft_set_rbtree.c).
+		// With both, the kernel uses a tree for intervals, and refuses the second
+		// element (nft_set_rbtree.c).
 		if !set.Memory && r.IntN(2) > 0 {
 			set.Size = uint32(100 + r.IntN(100000))
 		}
@@ -49,7 +49,7 @@ func random(r *rand.Rand) *File {
 				e.Addr = netip.AddrFrom4([4]byte{203, 0, byte(n), byte(r.IntN(256))})
 			}
 			if port {
-				e.Port = uint16(r.IntN(65536) * r.IntN(10)) // 0 is one, too
+				e.Port = uint16(r.IntN(65536) * r.IntN(10)) // 0 is possible too
 			}
 			if set.Timeouts {
 				if e.Timeout = pick(0, h, set.Timeout, 400*d, 5*d+4*h+3*time.Minute+2*s+1*ms, longest); e.Timeout > 0 {
@@ -133,7 +133,7 @@ func differ(got, want *File) string {
 	return ""
 }
 
-// list is text as nft prints it, of one set.
+// list returns the text of one set, as nft prints it.
 func list(set, definition string, elements ...string) string {
 	text := "table inet filter {\n\tset " + set + " {\n\t\t" + strings.ReplaceAll(definition, "; ", "\n\t\t") + "\n"
 	if len(elements) > 0 {
@@ -152,7 +152,7 @@ func element(key string, timeout, expires time.Duration, comment string) nftset.
 	return e
 }
 
-// What nft lists, and what an administrator writes, is read by nft.
+// nft reads what nft lists, and what an administrator writes.
 func TestLoadForms(t *testing.T) {
 	nstest.New(t)
 	const (
@@ -209,7 +209,7 @@ func TestLoadDefinition(t *testing.T) {
 	}
 }
 
-// A whole firewall with sets of ours in it, as nft list ruleset prints it.
+// A complete firewall with our sets, as nft list ruleset prints it.
 func TestLoadRuleset(t *testing.T) {
 	nstest.New(t)
 	f, err := load(read(t, "ruleset.nft"), filter, []string{"trusted_ipv4", "banned_ipv6"})
@@ -231,7 +231,7 @@ func TestLoadRuleset(t *testing.T) {
 	}
 }
 
-// The rules of another machine, with interfaces that this one lacks.
+// The rules of another machine, whose interfaces this machine lacks.
 func TestLoadDevices(t *testing.T) {
 	nstest.New(t)
 	text := list("trusted_ipv4", "type ipv4_addr", "192.0.2.7") + `table inet filter {
@@ -253,7 +253,7 @@ func TestLoadDevices(t *testing.T) {
 	}
 }
 
-// What nft refuses is an error in its words, with the line.
+// If nft refuses a file, the error has nft's words and the line.
 func TestLoadErrors(t *testing.T) {
 	nstest.New(t)
 	const v4 = "type ipv4_addr . inet_service; flags timeout"
@@ -277,7 +277,7 @@ func TestLoadErrors(t *testing.T) {
 	}
 }
 
-// whole returns a snapshot of sections.
+// whole returns a complete snapshot with these sections.
 func whole(sets ...Section) string { return (&File{Saved: time.Now(), Sets: sets}).text() }
 
 func section(name string, elems ...nftset.Element) Section {
@@ -297,7 +297,7 @@ func TestParseLongest(t *testing.T) {
 	}
 }
 
-// A snapshot is read as it was written, or not at all.
+// A snapshot is read exactly as it was written, or not at all.
 func TestParseErrors(t *testing.T) {
 	text := whole(section("trusted_ipv4", element("192.0.2.7 . 993", time.Hour, time.Minute, "alice"), element("192.0.2.8 . 993", 0, 0, "")))
 	if _, err := Parse(text); err != nil {
@@ -363,7 +363,7 @@ func TestParseRenamed(t *testing.T) {
 	}
 }
 
-// A snapshot that was cut short anywhere is never taken for a whole one.
+// A truncated snapshot is never mistaken for a complete one.
 func TestParseCutShort(t *testing.T) {
 	text := random(rand.New(rand.NewPCG(3, 0))).text()
 	for n := len(headerStart); n < len(text)-1; n++ {
@@ -382,12 +382,12 @@ func read(t testing.TB, name string) string {
 	return string(data)
 }
 
-// Any bytes are read, or refused with the line. What was read is written as it was.
+// Any bytes are read, or refused with the line. What was read is written unchanged.
 func FuzzParse(f *testing.F) {
 	for seed := range uint64(3) {
 		f.Add([]byte(random(rand.New(rand.NewPCG(seed, 0))).text()))
 	}
-	// An error has no room for all of it.
+	// An error must not quote all of it.
 	for _, key := range []string{"type", "size", "comment", strings.Repeat("k", 2000)} {
 		f.Add([]byte(header(time.Now(), nftset.Instance{}) + "table inet filter {\n\tset s {\n\t\t" + key + " " + strings.Repeat("v", 2000) + "\n\t}\n}\n" + trailer(0)))
 	}
@@ -407,7 +407,7 @@ func FuzzParse(f *testing.F) {
 		if wrote != read {
 			t.Fatalf("read\n%s\nwrote\n%s", read, wrote)
 		}
-		// What a section needs in memory is in proportion to the text.
+		// A section's memory is proportional to its text.
 		for _, s := range got.Sets {
 			if cap(s.Elements) > len(data)/4+16 {
 				t.Fatalf("room for %d elements in %d bytes", cap(s.Elements), len(data))

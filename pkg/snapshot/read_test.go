@@ -11,7 +11,7 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// A file of any size does not fill the memory.
+// Reading takes little memory, however large the file is.
 func TestReadTooLarge(t *testing.T) {
 	sparse := filepath.Join(t.TempDir(), "sparse")
 	must(t, os.WriteFile(sparse, nil, 0o600))
@@ -27,16 +27,16 @@ func TestReadTooLarge(t *testing.T) {
 	}
 }
 
-// Who can have written a snapshot.
+// The owners and modes with which a snapshot is accepted.
 func TestCheckOwner(t *testing.T) {
 	nstest.NeedUsers(t)
 	const service, mallory = 1000, 1001
 	for _, test := range []struct {
 		what      string
-		mode      fs.FileMode // of the dir
+		mode      fs.FileMode // of the directory
 		dir, file int         // their owners
 		fileMode  fs.FileMode
-		link      int // its owner, where there is one
+		link      int // the owner of the link, if there is one
 		err       string
 	}{
 		{"root's", 0o755, 0, 0, 0o600, 0, ""},

@@ -19,7 +19,7 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// dial opens a connection in a namespace of the test's own, with a ruleset.
+// dial opens a connection in a new namespace with a ruleset.
 func dial(t testing.TB, ruleset string) *nftset.Conn {
 	t.Helper()
 	nstest.New(t)
@@ -33,7 +33,7 @@ func dial(t testing.TB, ruleset string) *nftset.Conn {
 	return c
 }
 
-// run runs a command in the test's namespace and returns what it printed.
+// run runs a command in the test's namespace, and returns its output.
 func run(t testing.TB, command ...string) string {
 	t.Helper()
 	out, err := exec.Command(command[0], command[1:]...).CombinedOutput()
@@ -43,18 +43,18 @@ func run(t testing.TB, command ...string) string {
 	return string(out)
 }
 
-// ruleset is what nft says that the kernel holds: all but times left, handles
-// and counts, with what has no order sorted.
+// ruleset returns nft's listing of the kernel's ruleset, without time left, handles and
+// counters. What has no order is sorted.
 func ruleset(t testing.TB) string {
 	t.Helper()
 	return rulesetBy(t, "nft")
 }
 
-// rulesetBy is the same of another version of nft. Each reads what it loaded
-// itself: 1.0.6 does not survive the comment of a set that 1.1.3 made.
+// rulesetBy does the same with another version of nft. Each version reads what it has
+// loaded itself: 1.0.6 crashes on the comment of a set that 1.1.3 has made.
 //
-// It lists until two lists agree: while the kernel resizes a set that has just
-// been filled, elements come twice, or not at all.
+// It lists until two listings agree: while the kernel resizes a set that has just been
+// filled, elements occur twice or are missing.
 func rulesetBy(t testing.TB, nft ...string) string {
 	t.Helper()
 	last := listBy(t, nft...)
@@ -65,7 +65,7 @@ func rulesetBy(t testing.TB, nft ...string) string {
 		}
 		last = again
 	}
-	t.Fatal("no two lists of nft's agree")
+	t.Fatal("no two of nft's listings agree")
 	return ""
 }
 
@@ -83,7 +83,7 @@ func listBy(t testing.TB, nft ...string) string {
 	return strings.Join(lines, "\n")
 }
 
-// changes are the lines in which two rulesets differ.
+// changes returns the lines in which two rulesets differ.
 func changes(got, want string) string {
 	g, w := strings.Split(got, "\n"), strings.Split(want, "\n")
 	only := func(a, b []string) string {
@@ -93,7 +93,7 @@ func changes(got, want string) string {
 	return "only now:\n\t" + only(g, w) + "\nonly before:\n\t" + only(w, g)
 }
 
-// lasting is JSON without what changes by itself.
+// lasting returns JSON without the values that change by themselves.
 func lasting(v any) string {
 	switch v := v.(type) {
 	case map[string]any:
@@ -102,10 +102,10 @@ func lasting(v any) string {
 			switch {
 			case slices.Contains([]string{"expires", "handle", "metainfo", "packets", "bytes"}, key):
 			case key == "timeout" && value.(float64) >= permanent.Seconds():
-				// 1.1.3 says never by the largest number.
+				// 1.1.3 prints the largest number for "never".
 			case key == "elem":
-				// A set's elements, or the inside of one: {"elem": {…}} is the
-				// same as its bare value where nothing else is left in it.
+				// An element {"elem": {…}} in which only the value is left is the same
+				// as the bare value.
 				if list, ok := value.([]any); ok {
 					var elems []string
 					for _, e := range list {
@@ -136,7 +136,7 @@ func lasting(v any) string {
 	return fmt.Sprintf("%#v", v)
 }
 
-// nfts runs a test with each version of nft that there is.
+// nfts runs a test with each available version of nft.
 func nfts(t *testing.T, test func(t *testing.T, nft []string)) {
 	for _, version := range []struct {
 		name    string
@@ -167,14 +167,14 @@ func mustRestore(t testing.TB, c *nftset.Conn, files ...*File) Result {
 	return r
 }
 
-// four are the sets of the tests.
+// four has the tests' sets.
 var four = Sets{
 	Table:  filter,
 	Names:  []string{"trusted_ipv4", "trusted_ipv6", "banned_ipv4", "banned_ipv6"},
 	Refuse: func(netip.Addr) error { return nil },
 }
 
-// describe returns the sets of the kernel that are ours.
+// describe returns our sets in the kernel.
 func describe(t testing.TB, c *nftset.Conn, names ...string) []*nftset.Set {
 	t.Helper()
 	if names == nil {
@@ -191,7 +191,7 @@ func describe(t testing.TB, c *nftset.Conn, names ...string) []*nftset.Set {
 	return sets
 }
 
-// elements returns what a set of the kernel's holds.
+// elements returns a set's elements in the kernel.
 func elements(t testing.TB, c *nftset.Conn, set string) map[nftset.Key]nftset.Element {
 	t.Helper()
 	all, err := c.Elements(describe(t, c, set)[0])
@@ -205,7 +205,7 @@ func elements(t testing.TB, c *nftset.Conn, set string) map[nftset.Key]nftset.El
 	return byKey
 }
 
-// write returns a snapshot of all sets.
+// snapshotOf returns the text of a snapshot of all sets.
 func snapshotOf(t testing.TB, c *nftset.Conn) string {
 	t.Helper()
 	var b strings.Builder
@@ -215,8 +215,8 @@ func snapshotOf(t testing.TB, c *nftset.Conn) string {
 	return b.String()
 }
 
-// A snapshot is what nft loads: the kernel holds the same after either, and
-// after it was saved, flushed and restored.
+// nft and restore load a snapshot in the same way. After a save, a flush and a restore,
+// the kernel has the same elements.
 func TestRoundTrip(t *testing.T) {
 	nfts(t, func(t *testing.T, nft []string) {
 		c := dial(t, "")
@@ -264,8 +264,8 @@ func show(e nftset.Element) string {
 	return fmt.Sprintf("%s timeout %v expires %v comment %q", e.Key, e.Timeout, e.Expires, e.Comment)
 }
 
-// The reference article's way: each set printed to a file of its own. Both
-// versions of nft print them, with all options that change how.
+// As in the reference article, nft prints each set to its own file. Both versions of nft
+// do, with all options that change the format.
 func TestRestoreLists(t *testing.T) {
 	bin := nstest.Build(t, "cmd/nftwl")
 	names := []string{"trusted_ipv4", "trusted_ipv6", "banned_ipv4", "banned_ipv6"}
@@ -300,7 +300,7 @@ func TestRestoreLists(t *testing.T) {
 				}
 				command = append(command, file)
 			}
-			// The set that was made for an expression is made anew for its type.
+			// A set with typeof is restored with type.
 			run(t, "nft", "delete set inet filter trusted_ipv4; flush set inet filter trusted_ipv6; flush set inet filter banned_ipv4; delete set inet filter banned_ipv6")
 			out := run(t, command...)
 			if got := rulesetBy(t, nft...); got != want || out != "restored 8, expired 0, already there 0\n" {
@@ -310,8 +310,8 @@ func TestRestoreLists(t *testing.T) {
 	})
 }
 
-// The four files of the article as they lie in a directory, and a whole firewall,
-// of which only the sets are taken.
+// The article's four files in a directory, and a complete firewall, of which only the
+// sets are restored.
 func TestRestoreFiles(t *testing.T) {
 	bin := nstest.Build(t, "cmd/nftwl")
 	c := dial(t, "")
@@ -343,8 +343,8 @@ func TestRestoreFiles(t *testing.T) {
 	}
 }
 
-// The kernel takes any bytes for a comment. What would end it, or the file, is
-// written so that it is read by both.
+// The kernel accepts any bytes as a comment. Bytes that would end the comment or the file
+// are written so that both nft and restore can read them.
 func TestHostileComments(t *testing.T) {
 	c := dial(t, empty)
 	s := describe(t, c, "trusted_ipv4")[0]
@@ -379,8 +379,8 @@ const empty = `table inet filter {
 	set banned_ipv6 { type ipv6_addr . inet_service; flags dynamic,timeout; timeout 1d; }
 }`
 
-// of is a file with one set of elements, saved some time ago; with no time, it
-// is what nft printed.
+// of returns a file with one set of elements, saved some time ago. Without a time, it is
+// a file that nft printed.
 func of(set string, saved time.Time, elems ...nftset.Element) *File {
 	s := nftset.Set{
 		Table: filter, Name: set, Key: nftset.KeyType{IPv6: strings.HasSuffix(set, "6"), Port: true},
@@ -389,7 +389,8 @@ func of(set string, saved time.Time, elems ...nftset.Element) *File {
 	return &File{Saved: saved, Sets: []Section{{s, elems}}}
 }
 
-// The time left, from the file, the time since, and what the kernel has.
+// The time left depends on the file, on the time since the save, and on the kernel's
+// elements.
 func TestRemainingLife(t *testing.T) {
 	const (
 		h   = time.Hour
@@ -409,7 +410,7 @@ func TestRemainingLife(t *testing.T) {
 		name   string
 		held   *nftset.Element
 		files  []*File
-		want   *nftset.Element // with the comment of whichever won
+		want   *nftset.Element // with the comment of the one that stays
 		result Result
 	}{
 		{"elapsed", nil, files(of(set, ago, e(d, 3*h))), &nftset.Element{Timeout: d, Expires: 2 * h, Comment: "file"}, Result{Restored: 1}},

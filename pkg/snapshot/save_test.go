@@ -22,7 +22,7 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// fill adds n elements to a set that stay for the whole test.
+// fill adds n elements to a set that do not expire during the test.
 func fill(t testing.TB, c *nftset.Conn, set string, n int) {
 	t.Helper()
 	s := describe(t, c, set)[0]
@@ -51,7 +51,7 @@ func stable(f *File) (n int) {
 	return n
 }
 
-// count returns how many elements a whole snapshot has.
+// count returns the number of elements in a complete snapshot.
 func count(t testing.TB, path string) int {
 	t.Helper()
 	data, err := os.ReadFile(path)
@@ -85,7 +85,7 @@ func mustSave(t testing.TB, c *nftset.Conn, path string) {
 	}
 }
 
-// Empty sets do not replace the only copy of what was there.
+// A save of empty sets keeps the previous snapshot, the only copy of the elements.
 func TestSaveKeepsOld(t *testing.T) {
 	c := dial(t, empty)
 	path := filepath.Join(t.TempDir(), "sets.nft")
@@ -147,7 +147,7 @@ func TestSaveOverDamaged(t *testing.T) {
 			}
 		})
 	}
-	// Of this very table, as its header says.
+	// The header names this table.
 	c := dial(t, empty)
 	path := filepath.Join(t.TempDir(), "sets.nft")
 	fill(t, c, "trusted_ipv4", 2)
@@ -224,7 +224,8 @@ func must(t testing.TB, err error) {
 	}
 }
 
-// A save replaces the name, not what it links to, and only if that is a file.
+// A save replaces the file's name, not the file that it links to, and only if it is a
+// regular file.
 func TestSaveOnto(t *testing.T) {
 	c := dial(t, empty)
 	fill(t, c, "trusted_ipv4", 1)
@@ -245,7 +246,7 @@ func TestSaveOnto(t *testing.T) {
 		t.Errorf("wrote %q to the target", got)
 	}
 
-	// Nor does it write to what a link at its temporary name leads to.
+	// It does not follow a link at its temporary name.
 	path := filepath.Join(dir, "sets.nft")
 	for range 2 {
 		must(t, os.Symlink("target", path+".tmp"))
@@ -297,7 +298,7 @@ func TestSaveOverUnreadable(t *testing.T) {
 	mustSave(t, c, path)
 	must(t, os.Chmod(dir, 0o777))
 	must(t, os.Chmod(filepath.Dir(dir), 0o755))
-	// Of this thread alone, and so of no other test.
+	// Only for this thread, so that no other test is affected.
 	if _, err := unix.SetfsuidRetUid(1234); err != nil {
 		t.Fatal(err)
 	}
@@ -315,7 +316,7 @@ func TestSaveOverUnreadable(t *testing.T) {
 	}
 }
 
-// login does what logins do to a set while f runs: adds, renews, and deletes.
+// login changes a set like logins do while f runs: it adds, renews and deletes elements.
 func login(t *testing.T, f func()) (logins int) {
 	t.Helper()
 	c, err := nftset.Dial()
@@ -352,7 +353,7 @@ func login(t *testing.T, f func()) (logins int) {
 	return logins
 }
 
-// While users log in, what is stable is in every snapshot.
+// While users log in, every snapshot has the elements that do not change.
 func TestSaveDuringLogins(t *testing.T) {
 	const n = 5000
 	c := dial(t, empty)
@@ -393,8 +394,8 @@ func TestSaveAfterRestore(t *testing.T) {
 	}
 }
 
-// Killed at any moment, while users log in, and started twice at once: at
-// path there is always a whole snapshot with all that is stable.
+// Saves are killed at any moment while users log in, and run twice at the same time. There
+// is always a complete snapshot with all elements that do not change.
 func TestSaveKilled(t *testing.T) {
 	const n = 2000
 	bin := nstest.Build(t, "cmd/nftwl")
@@ -465,7 +466,7 @@ func TestSaveKilled(t *testing.T) {
 	}
 }
 
-// The commands' errors, one line each, with the file and what is wrong.
+// Each of the commands' errors is one line, with the file and the cause.
 func TestCommandErrors(t *testing.T) {
 	bin := nstest.Build(t, "cmd/nftwl")
 	dial(t, empty)

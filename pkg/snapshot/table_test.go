@@ -21,7 +21,7 @@ import (
 	"nftwl/pkg/nstest"
 )
 
-// put adds elements, each of them with an hour left.
+// put adds elements, each with an hour left.
 func put(t testing.TB, c *nftset.Conn, set string, addrs ...netip.Addr) {
 	t.Helper()
 	s := describe(t, c, set)[0]
@@ -32,7 +32,7 @@ func put(t testing.TB, c *nftset.Conn, set string, addrs ...netip.Addr) {
 	must(t, b.Commit())
 }
 
-// holds checks that a set has just these addresses.
+// holds checks that a set has exactly these addresses.
 func holds(t testing.TB, c *nftset.Conn, what, set string, addrs ...netip.Addr) {
 	t.Helper()
 	var got []netip.Addr
@@ -77,7 +77,7 @@ func TestSaveIntoAnotherTable(t *testing.T) {
 	}
 }
 
-// What was removed stays removed, in each table that the snapshot was restored into.
+// Removed elements stay removed, in each table that the snapshot was restored into.
 func TestRemovedStaysRemoved(t *testing.T) {
 	c := dial(t, empty)
 	path := filepath.Join(t.TempDir(), "sets.nft")
@@ -197,7 +197,7 @@ func TestRestoreSnapshotOfAnyone(t *testing.T) {
 	mustSave(t, c, path)
 }
 
-// A snapshot in a read-only directory is restored all the same.
+// A snapshot in a read-only directory is restored too.
 func TestRestoreSnapshotReadOnly(t *testing.T) {
 	c := dial(t, empty)
 	dir := t.TempDir()
@@ -215,7 +215,8 @@ func TestRestoreSnapshotReadOnly(t *testing.T) {
 	holds(t, c, "read-only", "banned_ipv4", ipv4(1))
 }
 
-// So is one where the boot id cannot be read, as in a sandbox with ProcSubset=pid.
+// A snapshot is also restored if the boot id cannot be read, as in a sandbox with
+// ProcSubset=pid.
 func TestRestoreSnapshotOfUnknownBoot(t *testing.T) {
 	c := dial(t, empty)
 	path := filepath.Join(t.TempDir(), "sets.nft")
@@ -242,7 +243,7 @@ func TestSaveDuringReloads(t *testing.T) {
 	mustSave(t, c, path)
 	var reloads, saves atomic.Int32
 	done, stopped := make(chan struct{}), make(chan error)
-	// The table alone, with the sets: nft would take most of the time.
+	// Only the table with the sets, because nft would take most of the time otherwise.
 	other, err := nftset.Dial()
 	must(t, err)
 	defer other.Close()
@@ -296,8 +297,7 @@ func readFile(t testing.TB, path string) []byte {
 	return text
 }
 
-// Everything that save writes, restore reads: whatever anybody put into the
-// sets. And nft loads it.
+// restore and nft can read everything that save writes, whatever is in the sets.
 func TestOddElementsRestored(t *testing.T) {
 	const odd = `
 add element inet filter trusted_ipv4 { 192.0.2.7 . 0 timeout 1h comment "no port" }
@@ -336,8 +336,8 @@ add element inet filter banned_ipv6 { 2001:db8::1, 2001:db8::2 timeout 1h, * tim
 				}
 				for key, was := range before[i] {
 					is := now[key]
-					// nft has no word for a permanent element in a set whose
-					// elements expire; ours stand for that long.
+					// nft cannot express a permanent element in a set with a default
+					// timeout; our longest timeout means permanent.
 					if how != "restored" && was.Permanent() {
 						was.Timeout, was.Expires = permanent, permanent
 					}
@@ -352,8 +352,8 @@ add element inet filter banned_ipv6 { 2001:db8::1, 2001:db8::2 timeout 1h, * tim
 	})
 }
 
-// The order is that of the addresses, whatever the kernel's is, so that two
-// files can be compared.
+// A snapshot is sorted by address, whatever the kernel's order is, so that two files can
+// be compared.
 func TestSaveSorted(t *testing.T) {
 	c := dial(t, empty)
 	fill(t, c, "trusted_ipv4", 1000)
@@ -380,7 +380,7 @@ func TestSaveSorted(t *testing.T) {
 	}
 }
 
-// A snapshot with a key twice: the one that expires last counts.
+// If a snapshot has a key twice, the element that expires last counts.
 func TestRestoreTwiceInSnapshot(t *testing.T) {
 	hours := func(key string, n time.Duration) nftset.Element { return element(key, n*time.Hour, n*time.Hour, "") }
 	for _, elems := range [][]nftset.Element{
@@ -397,7 +397,7 @@ func TestRestoreTwiceInSnapshot(t *testing.T) {
 	}
 }
 
-// What no list takes is not restored, and the rest is.
+// Addresses that no list accepts are not restored; the others are.
 func TestRestoreRefuses(t *testing.T) {
 	c := dial(t, empty)
 	path := filepath.Join(t.TempDir(), "sets.nft")
@@ -425,8 +425,8 @@ func TestRestoreRefuses(t *testing.T) {
 	holds(t, c, "restored", "trusted_ipv4", ipv4(1))
 }
 
-// Two never stop logging in from the addresses that are restored: no restore
-// shortens what a login has given, and each restore ends.
+// Two users keep logging in from the addresses that are restored. No restore shortens what
+// a login has written, and each restore ends.
 func TestRestoreBesideManyLogins(t *testing.T) {
 	const n, login, left = 300, 24 * time.Hour, 2 * time.Hour
 	c := dial(t, empty)
@@ -486,7 +486,7 @@ func TestRestoreBesideManyLogins(t *testing.T) {
 	}
 }
 
-// Nobody else can hold a save up by a lock on the directory.
+// Other users cannot block a save with a lock on the directory.
 func TestSaveNotBlocked(t *testing.T) {
 	c := dial(t, empty)
 	dir := t.TempDir()
@@ -530,7 +530,7 @@ func TestSaveKeepsRoots(t *testing.T) {
 	}
 }
 
-// A pipe that nobody writes into is not waited for.
+// Restore does not wait for a pipe that nobody writes to.
 func TestReadPipe(t *testing.T) {
 	pipe := filepath.Join(t.TempDir(), "pipe")
 	must(t, unix.Mkfifo(pipe, 0o600))
@@ -539,8 +539,8 @@ func TestReadPipe(t *testing.T) {
 	}
 }
 
-// A file system that cannot exchange two files, such as NFS, keeps the previous
-// snapshot all the same.
+// The previous snapshot is also kept on a file system that cannot exchange two files, such
+// as NFS.
 func TestSaveWithoutExchange(t *testing.T) {
 	strace := nstest.Need(t, "strace", "strace")
 	c := dial(t, empty)

@@ -13,8 +13,8 @@ import (
 
 func TestMain(m *testing.M) { nstest.Main(m) }
 
-// Grants of one transaction have an outcome each: that of the port where most
-// was to be done.
+// Each grant of a transaction has its own outcome: that of the port with the largest
+// change.
 func TestApplyOutcomes(t *testing.T) {
 	nstest.New(t)
 	nstest.Nft(t, `table inet filter { set trusted_ipv4 {

@@ -10,8 +10,8 @@ import (
 	"nftwl/pkg/nftset"
 )
 
-// What a login earns is tried with the real binary in cmd/nftwl; here is what
-// only a configuration changes.
+// cmd/nftwl tests with the real binary what a login trusts. This tests what depends on
+// the configuration.
 func TestDecide(t *testing.T) {
 	c := config.Default()
 	c.IPv6Prefix = 64
@@ -26,25 +26,25 @@ func TestDecide(t *testing.T) {
 		{Login{IP: "192.0.2.7", User: "alice"}, "192.0.2.7", time.Hour},
 		{Login{IP: "2001:db8:0:2:3:4:5:6"}, "2001:db8:0:2::", time.Hour},
 		{Login{IP: "2001:db8:0:1:3:4:5:6"}, "", 0},
-		// Nor is a network trusted that has an ignored address in it.
+		// A network with an ignored address in it is not trusted.
 		{Login{IP: "2001:db8:0:3::9"}, "", 0},
-		// Or the server's own address, whose webmail it would trust.
+		// Nor one with the server's own address, because that would trust its webmail.
 		{Login{IP: "2001:db8:0:2::7", LocalIP: "2001:db8:0:2::1"}, "", 0},
 		{Login{IP: "2001:db8:0:2::1", LocalIP: "2001:db8:0:2::1"}, "", 0},
 		{Login{IP: "2001:db8:0:2::7", LocalIP: "2001:db8:0:4::1"}, "2001:db8:0:2::", time.Hour},
 		{Login{IP: "192.0.2.7", LocalIP: "192.0.2.1"}, "192.0.2.7", time.Hour},
-		// A network of NAT64 is all of IPv4, or all of a private network.
+		// A NAT64 network is all of IPv4, or all of a private network.
 		{Login{IP: "64:ff9b::192.0.2.7"}, "64:ff9b::c000:207", time.Hour},
 		{Login{IP: "64:ff9b::192.0.2.7", LocalIP: "64:ff9b::192.0.2.1"}, "64:ff9b::c000:207", time.Hour},
 		{Login{IP: "64:ff9b:1:c000:2:700::"}, "64:ff9b:1:c000:2:700::", time.Hour},
 		{Login{IP: "64:ff9b:1:fffe::192.0.2.7"}, "64:ff9b:1:fffe::c000:207", time.Hour},
 		{Login{IP: "64:ff9b:0:1::192.0.2.7"}, "64:ff9b:0:1::", time.Hour},
 		{Login{IP: "64:ff9b:2::1"}, "64:ff9b:2::", time.Hour},
-		// An address that the masking rule takes for such a network.
+		// An address that the masking rule mistakes for such a network.
 		{Login{IP: "64:ff9b::"}, "", 0},
 		{Login{IP: "64:ff9b:1:c000::"}, "", 0}, // 192.0.0.0
 		{Login{IP: "255.255.255.255"}, "", 0},
-		// Loopback is only ignored where the configuration says so.
+		// Loopback is ignored only if the configuration lists it.
 		{Login{IP: "127.0.0.1"}, "127.0.0.1", time.Hour},
 		{Login{IP: "192.0.2.7", Timeout: "10m"}, "192.0.2.7", 10 * time.Minute},
 	} {
@@ -59,7 +59,7 @@ func TestDecide(t *testing.T) {
 	}
 }
 
-// A prefix that is shorter than the place of NAT64 addresses has them in it.
+// A prefix that is shorter than the NAT64 prefix contains NAT64 addresses.
 func TestShortPrefixHasNAT64(t *testing.T) {
 	c := config.Default()
 	for bits, want := range map[int]string{16: "64:ff9b:2::9", 32: "64:ff9b:2::9", 46: "64:ff9b:2::9", 47: "64:ff9b:2::", 48: "64:ff9b:2::", 128: "64:ff9b:2::9"} {
@@ -74,8 +74,8 @@ func TestShortPrefixHasNAT64(t *testing.T) {
 	}
 }
 
-// The rules look up networks in the banned sets with ipv6_prefix: 128, too: an
-// address that stands for one is banned as that.
+// With ipv6_prefix: 128, too, the rules look up networks in the banned sets: an address
+// that stands for a network is banned as that network.
 func TestRefuseBan(t *testing.T) {
 	c := config.Default()
 	c.Ignore = []netip.Prefix{netip.MustParsePrefix("2001:db8:1:203::5/128")}
@@ -107,8 +107,8 @@ func TestRefuseBan(t *testing.T) {
 	}
 }
 
-// Nothing that comes in is trusted but an address that may be, and what is
-// said of it is one line that fits a log.
+// Whatever the input is, only addresses that are allowed are trusted, and the error is one
+// line that fits a log.
 func FuzzDecide(f *testing.F) {
 	f.Add("192.0.2.7", "203.0.113.1", "alice", "", "", uint8(128))
 	f.Add("::ffff:127.0.0.1", "", "a\"b\n", "no", "1d", uint8(128))
@@ -132,8 +132,8 @@ func FuzzDecide(f *testing.F) {
 		if !g.Addr.IsValid() || g.Addr.Is4In6() || g.Addr.Zone() != "" || Refuse(c, g.Addr) != nil {
 			t.Errorf("%q is trusted as %v", ip, g.Addr)
 		}
-		// What the firewall's rules then trust: the address, and where it can
-		// be a network's, the network.
+		// What the firewall's rules then trust: the address, and the network if the
+		// address can stand for one.
 		trusted := netip.PrefixFrom(g.Addr, g.Addr.BitLen())
 		if cut, err := g.Addr.Prefix(c.IPv6Prefix); err == nil && g.Addr.Is6() && cut.Addr() == g.Addr {
 			trusted = cut
