@@ -46,7 +46,7 @@ are refused.` + addressesHelp,
 		cmd.Long = `Bans addresses: adds them to the banned sets for the configured ports and
 ban_timeout. An address already banned for longer is left alone and reported.
 Addresses that the configuration ignores are refused. It warns if an address is
-trusted, because the firewall then lets it in all the same.
+trusted, because the firewall then lets it in anyway.
 
 2001:db8:1:2::/64 bans an IPv6 network.` + addressesHelp
 		cmd.Example = `  nftwl ban 198.51.100.66
@@ -97,7 +97,7 @@ func (s *session) add(l list, set *nftset.Set, addrs []netip.Addr, only portsFla
 	return nil
 }
 
-// noteTrusted prints which banned addresses the firewall accepts all the same,
+// noteTrusted prints which banned addresses the firewall accepts anyway,
 // because the trusted come first, and on which of the ports.
 func (s *session) noteTrusted(addrs []netip.Addr, ports []uint16) {
 	set, err := s.conn.Set(s.Table, s.Trusted.For(addrs[0]))

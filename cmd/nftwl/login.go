@@ -158,9 +158,9 @@ From the user database, through Dovecot's extra fields:
 
 Exit status: COMMAND's; 127 if it is not found, 126 if it cannot be executed.`,
 		DisableFlagParsing: true,
-		// Whatever led here, stdout may be a client's, and is not for help.
+		// Whatever led here, stdout can be a client's, and is not for help.
 		RunE: func(*cobra.Command, []string) error {
-			return errors.New("login: only --config FILE may stand before it")
+			return errors.New("login: only --config FILE can come before it")
 		},
 	}
 }

@@ -24,7 +24,7 @@ import (
 
 func main() {
 	// Before anything else sees the arguments: none of the command that login
-	// becomes must be taken for one of nftwl's.
+	// becomes must be taken for nftwl's.
 	if configPath, command, ok := install.LoginArgs(os.Args[1:]); ok {
 		os.Exit(login(configPath, command))
 	}

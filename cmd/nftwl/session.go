@@ -123,7 +123,7 @@ func withSession(configPath *string, f func(s *session, args []string) error) fu
 type refusal func(*config.Config, netip.Addr) error
 
 // change calls f for the addresses of each family in a command's arguments, with
-// their set. Errors are printed, and the other addresses are done all the same.
+// their set. Errors are printed, and the other addresses are still done.
 func (s *session) change(l list, args []string, refuse refusal, f func(set *nftset.Set, addrs []netip.Addr) error) error {
 	addrs, ok := s.addresses(l, args, refuse)
 	for _, v6 := range []bool{false, true} {
@@ -236,7 +236,7 @@ An ADDRESS is IPv4 or IPv6, or a network that 'nftwl list' shows. "-" reads
 addresses from standard input, one a line; empty lines and lines that begin with
 # are skipped.
 
-Exit status: 0, or 1 if an address failed (the others are done all the same), 2
+Exit status: 0, or 1 if an address failed (the others are still done), 2
 if the command line was wrong.`
 
 const portHelp = "only these `PORTS`, such as 465,587"

@@ -24,7 +24,7 @@ func newSave(configPath *string) *cobra.Command {
 is standard output. FILE is replaced as a whole or not at all, and the previous
 one is kept as FILE.old. 'nft -f' can load it, too.
 
-If the ruleset was loaded anew since FILE was saved, save restores FILE first,
+If the ruleset was loaded again since FILE was saved, save restores FILE first,
 so that nothing is lost.
 
 Exit status: 0, or 1 if something failed; FILE is then left as it is.`,
@@ -45,7 +45,7 @@ Exit status: 0, or 1 if something failed; FILE is then left as it is.`,
 				err = &install.Problem{Text: err.Error(), Remedy: "make the directory (install -d -m 700 " + filepath.Dir(path) + "), or name another file"}
 			}
 			if r.First != nil {
-				printNote("table %s was loaded anew since %s was saved: restored it first (%s)", s.Table, path, r.First)
+				printNote("table %s was loaded again since %s was saved: restored it first (%s)", s.Table, path, r.First)
 				printRefused(path, r.First.Refused)
 			}
 			if r.NotKept != nil {

@@ -30,7 +30,7 @@ sets hold of the address.
   queue    the rule leaves it to another program, which is not asked
 
 The kernel decides: nftwl copies the rules into a network namespace of its own,
-and sends a packet there. The real rules see no packet. Rate limits start anew
+and sends a packet there. The real rules see no packet. Rate limits start afresh
 in the copy. Run it as root.
 
 Exit status: 0, or 2 for an error.`,

@@ -707,7 +707,7 @@ func (n *Node) elements(s *share, f func(nftset.Element)) {
 	}
 }
 
-// kernel calls f with the lasting connection. After an error it is dialled anew.
+// kernel calls f with the lasting connection. After an error it is dialled again.
 func (n *Node) kernel(f func(*nftset.Conn) error) (err error) {
 	if n.conn == nil {
 		if n.conn, err = nftset.DialAs(nftset.Local); err != nil {

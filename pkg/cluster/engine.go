@@ -335,7 +335,7 @@ func sandboxed() bool {
 // Reasons for which the engine cannot be used, in words that do not change.
 const (
 	refusedLogin = "login"   // wrong user or password
-	refusedKeys  = "acl"     // the user may not
+	refusedKeys  = "acl"     // the user has no permission
 	full         = "memory"  // maxmemory is reached
 	slow         = "timeout" // no answer in time
 	badTLS       = "tls"

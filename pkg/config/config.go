@@ -245,7 +245,7 @@ func (c *Config) readPorts(key string, v *yaml.Node) error {
 	}
 	for i, p := range c.Ports {
 		if slices.Contains(c.Ports[:i], p) {
-			return fail(v.Content[i], key, "port %d stands twice", p)
+			return fail(v.Content[i], key, "port %d occurs twice", p)
 		}
 	}
 	return nil

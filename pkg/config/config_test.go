@@ -137,7 +137,7 @@ func TestErrors(t *testing.T) {
 		{"ports: [0]", "1", `ports: "0" is not a port`},
 		{"ports: [65536]", "1", "ports: "},
 		{"ports: [imaps]", "1", `ports: "imaps"`},
-		{"ports: [993, 993]", "1", "ports: port 993 stands twice"},
+		{"ports: [993, 993]", "1", "ports: port 993 occurs twice"},
 		{"ports: [[993]]", "1", "ports: "},
 		{"ports:\n  - 993\n  - x", "3", `ports: "x" is not a port`},
 		{"ignore: [\n  10.0.0.0/8,\n  x]", "3", `ignore: "x"`},

@@ -79,7 +79,7 @@ func fail(n *yaml.Node, key, format string, args ...any) error {
 // reader reads the value of a key, such as trusted.ipv4. Its errors are fail's.
 type reader func(key string, v *yaml.Node) error
 
-// entry is a key that a mapping may have.
+// entry is a key that a mapping can have.
 type entry struct {
 	name string
 	read reader
@@ -105,7 +105,7 @@ func mapping(key string, n *yaml.Node, known ...entry) error {
 			}
 			return fail(name, key, "unknown key %q; the keys are %s", name.Value, strings.Join(names, ", "))
 		case seen[name.Value]:
-			return fail(name, key, "key %q stands twice", name.Value)
+			return fail(name, key, "key %q occurs twice", name.Value)
 		}
 		seen[name.Value] = true
 		if err := known[k].read(strings.TrimPrefix(key+"."+name.Value, "."), v); err != nil {

@@ -114,7 +114,7 @@ func (d *Doctor) fail(check string, r remedy, format string, args ...any) {
 // patience is how long a program, a server or the kernel may take to answer.
 const patience = 10 * time.Second
 
-// errNoAnswer: a program did not answer in time. It may be well all the same.
+// errNoAnswer: a program did not answer in time. It can be healthy nevertheless.
 var errNoAnswer = errors.New("no answer")
 
 // run runs a program, and returns what it wrote to stdout. If it fails, the error

@@ -133,7 +133,7 @@ func (d *Doctor) checkProtocols() []*postLogin {
 				"an empty name of a post-login service denies every login by %s", m.Protocol)
 			return services
 		case post == nil:
-			d.fail(check, useDropIn(), "no service of Dovecot's has a listener %s: unless another program does, every login by %s is denied", name, m.Protocol)
+			d.fail(check, useDropIn(), "no Dovecot service has a listener %s: unless another program does, every login by %s is denied", name, m.Protocol)
 			return services
 		}
 		i := slices.IndexFunc(services, func(p *postLogin) bool { return p.listener == listener })

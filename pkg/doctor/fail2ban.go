@@ -28,7 +28,7 @@ func (d *Doctor) checkFail2ban(ctx context.Context) {
 	// setup's, and nftwl.local, which enables the jails.
 	files, _ := filepath.Glob(install.Fail2banDir + "/*.d/nftwl*") // no error but a bad pattern
 	if len(files) == 0 {
-		d.skip(check, "%s has no file of nftwl's; `nftwl setup fail2ban` has them", install.Fail2banDir)
+		d.skip(check, "%s has none of nftwl's files; `nftwl setup fail2ban` has them", install.Fail2banDir)
 		return
 	}
 	again := remedy{"put nftwl's files back, fix the configuration until `fail2ban-client -t` reports no error, then restart fail2ban", "nftwl setup fail2ban --write"}
@@ -51,7 +51,7 @@ func (d *Doctor) checkFail2ban(ctx context.Context) {
 			d.skip(check, "%v", err)
 			return
 		}
-		// A line of words, and one with the names. One of several actions of nftwl's has
+		// A line of words, and one with the names. One of several nftwl actions has
 		// a name of its own: nftwl[actname=nftwl-submission].
 		_, names, _ := strings.Cut(actions, "\n")
 		switch all := words(names); {
@@ -72,12 +72,12 @@ func (d *Doctor) checkFail2ban(ctx context.Context) {
 	}
 }
 
-// words splits a list of fail2ban's.
+// words splits a fail2ban list.
 func words(list string) []string {
 	return strings.FieldsFunc(list, func(r rune) bool { return strings.ContainsRune(", \t\n", r) })
 }
 
-// isMail tells whether a jail of fail2ban's jail.conf watches a mail server.
+// isMail tells whether a jail in fail2ban's jail.conf watches a mail server.
 func isMail(jail string) bool {
 	return slices.ContainsFunc([]string{"postfix", "dovecot", "cyrus", "sasl", "sieve", "exim", "sendmail", "courier", "imap", "pop3", "smtp"},
 		func(word string) bool { return strings.Contains(jail, word) })

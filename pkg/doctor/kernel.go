@@ -19,7 +19,7 @@ func (d *Doctor) checkKernel(context.Context) {
 	switch {
 	case err == nil:
 		d.conn = conn
-		d.ok(check, "this process may read nftables")
+		d.ok(check, "this process can read nftables")
 	case errors.Is(err, nftset.ErrPermission):
 		d.fail(check, remedy{"run it as root; most of what follows needs that", "sudo nftwl doctor"},
 			"no permission to read the sets and rules (CAP_NET_ADMIN is missing)")

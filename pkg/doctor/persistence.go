@@ -25,7 +25,7 @@ func (d *Doctor) checkPersist(ctx context.Context) bool {
 	nftables, persist := d.units["nftables.service"], d.units["nftwl-persist.service"]
 	state, alone := persist["ActiveState"], loaded(persist) != ""
 	lost := "the sets are empty after each reload of nftables and each reboot"
-	enable := remedy{"enable it, and nftables.service, which loads /etc/nftables.conf in place of all rules; if the firewall is ufw's or firewalld's, nftwl setup systemd has another unit",
+	enable := remedy{"enable it, and nftables.service, which loads /etc/nftables.conf in place of all rules; if ufw or firewalld owns the firewall, see docs/firewall.md",
 		"systemctl enable --now nftables nftwl-persist"}
 	if alone {
 		lost = "after a reboot neither the rules nor the sets are there"
@@ -112,7 +112,7 @@ func (d *Doctor) checkSnapshot(saving bool) {
 			fmt.Sprintf("chown --no-dereference --reference=%s %s && chmod go-w %[1]s %[2]s", quote(filepath.Dir(path)), quote(path))}, "%v", err)
 		return
 	case err != nil:
-		d.fail(check, remedy{words: "repair or remove it, since nftwl restore refuses it; the one before may be beside it as " + filepath.Base(path) + ".old"}, "%s: %v", path, err)
+		d.fail(check, remedy{words: "repair or remove it, because nftwl restore refuses it; the previous one can be beside it as " + filepath.Base(path) + ".old"}, "%s: %v", path, err)
 		return
 	}
 	elements := 0

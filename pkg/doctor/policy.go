@@ -87,7 +87,7 @@ func (d *Doctor) checkPolicyKey(policy *config.Policy) {
 }
 
 // checkPolicyDovecot checks that Dovecot reports logins, and asks nftwld as Dovecot
-// would, with its key: whether nobody may log in, who may. That is no report.
+// would, with its key, whether a login without a name is allowed. That is no report.
 func (d *Doctor) checkPolicyDovecot(ctx context.Context, dovecot *doveconf.AuthPolicy, policy *config.Policy) {
 	const check = "policy.dovecot"
 	if dovecot == nil {
@@ -134,8 +134,8 @@ func (d *Doctor) checkPolicyDovecot(ctx context.Context, dovecot *doveconf.AuthP
 	}
 }
 
-// ask sends a policy server the question whether nobody may log in, and returns the
-// status of the answer.
+// ask sends a policy server the question whether a login without a name is allowed, and
+// returns the status of the answer.
 func ask(ctx context.Context, u *url.URL, header string) (status int, err error) {
 	status, _, err = exchange(ctx, net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "80")),
 		fmt.Sprintf("POST %s/?command=allow HTTP/1.0\r\n%s\r\nContent-Length: 2\r\n\r\n{}", strings.TrimSuffix(u.Path, "/"), header))

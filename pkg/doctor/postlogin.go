@@ -107,7 +107,7 @@ func (d *Doctor) checkLogin(p *postLogin) {
 		return
 	}
 	why := logged(d.dovecot, strings.TrimPrefix(p.Name, "service "), since)
-	// What nftwl lacks, though the doctor has it. Without the capability, a file that
+	// What nftwl lacks, though doctor has it. Without the capability, a file that
 	// has it cannot be executed; without AF_NETLINK, there seems to be no nf_tables.
 	withheld := slices.ContainsFunc([]string{"CAP_NET_ADMIN", "nf_tables", "Operation not permitted"},
 		func(words string) bool { return strings.Contains(why, words) })
@@ -202,7 +202,7 @@ func (d *Doctor) checkListener(p *postLogin) {
 		}
 		if asker.Values["drop_priv_before_exec"] == "yes" || cmp.Or(asker.Values[count], "1") != "1" {
 			d.fail("dovecot.listener", reload("in %s of %s, user = the mail user; or in %s, %s = 1", p.listener.Name, p.Name, asker.Name, count),
-				"the processes of %s ask as the mail user (%s = %s, drop_priv_before_exec = %s), and may not: those logins are denied",
+				"the processes of %s ask as the mail user (%s = %s, drop_priv_before_exec = %s), and have no permission: those logins are denied",
 				asker.Name, count, asker.Values[count], asker.Values["drop_priv_before_exec"])
 			return
 		}
@@ -215,7 +215,7 @@ func (d *Doctor) checkProcessLimit(p *postLogin) {
 	for _, asker := range p.askers {
 		if own, most := d.dovecot.ProcessLimit(p.Settings), d.dovecot.ProcessLimit(asker); own < most {
 			d.warn("dovecot.process_limit", reload("in %s, set process_limit = %d", p.Name, most),
-				"%s may have %d processes, and %s %d: when many log in at once, logins wait, and are denied after ten seconds", p.Name, own, asker.Name, most)
+				"%s can have %d processes, and %s %d: when many log in at once, logins wait, and are denied after ten seconds", p.Name, own, asker.Name, most)
 			return
 		}
 	}

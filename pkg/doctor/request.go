@@ -109,7 +109,7 @@ func askPostLogin(path string, remote netip.Addr) error {
 	case n == 0:
 		return errDenied
 	case !bytes.HasPrefix(answer[:n], []byte(loginUser)):
-		return fmt.Errorf("an answer that is none: %.40q", answer[:n])
+		return fmt.Errorf("not an answer: %.40q", answer[:n])
 	}
 	return nil
 }

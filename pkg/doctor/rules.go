@@ -56,7 +56,7 @@ func (d *Doctor) checkRules(context.Context) {
 	if !both {
 		p.say("rules.banned", "a banned address is kept out", banned)
 	}
-	if banned.status != Fail { // or who exceeds the limit is let in, too
+	if banned.status != Fail { // or those over the limit are let in, too
 		p.say("rules.limit", "strangers are limited, each source separately, or dropped", limit)
 	}
 	p.checkStrangers()

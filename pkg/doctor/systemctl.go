@@ -8,7 +8,7 @@ import (
 	"strings"
 )
 
-// unit has the properties of a unit of systemd's, even if there is no such unit.
+// unit has the properties of a systemd unit, even if there is no such unit.
 type unit map[string]string
 
 // findUnits asks systemd for the units that the checks look at.
@@ -48,7 +48,7 @@ func (u unit) startsAtBoot() bool {
 	return slices.Contains([]string{"enabled", "static", "generated"}, u["UnitFileState"])
 }
 
-// why returns the last error of nftwl's in the journal of a unit; without one, what
+// why returns nftwl's last error in the journal of a unit; without one, what
 // systemd says of its end.
 func (u unit) why(ctx context.Context) string {
 	out, _ := run(ctx, "journalctl", "--unit="+u["Id"], "--boot", "--no-pager", "--quiet", "--output=cat", "--lines=50")

@@ -147,7 +147,7 @@ func (s *Settings) Listener(path string) (service, listener *Settings) {
 	return nil, nil
 }
 
-// ProcessLimit is the most processes that a service may have: 0, or nothing in
+// ProcessLimit is the most processes that a service can have: 0, or nothing in
 // 2.4, stands for the default.
 func (s *Settings) ProcessLimit(service *Settings) uint64 {
 	for _, value := range []string{service.Values["process_limit"], s.Values["default_process_limit"]} {

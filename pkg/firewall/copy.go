@@ -64,7 +64,7 @@ const (
 // the same priority.
 type tables []*table
 
-// find returns a table; nil if there is none of the name.
+// find returns a table; nil if none has the name.
 func (all tables) find(t nftset.Table) *table {
 	if i := slices.IndexFunc(all, func(x *table) bool { return x.Table == t }); i >= 0 {
 		return all[i]
@@ -206,7 +206,7 @@ func prepareRule(o nftset.Object) []byte {
 	return attrs
 }
 
-// most is how many elements a set that is copied whole may have. Of a larger one
+// most is how many elements a set that is copied whole can have. Of a larger one
 // whose keys are addresses, only the elements that the packets can match are copied.
 const most = 4096
 

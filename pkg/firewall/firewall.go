@@ -289,7 +289,7 @@ type Connection struct {
 func (c *Copy) Dial(from netip.Addr, port uint16) (*Connection, *Result, error) {
 	i := slices.IndexFunc(c.routes, func(r route) bool { return r.source.Contains(from) })
 	if i < 0 {
-		return nil, nil, fmt.Errorf("%s is none of the sources", from)
+		return nil, nil, fmt.Errorf("%s is not one of the sources", from)
 	}
 	c.port++
 	conn := &Connection{c, c.routes[i], segment{

@@ -104,7 +104,7 @@ func (d *device) make(r routeConn) (err error) {
 		return fmt.Errorf("device %s: %w", d.name, err)
 	}
 	for _, a := range d.addresses {
-		// One that the kernel refuses is none that packets go to: addRoute says so.
+		// One that the kernel refuses carries no packets: addRoute says so.
 		_ = r.addAddress(d.index, a)
 	}
 	return nil

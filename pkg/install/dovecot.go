@@ -118,7 +118,7 @@ type chain struct {
 func findChain(dovecot *doveconf.Settings, socket string) (*chain, error) {
 	service, listener := dovecot.Listener(dovecot.Path(socket))
 	if service == nil {
-		return nil, errors.New("no service of Dovecot's listens there")
+		return nil, errors.New("no Dovecot service listens there")
 	}
 	login, err := ParsePostLogin(service.Values["executable"])
 	if err != nil {
@@ -129,7 +129,7 @@ func findChain(dovecot *doveconf.Settings, socket string) (*chain, error) {
 		return nil, nil
 	}
 	if login.MailUser {
-		return nil, errors.New("script-login -d runs it as the mail user, who may not write to nftables")
+		return nil, errors.New("script-login -d runs it as the mail user, who cannot write to nftables")
 	}
 	// script-login would look for it in libexec_dir, nftwl in PATH.
 	if !filepath.IsAbs(command[0]) {

@@ -26,7 +26,7 @@ func Fail2ban(o *Options) *Plan {
 		"#   [postfix-sasl]",
 		"#   enabled = true",
 		`# Remove "action" and "port" of these jails from jail.local. Then restart`,
-		"# fail2ban: after a reload it does not ban a banned address anew.",
+		"# fail2ban: after a reload it does not ban a banned address again.",
 		restart,
 		"nftwl doctor",
 	}

@@ -14,7 +14,7 @@ import (
 // link there. A sticky directory is no exception: after a boot has emptied it,
 // anyone can make that path again.
 //
-// The owner of the root directory counts as root, who is another user in a user
+// The owner of the root directory counts as root, which is another user in a user
 // namespace. A group counts as others, even root's own.
 func OnlyRoots(program string) error {
 	top, err := os.Stat("/")

@@ -40,8 +40,8 @@ type Problem struct{ Text, Remedy string }
 
 func (p *Problem) Error() string { return p.Text }
 
-// newPlan is a plan for files of contrib's that name Program, and mean config.Path.
-// Who has others, edits the files.
+// newPlan is a plan for contrib's files, which name Program and mean config.Path.
+// An administrator who has others edits the files.
 func newPlan(o *Options) *Plan {
 	p := new(Plan)
 	here, err := os.Stat(o.Executable)

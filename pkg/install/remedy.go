@@ -24,7 +24,7 @@ func Remedy(err error) string {
 	case errors.As(err, &problem):
 		return problem.Remedy
 	case errors.As(err, &owner):
-		return "see who wrote it; 'nftwl restore " + owner.Path + "' restores it all the same"
+		return "see who wrote it; 'nftwl restore " + owner.Path + "' restores it anyway"
 	case errors.Is(err, firewall.ErrPermission), errors.Is(err, fs.ErrPermission):
 		return "run it as root"
 	case errors.Is(err, firewall.ErrTUN):

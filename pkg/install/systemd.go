@@ -50,7 +50,7 @@ func Systemd(o *Options) *Plan {
 	return p
 }
 
-// addUnits adds units of contrib's, except those that a package has installed with
+// addUnits adds units of contrib, except those that a package has installed with
 // the same text.
 func (p *Plan) addUnits(names []string, read func(name string) string) {
 	var packaged []string

@@ -145,7 +145,7 @@ func Restore(conn *nftset.Conn, files []*File) (r Result, err error) {
 	return Result{}, fmt.Errorf("table %s: %w", files[0].Sets[0].Table, nftset.ErrBusy)
 }
 
-// restore is an attempt of Restore's.
+// restore is one attempt of Restore.
 func restore(conn *nftset.Conn, files []*File, guarded bool) (r Result, err error) {
 	generation, err := conn.Generation()
 	if err != nil {

@@ -64,7 +64,7 @@ func Save(path string, conn *nftset.Conn, sets Sets) (Saved, error) {
 
 var errReplaced = errors.New("it was flushed and loaded again while it was saved")
 
-// save is an attempt of Save's.
+// save is one attempt of Save.
 func save(path string, conn *nftset.Conn, sets Sets) (r Saved, err error) {
 	table, err := conn.Instance(sets.Table)
 	if err != nil {
