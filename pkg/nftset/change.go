@@ -194,6 +194,10 @@ func (c *Conn) Elements(s *Set) ([]Element, error) {
 	const dumps = 8 // at most
 	start := time.Now()
 	all, err := c.dump(s, start)
+	// How many are missing from each dump is estimated as animals are counted that
+	// were caught twice: of n, a dump that lacks m lacks each with the probability
+	// m/n.
+	missing := 1.0
 	for n := 1; errors.Is(err, ErrInterrupted) && n < dumps; n++ {
 		// Elements go missing where one buffer ends and the next begins, so each
 		// dump has buffers of another size. The kernel remembers the largest that
@@ -208,7 +212,15 @@ func (c *Conn) Elements(s *Set) ([]Element, error) {
 		c.deadline = other.deadline
 		other.Close()
 		if errors.Is(e, ErrInterrupted) {
-			one, e = c.unite(s, all, one, start)
+			var before, now int
+			one, before, now, e = c.unite(s, all, one, start)
+			if n == 1 {
+				missing = float64(before + 1)
+			}
+			missing *= float64(now+1) / float64(len(one)+1)
+			if e == nil && missing > 1e-3 {
+				e = s.error(ErrInterrupted)
+			}
 		}
 		all, err = one, e
 	}
@@ -260,9 +272,10 @@ func (e Element) countedFrom(start, read time.Time) Element {
 }
 
 // unite returns those elements of earlier dumps (all) and of a later one that are
-// in the set; it looks up what only one of the two has. If it is likely that both
-// lack others, it returns ErrInterrupted as well.
-func (c *Conn) unite(s *Set, all, one []Element, start time.Time) (both []Element, err error) {
+// in the set; it looks up what only one of the two has. Of that, before is how many
+// the earlier ones lack that were there at start, and now how many the later one
+// lacks.
+func (c *Conn) unite(s *Set, all, one []Element, start time.Time) (both []Element, before, now int, err error) {
 	in := func(list []Element, k Key) bool {
 		_, ok := slices.BinarySearchFunc(list, k, func(e Element, k Key) int { return e.Compare(k) })
 		return ok
@@ -280,26 +293,20 @@ func (c *Conn) unite(s *Set, all, one []Element, start time.Time) (both []Elemen
 			odd = append(odd, e.Key)
 		}
 	}
-	now := time.Now()
+	read := time.Now()
 	found, err := c.Lookup(s, odd...)
 	if err != nil {
-		return nil, err
+		return nil, 0, 0, err
 	}
-	lackedBefore, lackedNow := 0, 0
 	for k, e := range found {
 		switch {
 		case in(all, k):
-			lackedNow++
-		case e.Permanent() || e.Timeout-e.Expires > now.Sub(start): // there at start
-			lackedBefore++
+			now++
+		case e.Permanent() || e.Timeout-e.Expires > read.Sub(start):
+			before++
 		}
-		both = append(both, e.countedFrom(start, now))
-	}
-	// Animals are counted so that were caught twice: of n elements, the two lack
-	// lackedBefore * lackedNow / n.
-	if lackedBefore > 0 && 1000*lackedBefore*(lackedNow+1) > len(both) {
-		err = s.error(ErrInterrupted)
+		both = append(both, e.countedFrom(start, read))
 	}
 	slices.SortFunc(both, func(a, b Element) int { return a.Compare(b.Key) })
-	return both, err
+	return both, before, now, nil
 }
