@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -23,7 +24,7 @@ other tools too. The sets stay. If other machines share the list, they fill it
 again; --everywhere empties it on all of them.
 
 Exit status: 0, or 1 if a set is missing or cannot be written; then nothing is
-changed.`,
+changed. But of large sets, a part can be gone while nftwld shares them.`,
 		Example: `  nftwl save - >before.nft && nftwl flush banned`,
 	}
 	cmd.RunE = withSession(configPath, func(s *session, args []string) error {
@@ -55,23 +56,25 @@ changed.`,
 	return cmd
 }
 
-// flush empties sets, in one transaction unless nftset.Room is less.
+// flush empties sets: in one transaction or, while a program listens to changes,
+// large sets in several.
 func (s *session) flush(sets []*nftset.Set) error {
-	if room := nftset.Room(); slices.ContainsFunc(sets, func(set *nftset.Set) bool { return int(set.Count) > room }) {
+	if room := nftset.Room(); room < math.MaxInt {
 		for _, set := range sets {
 			elems, err := s.conn.Elements(set)
 			if err != nil {
 				return err
 			}
-			for some := range slices.Chunk(elems, room) {
-				keys := make([]nftset.Key, len(some))
-				for i, e := range some {
-					keys[i] = e.Key
+			for len(elems) > room {
+				var keys []nftset.Key
+				for _, e := range elems[:atOnce] {
+					keys = append(keys, e.Key)
 				}
 				s.conn.SetTimeout(patience)
 				if _, err := s.conn.Remove(set, keys, nil); err != nil {
 					return err
 				}
+				elems = elems[atOnce:]
 			}
 		}
 	}

@@ -83,7 +83,7 @@ func open(configPath string) (*session, error) {
 	return &session{c, conn}, nil
 }
 
-// as has later changes mean something else to other machines.
+// as sets what later changes mean to other machines.
 func (s *session) as(m nftset.Meaning) error {
 	conn, err := nftset.DialAs(m)
 	if err != nil {
@@ -101,7 +101,7 @@ func (s *session) noteUnshared() {
 		return
 	}
 	if running, _, err := nftset.Listeners(); err == nil && !running {
-		printNote("nftwld is not running: when it starts, it takes back from other machines what they still have")
+		printNote("nftwld is not running, so other machines keep what was removed here, and it comes back when nftwld starts")
 		printHint("systemctl start nftwld, and run this again")
 	}
 }
@@ -114,7 +114,7 @@ func withSession(configPath *string, f func(s *session, args []string) error) fu
 		if err != nil {
 			return err
 		}
-		defer s.conn.Close()
+		defer func() { s.conn.Close() }() // which s.as can have replaced
 		return failed(f(s, args))
 	}
 }

@@ -123,10 +123,10 @@ type target struct {
 	extend  []nftset.Element // what of files is there with less time left
 }
 
-// Restore merges files into the kernel, in one transaction unless nftset.Room is
-// less. It creates the tables
-// and sets that are missing as the files define them, and adds the elements with
-// their time left. From that of a snapshot it subtracts the time since it was
+// Restore merges files into the kernel: in one transaction or, while a program
+// listens to changes, in several of at most nftset.Room elements. It creates the
+// tables and sets that are missing as the files define them, and adds the elements
+// with their time left. From that of a snapshot it subtracts the time since it was
 // saved, or nothing if the clock went backwards. It never shortens the time left of
 // an element that the kernel has.
 func Restore(conn *nftset.Conn, files []*File) (r Result, err error) {
@@ -136,20 +136,27 @@ func Restore(conn *nftset.Conn, files []*File) (r Result, err error) {
 	// left, and the last one only creates elements: it fails only if a login adds
 	// one of them at the same moment.
 	const guarded, most = 3, 20
+	done := 0 // by attempts that failed in a later transaction
 	for attempt := range most {
 		r, err = restore(conn, files, attempt < guarded)
-		if !errors.Is(err, nftset.ErrGeneration) && !errors.Is(err, nftset.ErrExists) {
-			return r, err
+		if err == nil {
+			r.Restored, r.There = r.Restored+done, r.There-done
+			return r, nil
 		}
+		if !errors.Is(err, nftset.ErrGeneration) && !errors.Is(err, nftset.ErrExists) {
+			return Result{}, err
+		}
+		done += r.Restored
 	}
 	return Result{}, fmt.Errorf("table %s: %w", files[0].Sets[0].Table, nftset.ErrBusy)
 }
 
-// restore is one attempt of Restore.
+// restore is one attempt of Restore. If it fails, the result counts what it has
+// restored.
 func restore(conn *nftset.Conn, files []*File, guarded bool) (r Result, err error) {
 	generation, err := conn.Generation()
 	if err != nil {
-		return r, err
+		return Result{}, err
 	}
 	type part struct {
 		*Section
@@ -176,26 +183,31 @@ func restore(conn *nftset.Conn, files []*File, guarded bool) (r Result, err erro
 			parts = append(parts, part{s, f.Saved, targets[n]})
 		}
 	}
-	for _, p := range parts { // after all dumps, which take time
+	taken := time.Now() // after all dumps, which take time
+	for _, p := range parts {
 		if err := p.to.take(p.Elements, p.saved, &r); err != nil {
-			return r, err
+			return Result{}, err
 		}
 	}
+	room, extend := nftset.Room(), 0
 	for _, t := range targets {
 		t.compare(&r)
-		if guarded {
-			continue
+		if err := t.set.Fits(len(t.there) + len(t.create)); err != nil {
+			return Result{}, err
 		}
-		const most = 64
-		for some := range slices.Chunk(t.extend, most) {
-			if _, err := conn.Extend(t.set, some, time.Second, nil); err != nil {
-				return Result{}, err
-			}
-		}
-		t.extend = nil
+		extend += len(t.extend)
 	}
-	if !guarded {
+	if !guarded || 3*extend > room { // Replace takes three for each
 		generation = 0
+		const most = 64
+		for _, t := range targets {
+			for some := range slices.Chunk(t.extend, most) {
+				if _, err := conn.Extend(t.set, left(some, taken), time.Second, nil); err != nil {
+					return Result{}, err
+				}
+			}
+			t.extend = nil
+		}
 	}
 	batch := conn.BatchAt(generation)
 	for _, t := range targets {
@@ -206,33 +218,48 @@ func restore(conn *nftset.Conn, files []*File, guarded bool) (r Result, err erro
 			batch.CreateSet(t.set)
 		}
 	}
-	room := nftset.Room()
 	for _, t := range targets {
-		if err := t.set.Fits(len(t.there) + len(t.create)); err != nil {
-			return Result{}, err
-		}
 		batch.Replace(t.set, t.extend)
 	}
+	free, done := room, 0
 	for _, t := range targets {
 		for len(t.create) > 0 {
-			if room == 0 {
+			if free == 0 {
 				if err := batch.Commit(); err != nil {
-					return Result{}, err
+					return Result{Restored: done}, err
 				}
-				batch, room = conn.Batch(), nftset.Room()
+				batch, free, done = conn.Batch(), room, done+room
 			}
-			some := t.create[:min(room, len(t.create))]
+			some := t.create[:min(free, len(t.create))]
 			batch.Grow(len(some))
-			for _, e := range some {
+			for _, e := range left(some, taken) {
 				batch.Create(t.set, e)
 			}
-			t.create, room = t.create[len(some):], room-len(some)
+			t.create, free = t.create[len(some):], free-len(some)
 		}
 	}
 	if err := batch.Commit(); err != nil {
-		return Result{}, err
+		return Result{Restored: done}, err
 	}
 	return r, nil
+}
+
+// left returns those elements whose time is not over, some time after it was
+// counted: the transactions before this one can take long.
+func left(elems []nftset.Element, counted time.Time) []nftset.Element {
+	passed := time.Since(counted)
+	if passed < time.Second {
+		return elems
+	}
+	var some []nftset.Element
+	for _, e := range elems {
+		if e.Permanent() {
+			some = append(some, e)
+		} else if e.Expires -= passed; e.Expires > 0 {
+			some = append(some, e)
+		}
+	}
+	return some
 }
 
 // find returns what the kernel has of a set.

@@ -513,6 +513,47 @@ func TestRestoreBesideLogins(t *testing.T) {
 	}
 }
 
+// While a program listens to changes, a large restore takes several transactions,
+// because of what the kernel allocates for it. What is there already is extended
+// with the rest.
+func TestRestoreInParts(t *testing.T) {
+	const set, n = "trusted_ipv4", 25_000
+	c := dial(t, empty)
+	w, err := nftset.Watch(describe(t, c, set)[0].Table)
+	nstest.Must(t, err)
+	defer w.Close()
+	var elems []nftset.Element
+	for i := range n {
+		addr := netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)})
+		elems = append(elems, nftset.Element{Key: nftset.Key{Addr: addr, Port: 993}, Timeout: 24 * time.Hour, Expires: time.Hour})
+	}
+	restore := func(most int) {
+		t.Helper()
+		before, err := c.Generation()
+		nstest.Must(t, err)
+		c.SetTimeout(time.Minute)
+		if r := mustRestore(t, c, of(set, time.Now(), elems...)); r.Restored != n {
+			t.Errorf("%+v", r)
+		}
+		after, err := c.Generation()
+		nstest.Must(t, err)
+		if got := int(after - before); got < n/nftset.Room() || got > most {
+			t.Errorf("%d transactions", got)
+		}
+		all := elements(t, c, set)
+		for _, e := range elems {
+			if left := all[e.Key].Expires; left > e.Expires || left < e.Expires-time.Minute {
+				t.Fatalf("%s has %v left", e.Key, left)
+			}
+		}
+	}
+	restore(n/nftset.Room() + 1)
+	for i := range elems {
+		elems[i].Expires = 2 * time.Hour
+	}
+	restore(n)
+}
+
 // Whatever is wrong with a file, the kernel's sets stay as they were.
 func TestRestoreFails(t *testing.T) {
 	const full = `table inet filter {
