@@ -51,6 +51,7 @@ type Engine struct {
 	t      testing.TB
 	debian Debian
 	args   []string
+	user   []string // arguments of the client's, if it logs in
 	cmd    *exec.Cmd
 }
 
@@ -90,7 +91,7 @@ func (e *Engine) Start() {
 	e.cmd = e.debian.Command("/usr/bin/"+e.Name+"-server", e.args...)
 	e.cmd.SysProcAttr.Pdeathsig = unix.SIGKILL
 	Must(e.t, e.cmd.Start())
-	Poll(e.t, e.Name+" to answer", func() bool { return strings.Contains(e.try("PING"), "PONG") })
+	Poll(e.t, e.Name+" to answer", func() bool { return strings.Contains(e.Try("PING"), "PONG") })
 }
 
 // Signal sends a signal, and waits for the engine's end where it is one that ends
@@ -129,12 +130,23 @@ func (e *Engine) At(address string) *Engine {
 	return &other
 }
 
-func (e *Engine) try(words ...string) string {
+// As is the engine for one of its users.
+func (e *Engine) As(user, password string) *Engine {
+	other := *e
+	other.user = []string{"--no-auth-warning", "--user", user, "--pass", password}
+	return &other
+}
+
+// Pid is the id of its process.
+func (e *Engine) Pid() int { return e.cmd.Process.Pid }
+
+// Try sends a command, and returns the answer or the error.
+func (e *Engine) Try(words ...string) string {
 	out, _ := e.client(words...).CombinedOutput() // as long as it does not listen
 	return string(out)
 }
 
 func (e *Engine) client(words ...string) *exec.Cmd {
 	host, port, _ := strings.Cut(e.Address, ":")
-	return e.debian.Command("/usr/bin/"+e.Name+"-cli", append([]string{"-h", host, "-p", port}, words...)...)
+	return e.debian.Command("/usr/bin/"+e.Name+"-cli", append(append([]string{"-h", host, "-p", port}, e.user...), words...)...)
 }
