@@ -294,10 +294,15 @@ func (c *Config) readCluster(name string, v *yaml.Node) error {
 		entry{"password_file", value(&cluster.PasswordFile, parsePath)},
 		entry{"ca_file", value(&cluster.CAFile, parsePath)},
 	)
-	if err == nil && cluster.Server == "" {
+	switch {
+	case err != nil:
+		return err
+	case cluster.Server == "":
 		return fail(v, name, "server is missing, such as rediss://nftwl@redis.example:6380")
+	case len(cluster.Send)+len(cluster.Take) == 0:
+		return fail(v, name, "neither send nor take has a list, so that nothing is shared")
 	}
-	return err
+	return nil
 }
 
 // ReadKey returns the key in a file such as Policy.KeyFile: one word, without white
@@ -342,11 +347,19 @@ func parseServer(s string) (string, error) {
 	if _, secret := u.User.Password(); secret {
 		return "", errors.New("a password does not belong in this file; write it into a file of its own, and its path as password_file")
 	}
-	switch {
-	case (u.Scheme == "redis" || u.Scheme == "rediss") && u.Hostname() != "":
-	case u.Scheme == "unix" && u.Host == "" && strings.HasPrefix(u.Path, "/"):
-	default:
+	tcp := (u.Scheme == "redis" || u.Scheme == "rediss") && u.Hostname() != ""
+	if !tcp && !(u.Scheme == "unix" && u.Host == "" && strings.HasPrefix(u.Path, "/")) {
 		return "", fmt.Errorf("%q is not a URL such as rediss://nftwl@redis.example:6380 or unix:///run/redis/redis.sock", s)
+	}
+	if database, ok := strings.CutPrefix(u.Path, "/"); ok && tcp {
+		if _, err := strconv.ParseUint(database, 10, 31); err != nil {
+			return "", fmt.Errorf("%q ends with a path that is not the number of a database", s)
+		}
+	}
+	for name := range u.Query() {
+		if name != "master_set" && name != "addr" && name != "db" {
+			return "", fmt.Errorf("%q has %q, which is not master_set, addr or db", s, name)
+		}
 	}
 	return s, nil
 }
@@ -354,7 +367,7 @@ func parseServer(s string) (string, error) {
 // parseName reads the name of a machine, or of what machines share.
 func parseName(s string) (string, error) {
 	if !IsName(s) {
-		return "", fmt.Errorf("%q is not a name of at most %d letters, digits, dots and hyphens", s, maxName)
+		return "", fmt.Errorf("%q is not a name of at most %d letters, digits and any of . - _", s, maxName)
 	}
 	return s, nil
 }

@@ -98,6 +98,25 @@ func TestParts(t *testing.T) {
 	}
 }
 
+func TestCluster(t *testing.T) {
+	both := []string{"trusted", "banned"}
+	for text, want := range map[string]Cluster{
+		"{server: 'rediss://nftwl@redis.example:6380', name: mail, node: imap1}": {Server: "rediss://nftwl@redis.example:6380", Name: "mail", Node: "imap1", Send: both, Take: both},
+		"{server: 'redis://[2001:db8::1]:6379/3'}":                               {Server: "redis://[2001:db8::1]:6379/3", Name: "mail", Send: both, Take: both},
+		"{server: 'unix:///run/redis.sock?db=1', send: [], take: [trusted]}":     {Server: "unix:///run/redis.sock?db=1", Name: "mail", Send: []string{}, Take: both[:1]},
+		"{server: 'redis://a:26379?addr=b:26379&master_set=m', send: [banned], password_file: /p, ca_file: /c}": {
+			Server: "redis://a:26379?addr=b:26379&master_set=m", Name: "mail", Send: both[1:], Take: both, PasswordFile: "/p", CAFile: "/c"},
+	} {
+		c, err := Parse([]byte("cluster: " + text + "\n"))
+		if err != nil || !reflect.DeepEqual(c.Cluster, &want) {
+			t.Errorf("%s: %+v, %v", text, c.Cluster, err)
+		}
+	}
+	if c, err := Parse([]byte("policy: {}\n")); err != nil || c.Cluster != nil {
+		t.Errorf("without one: %+v, %v", c.Cluster, err)
+	}
+}
+
 func TestEmptyIsDefault(t *testing.T) {
 	for _, text := range []string{"", "\n\n", "# nothing\n", "---\n", "---\n# nothing\n", "null\n", "{}\n", "ignore: []\n"} {
 		c, err := Parse([]byte(text))
@@ -185,6 +204,29 @@ func TestErrors(t *testing.T) {
 		{"failures: {ban: 0s}", "1", "failures.ban: "},
 		{"failures: {ban: 8d}", "1", "failures: longest (7d) is shorter than ban (8d)"},
 		{"failures: {limit: 101}", "1", "failures: trusted_limit (100) is less than limit (101)"},
+		{"cluster:", "1", "cluster: keys with values"},
+		{"cluster: {}", "1", "cluster: server is missing"},
+		{"cluster: {name: mail}", "1", "cluster: server is missing"},
+		{"cluster: {sever: redis://h}", "1", `cluster: unknown key "sever"`},
+		{"cluster:\n  server: redis.example", "2", "cluster.server: \"redis.example\" is not a URL"},
+		{"cluster: {server: 'http://h'}", "1", "cluster.server: "},
+		{"cluster: {server: 'redis://'}", "1", "cluster.server: "},
+		{"cluster: {server: 'redis://:6379'}", "1", "cluster.server: "},
+		{"cluster: {server: 'redis://h:x'}", "1", "cluster.server: not a URL"},
+		{"cluster: {server: 'unix://run/redis.sock'}", "1", "cluster.server: "},
+		{"cluster: {server: 'redis://nftwl:secret@h'}", "1", "cluster.server: a password does not belong"},
+		{"cluster: {server: 'redis://h/'}", "1", "cluster.server: "},
+		{"cluster: {server: 'redis://h/mail'}", "1", "not the number of a database"},
+		{"cluster: {server: 'redis://h?master=x'}", "1", `has "master", which is not`},
+		{"cluster: {server: 'rediss://h?skip_verify=1'}", "1", "cluster.server: "},
+		{"cluster:\n  server: redis://h\n  name: a b", "3", `cluster.name: "a b" is not a name`},
+		{"cluster:\n  server: redis://h\n  name: 'a}b'", "3", "cluster.name: "},
+		{"cluster: {server: redis://h, node: " + strings.Repeat("x", 65) + "}", "1", "cluster.node: "},
+		{"cluster:\n  server: redis://h\n  send: [trusted, limited]", "3", `cluster.send: "limited" is not trusted or banned`},
+		{"cluster: {server: redis://h, take: trusted}", "1", "cluster.take: a list"},
+		{"cluster: {server: redis://h, send: [], take: []}", "1", "cluster: neither send nor take"},
+		{"cluster: {server: redis://h, password_file: p}", "1", "cluster.password_file: "},
+		{"cluster:\n  server: redis://h\n  ca_file: ca.pem", "3", "cluster.ca_file: "},
 		{"- a\n- b", "1", "keys with values"},
 		{"just words", "1", "keys with values"},
 		{"timeout: 1d\n---\ntimeout: 1d", "2", "a second YAML document"},
