@@ -361,6 +361,9 @@ func parseServer(s string) (string, error) {
 			return "", fmt.Errorf("%q has %q, which is not master_set, addr or db", s, name)
 		}
 	}
+	if u.Query().Has("addr") && !u.Query().Has("master_set") {
+		return "", fmt.Errorf("%q has several addresses and no master_set, the name by which Sentinel knows the server", s)
+	}
 	return s, nil
 }
 

@@ -218,6 +218,7 @@ func TestErrors(t *testing.T) {
 		{"cluster: {server: 'redis://h/'}", "1", "cluster.server: "},
 		{"cluster: {server: 'redis://h/mail'}", "1", "not the number of a database"},
 		{"cluster: {server: 'redis://h?master=x'}", "1", `has "master", which is not`},
+		{"cluster: {server: 'redis://h?addr=i'}", "1", "no master_set"},
 		{"cluster: {server: 'rediss://h?skip_verify=1'}", "1", "cluster.server: "},
 		{"cluster:\n  server: redis://h\n  name: a b", "3", `cluster.name: "a b" is not a name`},
 		{"cluster:\n  server: redis://h\n  name: 'a}b'", "3", "cluster.name: "},
