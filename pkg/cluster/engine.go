@@ -77,9 +77,11 @@ func dial(c *config.Cluster, node, password string) (*engine, error) {
 			return nil, fmt.Errorf("%s holds no certificate", c.CAFile)
 		}
 	}
-	if o.TLSConfig != nil && len(o.InitAddress) > 1 || o.Sentinel.MasterSet != "" {
-		o.Sentinel.TLSConfig = o.TLSConfig
+	if o.TLSConfig != nil {
+		o.TLSConfig.ServerName = "" // that of each address, as Sentinel names others
 	}
+	o.Sentinel.TLSConfig = o.TLSConfig
+	o.Sentinel.Dialer.Timeout = o.Dialer.Timeout
 	client, err := valkey.NewClient(o)
 	if err != nil {
 		if o.DialCtxFn == nil && sandboxed() {
