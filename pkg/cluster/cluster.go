@@ -18,6 +18,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -73,6 +74,7 @@ type Node struct {
 	Connected func()
 
 	password string
+	instance string // of this process, as two machines can have the same name
 	configs  chan *config.Config
 	wake     chan struct{} // has an item while there may be news from the kernel
 	told     chan struct{} // has an item when heard may have changed
@@ -145,6 +147,7 @@ func New(c *config.Config, password string, registry prometheus.Registerer) *Nod
 		Problem:   func(string, error) {},
 		Connected: func() {},
 		password:  password,
+		instance:  strconv.FormatUint(rand.Uint64(), 36),
 		configs:   make(chan *config.Config, 1),
 		wake:      make(chan struct{}, 1),
 		told:      make(chan struct{}, 1),
@@ -197,6 +200,9 @@ func (n *Node) use(c *config.Config) {
 	}
 	n.shares = shares
 }
+
+// sender is how this process signs what it sends.
+func (n *Node) sender() string { return n.node + "/" + n.instance }
 
 // NodeName is the name of this machine.
 func NodeName(c *config.Cluster) string {
@@ -302,7 +308,7 @@ func (n *Node) connect(ctx context.Context) {
 		return
 	}
 	if n.engine == nil {
-		e, err := dial(n.config.Cluster, n.node, n.password)
+		e, err := dial(n.config.Cluster, n.sender(), n.password)
 		if err == nil {
 			n.engine = e
 			err = n.tick(ctx)
@@ -482,7 +488,7 @@ func (n *Node) entry(e entry) {
 	n.metrics.lag.Set(max(0, float64(n.now()-millisecondsOf(e.id))/1000))
 	var addrs []netip.Addr
 	for name, value := range e.records {
-		if f, ok := n.learn(s, name, value, old); ok && e.node != n.node {
+		if f, ok := n.learn(s, name, value, old); ok && e.node != n.sender() {
 			addrs = append(addrs, f.Addr())
 		}
 	}

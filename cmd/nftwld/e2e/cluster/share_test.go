@@ -33,3 +33,22 @@ func TestShare(t *testing.T) {
 		c.becomes("banned", "2001:db8::66", false)
 	})
 }
+
+// Machines with the same name, as clones have, share all the same.
+func TestSameName(t *testing.T) {
+	l := newLAN(t, nstest.Host, 2)
+	for _, n := range l.nodes {
+		n.name = "localhost"
+		n.config("")
+	}
+	l.start()
+	a, b := l.nodes[0], l.nodes[1]
+	a.login("198.51.100.7", "alice")
+	b.becomes("trusted", "198.51.100.7", true)
+	b.nftwl("ban", "198.51.100.8", "--comment", "by hand")
+	a.becomes("banned", "198.51.100.8", true)
+	a.nftwl("unban", "198.51.100.8")
+	b.becomes("banned", "198.51.100.8", false)
+	l.quiet()
+	l.same()
+}
