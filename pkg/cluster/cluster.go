@@ -618,7 +618,7 @@ func (n *Node) readAll(ctx context.Context, s *share) error {
 			dead = append(dead, name)
 		}
 	})
-	lost := s.keep(removals, n.now())
+	lost := s.keep(removals, cleared, n.now())
 	if err != nil {
 		return err
 	}
@@ -646,10 +646,11 @@ func (n *Node) readAll(ctx context.Context, s *share) error {
 }
 
 // keep adds removals to the records, and returns those that the engine has lost: they
-// count against what the other machines still have.
-func (s *share) keep(removals map[field]record, now int64) (lost []change) {
+// count against what the other machines still have. The emptying of the list counts
+// in place of those before it.
+func (s *share) keep(removals map[field]record, cleared, now int64) (lost []change) {
 	for f, r := range removals {
-		if there, ok := s.records[f]; ok && merge(there, r) == there {
+		if there, ok := s.records[f]; ok && merge(there, r) == there || r.set <= cleared {
 			continue
 		}
 		s.records[f] = r
