@@ -794,7 +794,7 @@ func (n *Node) look(ctx context.Context, s *share, some map[netip.Addr]*news) (p
 		})
 		if err != nil {
 			n.Problem("kernel", err)
-			if !errors.Is(err, nftset.ErrNoSet) && !errors.Is(err, nftset.ErrNoTable) {
+			if !errors.Is(err, nftset.ErrNoSet) && !errors.Is(err, nftset.ErrNoTable) && !errors.Is(err, nftset.ErrUnfit) {
 				n.again(s, addrs, some)
 				continue
 			}
@@ -811,7 +811,9 @@ func (n *Node) again(s *share, addrs []netip.Addr, some map[netip.Addr]*news) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for _, addr := range addrs {
-		s.note(addr).merge(some[addr])
+		if len(s.changed) < maxWaiting {
+			s.note(addr).merge(some[addr])
+		}
 	}
 	s.paused = time.Now().Add(time.Second)
 }
