@@ -28,10 +28,9 @@ const (
 
 const password = "correct horse battery staple"
 
-// user makes a user of the engine's.
-func (l *lan) user(name, acl string) {
-	l.t.Helper()
-	l.engine.Do(append([]string{"ACL", "SETUSER", name, "reset", "on", ">" + password}, strings.Fields(acl)...)...)
+// user makes a user of an engine's.
+func user(e *nstest.Engine, name, acl string) {
+	e.Do(append([]string{"ACL", "SETUSER", name, "reset", "on", ">" + password}, strings.Fields(acl)...)...)
 }
 
 // as has a machine log in to the engine as a user. more is the rest of its cluster.
@@ -58,8 +57,8 @@ func TestTLSAndACL(t *testing.T) {
 		}
 		l.engine.Do("CONFIG", "SET", "tls-cert-file", "/run/engine/cert.pem", "tls-key-file", "/run/engine/key.pem",
 			"tls-ca-cert-file", "/run/engine/ca.pem", "tls-auth-clients", "no", "tls-port", "6380")
-		l.user("nftwl", nodeACL)
-		l.user("nothing", "")
+		user(l.engine, "nftwl", nodeACL)
+		user(l.engine, "nothing", "")
 		a, b, c := l.nodes[0], l.nodes[1], l.nodes[2]
 		const url = "rediss://" + nstest.Hub + ":6380"
 		caFile := filepath.Join(t.TempDir(), "ca.pem")
@@ -129,7 +128,7 @@ func writeFile(t *testing.T, text string) string {
 func TestReader(t *testing.T) {
 	eachEngine(t, func(t *testing.T, d nstest.Debian) {
 		l := newLAN(t, d, 2)
-		l.user("reader", readerACL)
+		user(l.engine, "reader", readerACL)
 		a, b := l.nodes[0], l.nodes[1]
 		b.as("reader", "redis://"+nstest.Hub+":6379", password, "send: [], take: [trusted]")
 		a.start()
@@ -179,7 +178,7 @@ func TestReader(t *testing.T) {
 func TestUnixSocket(t *testing.T) {
 	l := newLAN(t, nstest.Host, 1, "--unixsocket", "/run/engine/sock", "--unixsocketperm", "777")
 	a := l.nodes[0]
-	l.user("nftwl", nodeACL)
+	user(l.engine, "nftwl", nodeACL)
 	// The machines see another /run than the engine.
 	a.as("nftwl", fmt.Sprintf("unix:///proc/%d/root/run/engine/sock", l.engine.Pid()), password, "")
 	l.start()

@@ -275,9 +275,11 @@ sentinel failover-timeout mailset 5000
 			return strings.Contains(sentinel.Do("SENTINEL", "REPLICAS", "mailset"), "6400") &&
 				strings.Contains(l.replica.Do("INFO", "replication"), "master_link_status:up")
 		})
+		for _, e := range []*nstest.Engine{l.engine, l.replica} { // which do not share their users
+			user(e, "nftwl", nodeACL+" +role")
+		}
 		for _, n := range l.nodes {
-			n.server = "redis://" + nstest.Hub + ":26379?master_set=mailset"
-			n.config("")
+			n.as("nftwl", "redis://"+nstest.Hub+":26379?master_set=mailset", password, "")
 		}
 		l.start()
 		a, b := l.nodes[0], l.nodes[1]
