@@ -350,6 +350,7 @@ func (n *Node) works() {
 
 // tick reads the engine's clock.
 func (n *Node) tick(ctx context.Context) error {
+	start := time.Now()
 	now, err := n.engine.now(ctx)
 	if err != nil {
 		return err
@@ -359,7 +360,7 @@ func (n *Node) tick(ctx context.Context) error {
 			n.mergeSoon(s)
 		}
 	}
-	n.began, n.clock = time.Now(), now
+	n.began, n.clock = start.Add(time.Since(start)/2), now
 	return nil
 }
 
@@ -602,10 +603,14 @@ func (n *Node) readAll(ctx context.Context, s *share) error {
 	if err := n.tick(ctx); err != nil {
 		return err
 	}
-	removals := make(map[field]record)
+	known := make(map[field]record)
 	for f, r := range s.records {
-		if r.removed && r.alive(n.now()) {
-			removals[f] = r
+		every := f
+		every.port = 0
+		// No set tells of a removal, or when a permanent element was added.
+		all := s.records[every]
+		if r.alive(n.now()) && r.set > cleared && (r.removed && (all.removed || all.set <= r.set) || !r.removed && r.until == 0) {
+			known[f] = r
 		}
 	}
 	clear(s.records)
@@ -618,13 +623,13 @@ func (n *Node) readAll(ctx context.Context, s *share) error {
 			dead = append(dead, name)
 		}
 	})
-	lost := s.keep(removals, cleared, n.now())
+	lost := s.keep(known, n.now())
 	if err != nil {
 		return err
 	}
 	if s.send {
 		for some := range slices.Chunk(lost, atOnce) {
-			if _, _, _, err := n.engine.send(ctx, s.list, some); err != nil {
+			if _, _, err := n.engine.send(ctx, s.list, some, n.now()); err != nil {
 				return err
 			}
 		}
@@ -645,16 +650,15 @@ func (n *Node) readAll(ctx context.Context, s *share) error {
 	return nil
 }
 
-// keep adds removals to the records, and returns those that the engine has lost: they
-// count against what the other machines still have. The emptying of the list counts
-// in place of those before it.
-func (s *share) keep(removals map[field]record, cleared, now int64) (lost []change) {
-	for f, r := range removals {
-		if there, ok := s.records[f]; ok && merge(there, r) == there || r.set <= cleared {
+// keep adds what was known to the records, and returns what the engine has lost: it
+// counts against what the other machines still have.
+func (s *share) keep(known map[field]record, now int64) (lost []change) {
+	for f, r := range known {
+		if there, ok := s.records[f]; ok && merge(there, r) == there {
 			continue
 		}
 		s.records[f] = r
-		lost = append(lost, change{field: f, removed: true, age: max(0, now-r.set), left: r.until - now, comment: r.comment})
+		lost = append(lost, change{field: f, removed: r.removed, age: max(0, now-r.set), left: max(-1, r.until-now), comment: r.comment})
 	}
 	return lost
 }
@@ -800,7 +804,7 @@ func (n *Node) look(ctx context.Context, s *share, some map[netip.Addr]*news) (p
 			}
 		}
 		if s.send && len(plans.send) > 0 {
-			n.send(ctx, s, plans.send, of, some)
+			n.send(ctx, s, &plans, of, some)
 		}
 	}
 	return planned
@@ -838,6 +842,8 @@ func (n *Node) plan(conn *nftset.Conn, s *share, addrs []netip.Addr, some map[ne
 	for _, addr := range addrs {
 		keys = append(keys, trust.Keys(set, addr, ports)...)
 	}
+	v := n.view(s)
+	all.now = v.now
 	there, err := conn.Lookup(set, keys...)
 	if err == nil {
 		err = n.catchUp(conn)
@@ -855,7 +861,6 @@ func (n *Node) plan(conn *nftset.Conn, s *share, addrs []netip.Addr, some map[ne
 		return later != nil
 	})
 	n.mu.Unlock()
-	v := n.view(s)
 	for _, addr := range addrs {
 		heard := some[addr]
 		st := &state{set: set, there: make(map[uint16]nftset.Element), deleted: heard.deleted, seen: heard.seen, ports: ports}
@@ -886,7 +891,7 @@ func (n *Node) plan(conn *nftset.Conn, s *share, addrs []netip.Addr, some map[ne
 
 func (n *Node) view(s *share) *view {
 	return &view{
-		config: n.config, list: s.list, node: n.node, own: n.own, now: n.now(), cleared: s.cleared,
+		config: n.config, list: s.list, node: n.node, own: n.own, now: n.now(), at: time.Now(), cleared: s.cleared,
 		records: func(f field) (record, bool) { r, ok := s.records[f]; return r, ok },
 	}
 }
@@ -978,20 +983,21 @@ func addNames(old, more string) string {
 }
 
 // send sends changes. Those that cannot be sent wait.
-func (n *Node) send(ctx context.Context, s *share, changes []change, of map[field]netip.Addr, some map[netip.Addr]*news) {
+func (n *Node) send(ctx context.Context, s *share, p *plan, of map[field]netip.Addr, some map[netip.Addr]*news) {
+	changes := p.send
 	for len(changes) > 0 {
 		batch := changes[:min(len(changes), atOnce)]
 		if n.engine == nil || n.trouble != "" && time.Now().Before(n.retry) {
 			break
 		}
-		replies, now, sequence, err := n.engine.send(ctx, s.list, batch)
+		replies, sequence, err := n.engine.send(ctx, s.list, batch, p.now)
 		if err != nil {
 			n.failed(err)
 			break
 		}
 		n.works()
 		s.known = max(s.known, sequence)
-		n.sent(s, batch, replies, now, of)
+		n.sent(s, batch, replies, p.now, of)
 		changes = changes[len(batch):]
 		s.paused = time.Now().Add(pause)
 	}

@@ -254,11 +254,12 @@ var mergeText string
 var mergeScript = valkey.NewLuaScript(mergeText)
 
 // send merges at most atOnce changes into a list. For each it returns "" if it was
-// accepted, else the record that stays; and the time and the list's sequence then.
-func (e *engine) send(ctx context.Context, l list, changes []change) (replies []string, now, sequence int64, err error) {
+// accepted, else the record that stays; and the list's sequence then. now is the
+// engine's time, as far as it is known.
+func (e *engine) send(ctx context.Context, l list, changes []change, now int64) (replies []string, sequence int64, err error) {
 	ctx, cancel := context.WithTimeout(ctx, answerIn)
 	defer cancel()
-	args := []string{e.node, rand.Text(), logLength}
+	args := []string{e.node, rand.Text(), logLength, fmt.Sprint(now)}
 	for _, c := range changes {
 		sign := "+"
 		if c.removed {
@@ -269,15 +270,12 @@ func (e *engine) send(ctx context.Context, l list, changes []change) (replies []
 	keys := []string{e.key(l, ""), e.key(l, ":log"), e.key(l, ":meta")}
 	parts, err := mergeScript.Exec(ctx, e.client, keys, args).ToArray()
 	if err != nil || len(parts) != 4 {
-		return nil, 0, 0, orOdd(err)
+		return nil, 0, orOdd(err)
 	}
 	if replies, err = parts[3].AsStrSlice(); err == nil {
-		now, err = parts[0].AsInt64()
-	}
-	if err == nil {
 		sequence, err = parts[2].AsInt64()
 	}
-	return replies, now, sequence, err
+	return replies, sequence, err
 }
 
 var clearScript = valkey.NewLuaScript(`

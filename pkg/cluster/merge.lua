@@ -2,9 +2,10 @@
 -- sees the same order.
 --
 -- KEYS: the hash, the log, the rest
--- ARGV: the machine, an epoch for an empty list, the log's length, and for each
---       record the field, + or -, its age, the time left (-1: permanent), the
---       timeout (0: permanent) and the comment; times in milliseconds
+-- ARGV: the machine, an epoch for an empty list, the log's length, the time when
+--       this was sent, and for each record the field, + or -, its age then, the time
+--       left then (-1: permanent), the timeout (0: permanent) and the comment; times
+--       in milliseconds
 --
 -- Returns the time, the epoch, the sequence, and for each record "" if it was
 -- accepted, else the record that stays.
@@ -12,6 +13,11 @@
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local month = 30 * 24 * 3600 * 1000
+
+-- What waits in a network that is cut off must not seem newer than what comes after
+-- it. The sender knows this clock, unless it was just set.
+local late = now - tonumber(ARGV[4])
+if late < 0 or late > 300000 then late = 0 end
 
 local function whole(n) return string.format('%.0f', n) end
 
@@ -35,10 +41,11 @@ local cleared = tonumber(redis.call('HGET', KEYS[3], 'cleared') or '0')
 if cleared > now + 60000 then cleared = 0 end
 
 local replies, accepted = {}, {}
-for i = 4, #ARGV, 6 do
+for i = 5, #ARGV, 6 do
 	local field, sign = ARGV[i], ARGV[i + 1]
 	local age, left, timeout = tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3]), tonumber(ARGV[i + 4])
-	local set = math.max(0, now - age)
+	local set = math.max(0, now - late - age)
+	if left >= 0 then left = math.max(0, left - late) end
 	local old, stays, ends = get(field), nil, nil
 	-- The removal of an address on every port counts on each.
 	local every = string.match(field, '^(%S+) ')

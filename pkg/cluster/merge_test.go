@@ -52,6 +52,14 @@ func testField(ports ...uint16) field {
 	return f
 }
 
+func sendNow(e *engine, l list, changes ...change) ([]string, int64, error) {
+	now, err := e.now(context.Background())
+	if err != nil {
+		return nil, 0, err
+	}
+	return e.send(context.Background(), l, changes, now)
+}
+
 // What the engine's script makes of two records, one after the other.
 func TestMergeScript(t *testing.T) {
 	const day = 24 * 3600
@@ -96,7 +104,7 @@ func TestMergeScript(t *testing.T) {
 			e.do(ctx, 0, "FLUSHALL")
 			got := ""
 			for _, c := range test.changes {
-				replies, _, _, err := e.send(ctx, trusted, []change{c})
+				replies, _, err := sendNow(e, trusted, c)
 				nstest.Must(t, err)
 				if replies[0] == "" {
 					got += "y"
@@ -158,13 +166,35 @@ func TestMergeScript(t *testing.T) {
 	})
 }
 
+// What the network held back is as old as it is, unless a clock was just set.
+func TestLate(t *testing.T) {
+	eachEngine(t, func(t *testing.T, e *engine) {
+		ctx := context.Background()
+		for held, want := range map[int64]int64{0: 10, 4: 14, 200: 210, 400: 10, -5: 10, -100_000: 10} {
+			e.do(ctx, 0, "FLUSHALL")
+			now, err := e.now(ctx)
+			nstest.Must(t, err)
+			_, _, err = e.send(ctx, trusted, []change{add(10, 1000)}, now-seconds(held))
+			nstest.Must(t, err)
+			nstest.Must(t, e.all(ctx, trusted, func(_, value string) {
+				r, err := parseRecord(value)
+				nstest.Must(t, err)
+				age, left := (now-r.set+500)/1000, (r.until-now+500)/1000
+				if age != want || left != 1000-(want-10) {
+					t.Errorf("held back for %d s: added %d s ago, %d s left", held, age, left)
+				}
+			}))
+		}
+	})
+}
+
 // What is older than the emptying of a list stays out; what is newer comes in.
 func TestClear(t *testing.T) {
 	eachEngine(t, func(t *testing.T, e *engine) {
 		ctx := context.Background()
 		try := func(c change, want bool) {
 			t.Helper()
-			replies, _, _, err := e.send(ctx, banned, []change{c})
+			replies, _, err := sendNow(e, banned, c)
 			if err != nil || (replies[0] == "") != want {
 				t.Errorf("%+v: %q, %v", c, replies, err)
 			}
@@ -178,7 +208,7 @@ func TestClear(t *testing.T) {
 		try(add(9, -1), false)
 		try(add(9, 1000, 465), false)
 		nstest.Poll(t, "a new add", func() bool {
-			replies, _, _, err := e.send(ctx, banned, []change{add(0, 50)})
+			replies, _, err := sendNow(e, banned, add(0, 50))
 			return err == nil && replies[0] == ""
 		})
 		p, cleared, err := e.end(ctx, banned)
@@ -201,7 +231,7 @@ func TestClear(t *testing.T) {
 func TestSweep(t *testing.T) {
 	eachEngine(t, func(t *testing.T, e *engine) {
 		ctx := context.Background()
-		_, _, _, err := e.send(ctx, trusted, []change{add(10, 0), add(10, 0, 25), add(10, 100, 465), add(10, -1, 587), remove(5, 1, 993)})
+		_, _, err := sendNow(e, trusted, add(10, 0), add(10, 0, 25), add(10, 100, 465), add(10, -1, 587), remove(5, 1, 993))
 		nstest.Must(t, err)
 		fields := func() (all []string) {
 			nstest.Must(t, e.all(ctx, trusted, func(field, _ string) { all = append(all, field) }))

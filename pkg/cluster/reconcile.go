@@ -33,6 +33,7 @@ type state struct {
 
 // plan is what there is to do for an address.
 type plan struct {
+	now    int64 // the engine's time of the changes
 	send   []change
 	remove []removal
 	extend []nftset.Element
@@ -53,6 +54,7 @@ type view struct {
 	node    string
 	own     []netip.Addr // the machine's addresses
 	now     int64        // the engine's time in milliseconds
+	at      time.Time    // when that was
 	records func(field) (record, bool)
 	cleared int64 // when the list was emptied on all machines
 }
@@ -84,10 +86,10 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 		if d.left > 0 && d.left < most {
 			continue
 		}
-		c := change{field: every, removed: true, age: time.Since(d.at).Milliseconds(), left: -1, comment: d.comment}
+		c := change{field: every, removed: true, age: max(0, v.at.Sub(d.at).Milliseconds()), left: -1, comment: d.comment}
 		c.field.port = port
 		if d.left > 0 {
-			c.left = max(0, (d.left - time.Since(d.at)).Milliseconds())
+			c.left = max(0, (d.left - v.at.Sub(d.at)).Milliseconds())
 		}
 		gone[port] = c
 	}
@@ -152,14 +154,30 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 			theirs.ends() != forever && mine.ends() > theirs.ends()+gain(mine.timeout)
 	}
 
+	// local is what an element of this machine is to the others. When a permanent one
+	// was added only they can know.
+	local := func(port uint16) record {
+		e := s.there[port]
+		r := v.local(e, s.seen)
+		for _, from := range []uint16{0, port} {
+			if theirs := shared[from]; e.Permanent() && s.seen.IsZero() && theirs.until == 0 && !theirs.removed {
+				r.set = max(r.set, theirs.set)
+			}
+		}
+		return r
+	}
+
 	// What lasts longer here is sent: for every port, if it is on all that this
 	// machine has, and for a port where that one lasts longer still.
 	mine := make(map[uint16]record)
 	for port, e := range s.there {
-		r, by := v.local(e, s.seen), removedBy(port)
+		r, by := local(port), removedBy(port)
 		if kept := v.kept(by, e); r.set <= by.set && kept != "" {
 			// This machine's part outlasts the removal, and is a new ban to the others.
 			r.set, r.comment = by.set+1, kept
+			if r.until != 0 {
+				r.timeout = r.until - r.set
+			}
 		}
 		if r.set > by.set {
 			mine[port] = r
@@ -198,20 +216,22 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 	// What the others removed, or have for longer, is changed here.
 	for _, port := range s.ports {
 		e, there := s.there[port]
-		if r := removedBy(port); there && v.local(e, s.seen).set <= r.set && v.kept(r, e) == "" {
+		theirs, ok := best(port)
+		var want nftset.Element
+		f := every
+		f.port = port
+		if ok = ok && v.refuses(f) == ""; ok {
+			want, ok = v.element(theirs)
+			want.Key = nftset.Key{Addr: addr, Port: port}
+		}
+		r := removedBy(port)
+		// What is there again for as long stays: the kernel's times are not exact.
+		if there && local(port).set <= r.set && v.kept(r, e) == "" && !(ok && want.Outlives(e, most)) {
 			p.remove = append(p.remove, removal{e.Key, r})
 			there = false
 		}
-		r, ok := best(port)
-		f := every
-		f.port = port
-		if !ok || v.refuses(f) != "" {
-			continue
-		}
-		want, ok := v.element(r)
-		want.Key = nftset.Key{Addr: addr, Port: port}
 		slack := most
-		if r.until == 0 && v.list == trusted { // it is renewed, see element
+		if theirs.until == 0 && v.list == trusted { // it is renewed, see element
 			slack = max(most, time.Duration(gain(want.Timeout.Milliseconds()))*time.Millisecond)
 		}
 		if ok && !(there && e.Outlives(want, slack)) {
@@ -261,7 +281,7 @@ func (v *view) local(e nftset.Element, seen time.Time) record {
 		r.set = r.until - r.timeout
 	case !seen.IsZero():
 		// Otherwise nobody knows, and any removal counts.
-		r.set = v.now - time.Since(seen).Milliseconds()
+		r.set = v.now - v.at.Sub(seen).Milliseconds()
 	}
 	return r
 }
@@ -308,7 +328,7 @@ func (v *view) element(r record) (e nftset.Element, ok bool) {
 	}
 	if v.list == trusted {
 		if r.until == 0 {
-			e.Timeout = v.config.Timeout
+			e.Timeout, e.Expires = v.config.Timeout, v.config.Timeout
 			return e, true
 		}
 		e.Timeout = min(e.Timeout, v.config.Timeout)
