@@ -40,6 +40,9 @@ type node struct {
 	dir    string
 	server string // the engine's URL
 	cmd    *exec.Cmd
+
+	seen int           // addresses of logins of a benchmark
+	used time.Duration // nftwld's processor time before it
 }
 
 // eachEngine runs a test with Redis and with Valkey.
