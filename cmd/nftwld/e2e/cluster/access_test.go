@@ -5,6 +5,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/pem"
 	"fmt"
 	"math/big"
@@ -49,10 +50,10 @@ func (l *lan) denied() string { return l.engine.Do("ACL", "LOG") }
 // more.
 func TestTLSAndACL(t *testing.T) {
 	eachEngine(t, func(t *testing.T, d nstest.Debian) {
-		ca, cert, key := authority(t, nstest.Hub)
-		otherCA, _, _ := authority(t, nstest.Hub)
+		ca := newAuthority(t)
+		cert, key := ca.sign(t, nstest.Hub)
 		l := newLAN(t, d, 3)
-		for name, text := range map[string]string{"ca": ca, "cert": cert, "key": key} {
+		for name, text := range map[string]string{"ca": ca.pem, "cert": cert, "key": key} {
 			nstest.Write(t, "/run/engine/"+name+".pem", text, 0o600)
 		}
 		l.engine.Do("CONFIG", "SET", "tls-cert-file", "/run/engine/cert.pem", "tls-key-file", "/run/engine/key.pem",
@@ -61,8 +62,7 @@ func TestTLSAndACL(t *testing.T) {
 		user(l.engine, "nothing", "")
 		a, b, c := l.nodes[0], l.nodes[1], l.nodes[2]
 		const url = "rediss://" + nstest.Hub + ":6380"
-		caFile := filepath.Join(t.TempDir(), "ca.pem")
-		nstest.Write(t, caFile, ca, 0o644)
+		caFile := writeFile(t, ca.pem)
 		for _, n := range l.nodes {
 			n.as("nftwl", url, password, "ca_file: "+caFile)
 		}
@@ -102,7 +102,7 @@ func TestTLSAndACL(t *testing.T) {
 			{"login", "nobody", url, password, "ca_file: " + caFile},
 			{"acl", "nothing", url, password, "ca_file: " + caFile},
 			{"tls", "nftwl", url, password, ""},
-			{"tls", "nftwl", url, password, "ca_file: " + writeFile(t, otherCA)},
+			{"tls", "nftwl", url, password, "ca_file: " + writeFile(t, newAuthority(t).pem)},
 		} {
 			c.as(wrong.user, wrong.url, wrong.password, wrong.more)
 			c.start()
@@ -186,31 +186,51 @@ func TestUnixSocket(t *testing.T) {
 	nstest.Poll(t, "the login to be shared", func() bool { return strings.Contains(l.hash(), "198.51.100.1 +") })
 }
 
-// authority makes a CA, and a certificate that it signed for an address, in PEM.
-func authority(t *testing.T, address string) (ca, cert, key string) {
+// authority is a CA.
+type authority struct {
+	pem  string // its certificate
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+}
+
+func newAuthority(t *testing.T) *authority {
 	t.Helper()
-	encode := func(kind string, b []byte) string {
-		return string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: b}))
-	}
-	make := func(template, parent *x509.Certificate, signer *ecdsa.PrivateKey) ([]byte, *ecdsa.PrivateKey) {
-		private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-		nstest.Must(t, err)
-		if signer == nil {
-			signer = private
-		}
-		template.SerialNumber = big.NewInt(time.Now().UnixNano())
-		template.NotBefore, template.NotAfter = time.Now().Add(-time.Hour), time.Now().Add(time.Hour)
-		der, err := x509.CreateCertificate(rand.Reader, template, parent, private.Public(), signer)
-		nstest.Must(t, err)
-		return der, private
-	}
-	root := &x509.Certificate{IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
-	caDER, caKey := make(root, root, nil)
-	signed, err := x509.ParseCertificate(caDER)
+	a := &authority{cert: &x509.Certificate{Subject: pkix.Name{CommonName: "test CA"}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}}
+	der := a.issue(t, a.cert)
+	var err error
+	a.cert, err = x509.ParseCertificate(der)
 	nstest.Must(t, err)
-	leaf := &x509.Certificate{IPAddresses: []net.IP{net.ParseIP(address)}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}
-	der, private := make(leaf, signed, caKey)
-	pkcs8, err := x509.MarshalPKCS8PrivateKey(private)
+	a.pem = encode("CERTIFICATE", der)
+	return a
+}
+
+// sign returns a certificate for an address, and its key, in PEM.
+func (a *authority) sign(t *testing.T, address string) (cert, key string) {
+	t.Helper()
+	ca := *a
+	der := ca.issue(t, &x509.Certificate{IPAddresses: []net.IP{net.ParseIP(address)}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
+	pkcs8, err := x509.MarshalPKCS8PrivateKey(ca.key)
 	nstest.Must(t, err)
-	return encode("CERTIFICATE", caDER), encode("CERTIFICATE", der), encode("PRIVATE KEY", pkcs8)
+	return encode("CERTIFICATE", der), encode("PRIVATE KEY", pkcs8)
+}
+
+// issue makes a key, which becomes a's, and a certificate that its old one signs.
+func (a *authority) issue(t *testing.T, template *x509.Certificate) []byte {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	nstest.Must(t, err)
+	signer := a.key
+	if signer == nil {
+		signer = key
+	}
+	a.key = key
+	template.SerialNumber = big.NewInt(time.Now().UnixNano())
+	template.NotBefore, template.NotAfter = time.Now().Add(-time.Hour), time.Now().Add(time.Hour)
+	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, key.Public(), signer)
+	nstest.Must(t, err)
+	return der
+}
+
+func encode(kind string, b []byte) string {
+	return string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: b}))
 }

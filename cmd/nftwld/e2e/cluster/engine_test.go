@@ -254,50 +254,88 @@ func (l *lan) hashOf(e *nstest.Engine) string {
 	return strings.Join(lines, "\n")
 }
 
-// The machines follow a failover that Sentinel makes.
+// The machines follow a failover that Sentinel makes, to an engine with an address
+// and a certificate of its own.
 func TestSentinel(t *testing.T) {
-	eachEngine(t, func(t *testing.T, d nstest.Debian) {
-		l := newLAN(t, d, 2)
-		for _, dir := range []string{"/run/replica", "/run/sentinel"} {
-			nstest.Must(t, os.Mkdir(dir, 0o755))
+	for _, tls := range []bool{false, true} {
+		t.Run(fmt.Sprintf("tls %v", tls), func(t *testing.T) {
+			eachEngine(t, func(t *testing.T, d nstest.Debian) { testSentinel(t, d, tls) })
+		})
+	}
+}
+
+func testSentinel(t *testing.T, d nstest.Debian, tls bool) {
+	const other = "10.9.0.250" // the replica's address
+	ca := newAuthority(t)
+	// encrypted are the arguments of an engine that others reach over TLS alone.
+	encrypted := func(address, dir string, port int) []string {
+		if !tls {
+			return nil
 		}
-		l.replica = d.NewEngine(t, nstest.Hub+":6400", "/run/replica", "--replicaof", nstest.Hub+" 6379")
-		nstest.Write(t, "/run/sentinel/sentinel.conf", strings.NewReplacer("HUB", nstest.Hub).Replace(`port 26379
+		cert, key := ca.sign(t, address)
+		nstest.Write(t, dir+"/ca.pem", ca.pem, 0o600)
+		nstest.Write(t, dir+"/cert.pem", cert, 0o600)
+		nstest.Write(t, dir+"/key.pem", key, 0o600)
+		return []string{"--tls-port", strconv.Itoa(port), "--tls-replication", "yes", "--tls-auth-clients", "no",
+			"--tls-ca-cert-file", dir + "/ca.pem", "--tls-cert-file", dir + "/cert.pem", "--tls-key-file", dir + "/key.pem"}
+	}
+	l := newLAN(t, d, 2)
+	nstest.IP(t, "addr add "+other+"/24 dev lan0")
+	for _, dir := range []string{"/run/primary", "/run/replica", "/run/sentinel"} {
+		nstest.Must(t, os.Mkdir(dir, 0o755))
+	}
+	port, scheme := "6400", "redis"
+	if tls {
+		port, scheme = "6401", "rediss"
+	}
+	l.engine = d.NewEngine(t, nstest.Hub+":6400", "/run/primary", encrypted(nstest.Hub, "/run/primary", 6401)...)
+	l.replica = d.NewEngine(t, other+":6400", "/run/replica", append(encrypted(other, "/run/replica", 6401), "--replicaof", nstest.Hub+" "+port, "--replica-announce-ip", other)...)
+	conf := strings.NewReplacer("HUB", nstest.Hub, "PORT", port).Replace(`port 26378
 bind HUB
 dir /run/sentinel
 protected-mode no
-sentinel monitor mailset HUB 6379 1
+sentinel monitor mailset HUB PORT 1
 sentinel down-after-milliseconds mailset 500
 sentinel failover-timeout mailset 5000
-`), 0o644)
-		sentinel := d.NewSentinel(t, nstest.Hub+":26379", "/run/sentinel/sentinel.conf")
-		nstest.Poll(t, "Sentinel to know the replica", func() bool {
-			return strings.Contains(sentinel.Do("SENTINEL", "REPLICAS", "mailset"), "6400") &&
-				strings.Contains(l.replica.Do("INFO", "replication"), "master_link_status:up")
-		})
-		for _, e := range []*nstest.Engine{l.engine, l.replica} { // which do not share their users
-			user(e, "nftwl", nodeACL+" +role")
+`)
+	for words := range slices.Chunk(encrypted(nstest.Hub, "/run/sentinel", 26379), 2) {
+		conf += strings.TrimPrefix(words[0], "--") + " " + words[1] + "\n"
+	}
+	nstest.Write(t, "/run/sentinel/sentinel.conf", conf, 0o644)
+	sentinel := d.NewSentinel(t, nstest.Hub+":26378", "/run/sentinel/sentinel.conf")
+	nstest.Until(t, "Sentinel to know the replica", func() error {
+		replicas, link := sentinel.Do("SENTINEL", "REPLICAS", "mailset"), l.replica.Do("INFO", "replication")
+		if !strings.Contains(replicas, other) || !strings.Contains(link, "master_link_status:up") {
+			return fmt.Errorf("%s; %s", replicas, link)
 		}
-		for _, n := range l.nodes {
-			n.as("nftwl", "redis://"+nstest.Hub+":26379?master_set=mailset", password, "")
-		}
-		l.start()
-		a, b := l.nodes[0], l.nodes[1]
-		a.login("198.51.100.1", "alice")
-		b.becomes("trusted", "198.51.100.1", true)
-
-		l.engine.Signal(syscall.SIGKILL)
-		a.login("198.51.100.2", "alice") // while there is none
-		nstest.Poll(t, "Sentinel to fail over", func() bool { return strings.Contains(l.replica.Do("ROLE"), "master") })
-		b.becomes("trusted", "198.51.100.2", true)
-		b.login("198.51.100.3", "bob")
-		a.becomes("trusted", "198.51.100.3", true)
-		a.connected()
-		b.connected()
-		l.engine = l.replica
-		l.quiet()
-		l.same()
+		return nil
 	})
+	url, caFile := scheme+"://"+nstest.Hub+":26378?master_set=mailset", ""
+	if tls {
+		url, caFile = strings.Replace(url, "26378", "26379", 1), "ca_file: "+writeFile(t, ca.pem)
+	}
+	for _, e := range []*nstest.Engine{l.engine, l.replica} { // which do not share their users
+		user(e, "nftwl", nodeACL+" +role")
+	}
+	for _, n := range l.nodes {
+		n.as("nftwl", url, password, caFile)
+	}
+	l.start()
+	a, b := l.nodes[0], l.nodes[1]
+	a.login("198.51.100.1", "alice")
+	b.becomes("trusted", "198.51.100.1", true)
+
+	l.engine.Signal(syscall.SIGKILL)
+	a.login("198.51.100.2", "alice") // while there is none
+	nstest.Poll(t, "Sentinel to fail over", func() bool { return strings.Contains(l.replica.Do("ROLE"), "master") })
+	b.becomes("trusted", "198.51.100.2", true)
+	b.login("198.51.100.3", "bob")
+	a.becomes("trusted", "198.51.100.3", true)
+	a.connected()
+	b.connected()
+	l.engine = l.replica
+	l.quiet()
+	l.same()
 }
 
 // An engine whose memory is full is as one that is down, and is named. What waits
