@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"fmt"
 	"strings"
 	"syscall"
 	"testing"
@@ -46,6 +47,36 @@ func TestRemovals(t *testing.T) {
 			b.becomes("trusted", newer, true)
 		}
 	})
+}
+
+// A removal is seen as a whole, although the kernel tells of one element after the
+// other.
+func TestRemovalIsWhole(t *testing.T) {
+	l := newLAN(t, nstest.Host, 2)
+	l.start()
+	a, b := l.nodes[0], l.nodes[1]
+	var addrs []string
+	for i := range 100 {
+		addrs = append(addrs, fmt.Sprintf("198.51.100.%d", i))
+	}
+	for range 3 {
+		a.nftwl(append([]string{"ban"}, addrs...)...)
+		nstest.Poll(t, "all to be banned", func() bool { return len(b.list("banned")) == 5*len(addrs) })
+		l.quiet()
+		for _, addr := range addrs {
+			a.nftwl("unban", addr)
+		}
+		nstest.Poll(t, "none to be banned", func() bool { return len(b.list("banned")) == 0 })
+		l.quiet()
+		if left := len(a.list("banned")) + len(b.list("banned")); left > 0 {
+			t.Errorf("%d elements are banned again", left)
+		}
+		for line := range strings.Lines(l.hash()) {
+			if len(strings.Fields(line)) != 3 || !strings.HasSuffix(strings.TrimSpace(line), " -") {
+				t.Errorf("a record %q, want one removal an address", line)
+			}
+		}
+	}
 }
 
 // What one machine loses is filled again, and nothing is removed elsewhere.
