@@ -53,7 +53,7 @@ bench: test-deps build
 	$(NAMESPACE) $(BENCH)/login -nftwl $(BIN) -empty $(BENCH)/empty -library $(BENCH)/library \
 		-script testdata/bench/login/trust.sh -rules contrib/nftables/sets.nft
 	@test "$$(id -u)" = 0 || echo "bench: whole logins, saving and restoring are measured by root alone: Dovecot needs its users, and nft a large socket"
-	go test -run '^$$' -bench . -benchtime 1x ./cmd/nftwl/e2e/dovecot ./cmd/nftwld/e2e ./cmd/nftwld/e2e/cluster
+	go test -run '^$$' -bench . -benchtime 1x -timeout 30m ./cmd/nftwl/e2e/dovecot ./cmd/nftwld/e2e ./cmd/nftwld/e2e/cluster
 	test "$$(id -u)" != 0 || PATH=$(CURDIR)/build:$$PATH unshare --net $(BENCH)/snapshot -most $(MOST)
 
 # Random logins, bans, saves and restores, compared with a model; the same on three
