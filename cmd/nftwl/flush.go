@@ -48,7 +48,7 @@ changed. But of large sets, a part can be gone while nftwld shares them.`,
 				return err
 			}
 		} else if c := s.Cluster; c != nil && slices.Contains(c.Take, args[0]) {
-			printNote("other machines share this list, and fill it again; --everywhere empties it on all of them")
+			printNote("other machines share this list and will fill it again; use --everywhere to empty it on all of them")
 		}
 		return s.flush(sets)
 	})
@@ -103,7 +103,7 @@ func clearCluster(configPath, name string) error {
 	err := cmd.Run()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
-		return fmt.Errorf("%s could not be emptied everywhere; nothing was changed", name) // nftwld has said why
+		return fmt.Errorf("%s is not emptied everywhere, and nothing was changed here", name) // nftwld has said why
 	}
 	return err
 }

@@ -62,6 +62,8 @@ const (
 	pollEvery = 10 * time.Second
 	// maxPorts is how many ports, besides those configured, records can have.
 	maxPorts = 32
+	// lastWords is how long what was heard may still be sent at the end.
+	lastWords = 2 * time.Second
 	// most times between two attempts to reach the engine.
 	minBackoff, maxBackoff = time.Second, 30 * time.Second
 )
@@ -95,6 +97,7 @@ type Node struct {
 	retry     time.Time    // when to try again
 	backoff   time.Duration
 	readAfter time.Time     // when the log may be read
+	unread    bool          // the last read failed
 	began     time.Time     // of clock
 	clock     int64         // the engine's time then, in milliseconds
 	own       []netip.Addr  // the machine's addresses
@@ -225,18 +228,21 @@ func (l list) names(c *config.Config) config.Names {
 
 // Run shares until the context is done.
 func (n *Node) Run(ctx context.Context) {
+	watching, stopWatching := context.WithCancel(context.Background())
 	var watcher sync.WaitGroup
-	watcher.Go(func() { n.watch(ctx) })
+	watcher.Go(func() { n.watch(watching) })
 	defer watcher.Wait()
+	defer stopWatching()
 	for ctx.Err() == nil {
 		n.step(ctx)
 		n.wait(ctx)
 	}
 	// What has just been heard is still sent.
-	last, cancel := context.WithTimeout(context.Background(), answerIn)
+	last, cancel := context.WithTimeout(context.Background(), lastWords)
 	defer cancel()
 	for _, s := range n.shares {
-		n.changes(last, s)
+		for n.changes(last, s) && last.Err() == nil {
+		}
 	}
 	if n.conn != nil {
 		n.conn.Close()
@@ -328,19 +334,30 @@ func (n *Node) connect(ctx context.Context) {
 	defer n.mu.Unlock()
 	waiting := 0
 	for _, s := range n.shares {
-		for addr, u := range s.unsent {
-			s.note(addr).merge(u)
+		// In trouble, some of them show whether it is over.
+		most := maxWaiting
+		if n.trouble != "" {
+			most = atOnce
 		}
-		clear(s.unsent)
+		for addr, u := range s.unsent {
+			if most--; most < 0 {
+				break
+			}
+			s.note(addr).merge(u)
+			delete(s.unsent, addr)
+		}
 		waiting += len(s.changed)
 	}
-	if waiting == 0 && n.trouble != "" {
+	if waiting == 0 {
 		n.works() // as nothing is left to fail
 	}
 }
 
-// works notes that the engine can be used.
+// works notes that the engine can be used, unless it cannot be read.
 func (n *Node) works() {
+	if n.unread {
+		return
+	}
 	n.metrics.connection("")
 	if n.trouble != "" {
 		n.trouble = ""
@@ -457,6 +474,7 @@ func (n *Node) arrived(ctx context.Context, a arrivals) {
 		n.failed(err)
 		n.readAfter = n.retry
 	}
+	n.unread = err != nil
 }
 
 // mergeSoon has the whole list read.
@@ -496,6 +514,10 @@ func (n *Node) entry(e entry) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for _, addr := range addrs {
+		if len(s.changed) >= maxWaiting {
+			n.overrun = true // all are looked at, then
+			return
+		}
 		s.note(addr)
 	}
 }
@@ -551,7 +573,9 @@ func longerOrGreater(a, b string) bool { return len(a) > len(b) || len(a) == len
 func (n *Node) schedule(ctx context.Context, s *share, overrun bool) {
 	now := time.Now()
 	if n.engine != nil && !s.merge.IsZero() && now.After(s.merge) {
-		if err := n.readAll(ctx, s); err != nil {
+		err := n.readAll(ctx, s)
+		n.unread = err != nil
+		if err != nil {
 			n.failed(err)
 		} else {
 			s.merge = time.Time{}
@@ -617,8 +641,8 @@ func (n *Node) readAll(ctx context.Context, s *share) error {
 	clear(s.ports)
 	var dead []string
 	err = n.engine.all(ctx, s.list, func(name, value string) {
-		f, ok := n.learn(s, name, value, false)
-		if ok && !s.records[f].alive(n.now()) {
+		f, ok := n.learn(s, name, value, true)
+		if _, counts := s.records[f].at(n.now()); ok && !counts {
 			delete(s.records, f)
 			dead = append(dead, name)
 		}
@@ -654,7 +678,7 @@ func (n *Node) readAll(ctx context.Context, s *share) error {
 // counts against what the other machines still have.
 func (s *share) keep(known map[field]record, now int64) (lost []change) {
 	for f, r := range known {
-		if there, ok := s.records[f]; ok && merge(there, r) == there {
+		if there, ok := s.records[f]; ok && (!r.removed || merge(there, r) == there) {
 			continue
 		}
 		s.records[f] = r
@@ -733,8 +757,9 @@ func (n *Node) kernel(f func(*nftset.Conn) error) (err error) {
 	return err
 }
 
-// changes looks at addresses of which there is news.
-func (n *Node) changes(ctx context.Context, s *share) {
+// changes looks at some addresses of which there is news, and reports whether there
+// were any.
+func (n *Node) changes(ctx context.Context, s *share) bool {
 	n.mu.Lock()
 	some := make(map[netip.Addr]*news)
 	for port := range s.odd {
@@ -753,6 +778,7 @@ func (n *Node) changes(ctx context.Context, s *share) {
 	if len(some) > 0 {
 		n.look(ctx, s, some)
 	}
+	return len(some) > 0
 }
 
 // later looks at some addresses of which there is no news.
@@ -991,6 +1017,12 @@ func (n *Node) send(ctx context.Context, s *share, p *plan, of map[field]netip.A
 			break
 		}
 		replies, sequence, err := n.engine.send(ctx, s.list, batch, p.now)
+		if isLate(err) { // it was not done, and is sent again
+			err = n.tick(ctx)
+			if err == nil {
+				break
+			}
+		}
 		if err != nil {
 			n.failed(err)
 			break
@@ -1031,12 +1063,15 @@ func (n *Node) sent(s *share, changes []change, replies []string, now int64, of 
 			case c.left < 0:
 				r.until = 0
 			}
+			if !c.removed {
+				r.removal = s.records[c.field].lastRemoval()
+			}
 			s.records[c.field] = r
 			continue
 		}
 		// The others know better.
 		n.metrics.stale.WithLabelValues(string(s.list)).Inc()
-		if r, err := parseRecord(replies[i]); err == nil {
+		if r, err := parseRecord(replies[i]); err == nil && r != s.records[c.field] {
 			s.records[c.field] = r
 			s.work = append(s.work, of[c.field])
 		}

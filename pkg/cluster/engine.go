@@ -219,12 +219,20 @@ func (e *engine) read(ctx context.Context, after map[list]position) ([]entry, er
 	return entries, nil
 }
 
+// maxRecords is how many records of a list are read at most: another machine, or a
+// hostile one, can write any number.
+const maxRecords = 4 << 20
+
 // all calls f for every field of a list with its record, some of them twice.
 func (e *engine) all(ctx context.Context, l list, f func(field, record string)) error {
+	read := 0
 	for cursor := "0"; ; {
 		scan, err := e.do(ctx, 0, "HSCAN", e.key(l, ""), cursor, "COUNT", strconv.Itoa(page)).AsScanEntry()
 		if err != nil {
 			return err
+		}
+		if read += len(scan.Elements) / 2; read > maxRecords {
+			return fmt.Errorf("list %s has more than %d records", l, maxRecords)
 		}
 		for pair := range slices.Chunk(scan.Elements, 2) {
 			if len(pair) == 2 {
@@ -269,18 +277,20 @@ func (e *engine) send(ctx context.Context, l list, changes []change, now int64) 
 	}
 	keys := []string{e.key(l, ""), e.key(l, ":log"), e.key(l, ":meta")}
 	parts, err := mergeScript.Exec(ctx, e.client, keys, args).ToArray()
-	if err != nil || len(parts) != 4 {
+	if err != nil || len(parts) != 2 {
 		return nil, 0, orOdd(err)
 	}
-	if replies, err = parts[3].AsStrSlice(); err == nil {
-		sequence, err = parts[2].AsInt64()
+	if replies, err = parts[1].AsStrSlice(); err == nil {
+		sequence, err = parts[0].AsInt64()
 	}
 	return replies, sequence, err
 }
 
 var clearScript = valkey.NewLuaScript(`
 local clock = redis.call('TIME')
-local now = string.format('%.0f', clock[1] * 1000 + math.floor(clock[2] / 1000))
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+if now - tonumber(ARGV[4]) > 10000 then return redis.error_reply('LATE the engine did not answer in time') end
+now = string.format('%.0f', now)
 local epoch = redis.call('HGET', KEYS[3], 'epoch') or ARGV[2]
 redis.call('DEL', KEYS[1])
 redis.call('HSET', KEYS[3], 'epoch', epoch, 'format', '1', 'cleared', now)
@@ -290,18 +300,24 @@ return now`)
 
 // clear empties a list on all machines.
 func (e *engine) clear(ctx context.Context, l list) error {
+	// An engine that hangs must not do it long after nobody waits for it.
+	now, err := e.now(ctx)
+	if err != nil {
+		return err
+	}
 	ctx, cancel := context.WithTimeout(ctx, answerIn)
 	defer cancel()
 	keys := []string{e.key(l, ""), e.key(l, ":log"), e.key(l, ":meta")}
-	return clearScript.Exec(ctx, e.client, keys, []string{e.node, rand.Text(), logLength}).Error()
+	return clearScript.Exec(ctx, e.client, keys, []string{e.node, rand.Text(), logLength, fmt.Sprint(now)}).Error()
 }
 
 var sweepScript = valkey.NewLuaScript(`
 local clock = redis.call('TIME')
 local now = clock[1] * 1000
 for _, field in ipairs(ARGV) do
-	local ends = tonumber(string.match(redis.call('HGET', KEYS[1], field) or '', '^[+-] %d+ (%d+) ') or '0')
-	if ends ~= 0 and ends <= now then redis.call('HDEL', KEYS[1], field) end
+	local ends, removal = string.match(redis.call('HGET', KEYS[1], field) or '', '^[+-] %d+ (%d+) %d+ (%d+) ')
+	ends, removal = tonumber(ends or '0'), tonumber(removal or '0')
+	if ends ~= 0 and ends <= now and removal + 30 * 24 * 3600 * 1000 <= now then redis.call('HDEL', KEYS[1], field) end
 end
 return 0`)
 
@@ -330,6 +346,12 @@ func sandboxed() bool {
 		unix.Close(fd)
 	}
 	return err == unix.EAFNOSUPPORT
+}
+
+// isLate reports whether a script refused to do what was sent too long ago.
+func isLate(err error) bool {
+	e, ok := valkey.IsValkeyErr(err)
+	return ok && strings.HasPrefix(e.Error(), "LATE")
 }
 
 // Reasons for which the engine cannot be used, in words that do not change.

@@ -49,17 +49,19 @@ func (n *Node) watchTable(ctx context.Context) error {
 		return err
 	}
 	n.missed()
-	var last flush
+	foreign := make(deletions)
 	for ctx.Err() == nil && n.watched() == table {
 		err := w.Read(time.Now().Add(block), func(e nftset.Event) {
-			if e.Generation != 0 {
+			switch {
+			case e.Generation != 0:
+				foreign.end(conn, table, n.event)
 				n.hasHeard(e.Generation)
-				return
+			case e.Deleted && e.Meaning == nftset.Unknown:
+				foreign[deleted{e.Set, e.Element.Key}] = e
+			default:
+				delete(foreign, deleted{e.Set, e.Element.Key}) // it is there again
+				n.event(e)
 			}
-			if e.Deleted && e.Meaning == nftset.Unknown && last.of(conn, table, e) {
-				e.Meaning = nftset.Local
-			}
-			n.event(e)
 		})
 		switch {
 		case err == nil, errors.Is(err, nftset.ErrDeadline):
@@ -83,33 +85,56 @@ func (n *Node) watched() nftset.Table {
 	return n.config.Table
 }
 
-// flush is whether another program than nftwl, in its last transaction, has flushed a
-// set: to others, what it deleted is then lost rather than removed. The kernel reports
-// the elements alike. A set that is empty afterwards was flushed.
-type flush struct {
-	set   string
-	by    uint32
-	at    time.Time
-	empty bool
+// deletions are those of a transaction of another program than nftwl. They are an
+// administrator's decisions, or those of a flush of the set, which are lost here alone:
+// the kernel reports both alike. Many, and those that leave a set empty, are a flush.
+type deletions map[deleted]nftset.Event
+
+type deleted struct {
+	set string
+	key nftset.Key
 }
 
-// of reports whether an element was deleted by a flush.
-func (f *flush) of(conn *nftset.Conn, table nftset.Table, e nftset.Event) bool {
-	const transaction = 2 * time.Second // in which its events come
-	if f.set == e.Set && f.by == e.By && time.Since(f.at) < transaction {
-		return f.empty
+// maxDecisions is how many elements of a set another program deletes at once by
+// decision.
+const maxDecisions = 500
+
+// end calls f for the deletions at the end of the transaction, and forgets them.
+func (d deletions) end(conn *nftset.Conn, table nftset.Table, f func(nftset.Event)) {
+	bySet := make(map[string]int)
+	for at := range d {
+		bySet[at.set]++
 	}
+	flushed := make(map[string]bool)
+	for name, n := range bySet {
+		flushed[name] = n > maxDecisions || isEmpty(conn, table, name)
+	}
+	for _, e := range d {
+		if flushed[e.Set] {
+			e.Meaning = nftset.Local
+		}
+		f(e)
+	}
+	clear(d)
+}
+
+// isEmpty reports whether a set has no elements, except those that were added since
+// a transaction that has just been reported.
+func isEmpty(conn *nftset.Conn, table nftset.Table, name string) bool {
 	conn.SetTimeout(patience)
-	set, err := conn.Set(table, e.Set)
-	empty := true
-	if err == nil {
-		err = conn.Dump(set, func(nftset.Element) { empty = false })
-	}
-	if err != nil && !errors.Is(err, nftset.ErrInterrupted) {
+	set, err := conn.Set(table, name)
+	if err != nil {
 		return true // absence is never removal
 	}
-	*f = flush{e.Set, e.By, time.Now(), empty}
-	return empty
+	const many, recent = 10_000, 5 * time.Second
+	if set.Count > many { // which would take long to read
+		return false
+	}
+	empty := true
+	err = conn.Dump(set, func(e nftset.Element) {
+		empty = empty && !e.Permanent() && e.Timeout-e.Expires < recent
+	})
+	return empty || err != nil && !errors.Is(err, nftset.ErrInterrupted)
 }
 
 // hasHeard notes that there are no more news up to a generation of the ruleset.
@@ -181,6 +206,10 @@ func (n *Node) event(e nftset.Event) {
 	if key.CatchAll() || e.Meaning == nftset.Local && !e.Deleted {
 		return
 	}
+	if len(s.changed) >= maxWaiting && (!e.Deleted || e.Meaning == nftset.Local) {
+		n.overrun = true // all are looked at, then
+		return
+	}
 	if key.Port != 0 && !slices.Contains(n.config.Ports, key.Port) && len(s.odd) < maxPorts {
 		s.odd[key.Port] = true
 	}
@@ -192,14 +221,17 @@ func (n *Node) event(e nftset.Event) {
 	case e.Meaning == nftset.Local:
 		// It is lost here alone, and will be filled again.
 	default:
-		comment := e.Element.Comment
-		if e.Meaning == nftset.DecidedFor {
-			comment = local(comment)
+		comment := "" // every part of a ban
+		switch e.Meaning {
+		case nftset.DecidedFor:
+			comment = qualify(local(e.Element.Comment), n.node)
+		case nftset.Unknown:
+			comment = qualify(e.Element.Comment, n.node)
 		}
 		if heard.deleted == nil {
 			heard.deleted = make(map[uint16]deletion)
 		}
-		heard.deleted[key.Port] = deletion{time.Now(), e.Element.Expires, qualify(comment, n.node)}
+		heard.deleted[key.Port] = deletion{time.Now(), e.Element.Expires, comment}
 	}
 }
 

@@ -7,29 +7,41 @@
 --       left then (-1: permanent), the timeout (0: permanent) and the comment; times
 --       in milliseconds
 --
--- Returns the time, the epoch, the sequence, and for each record "" if it was
--- accepted, else the record that stays.
+-- Returns the list's sequence, and for each record "" if it was accepted, else the
+-- record that stays.
+--
+-- A record is "+ SET UNTIL TIMEOUT REMOVED COMMENT" or "- SET UNTIL 0 0 COMMENT".
+-- REMOVED is when the address was removed last before it was added again: what is
+-- older than that stays removed.
 
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local month = 30 * 24 * 3600 * 1000
 
--- What waits in a network that is cut off must not seem newer than what comes after
--- it. The sender knows this clock, unless it was just set.
+-- What waits in a network that is cut off must not seem newer than what came before
+-- it here. The sender knows this clock, and sends it again.
 local late = now - tonumber(ARGV[4])
-if late < 0 or late > 300000 then late = 0 end
+if late < -1000 or late > 10000 then return redis.error_reply('LATE it was sent ' .. late .. ' ms ago') end
+late = math.max(0, late)
 
 local function whole(n) return string.format('%.0f', n) end
 
 local function get(field)
 	local value = redis.call('HGET', KEYS[1], field)
 	if not value then return nil end
-	local sign, set, ends, timeout = string.match(value, '^([+-]) (%d+) (%d+) (%d+) ')
+	local sign, set, ends, timeout, removal = string.match(value, '^([+-]) (%d+) (%d+) (%d+) (%d+) ')
 	if not sign then return nil end
-	set, ends = tonumber(set), tonumber(ends)
+	set, ends, removal = tonumber(set), tonumber(ends), tonumber(removal)
+	if sign == '-' then removal = set end
+	if removal > now + 60000 or removal + month < now then removal = 0 end
+	if sign == '+' and ends ~= 0 and ends <= now and removal > 0 then
+		-- What was added again has expired; the removal counts on.
+		sign, set, ends = '-', removal, removal + month
+		value = '- ' .. whole(set) .. ' ' .. whole(ends) .. ' 0 0 '
+	end
 	-- One of the future is from before the clock was set back.
 	if ends ~= 0 and ends <= now or set > now + 60000 then return nil end
-	return {removed = sign == '-', set = set, ends = ends, timeout = tonumber(timeout), value = value}
+	return {removed = sign == '-', set = set, ends = ends, removal = removal, value = value}
 end
 
 local epoch = redis.call('HGET', KEYS[3], 'epoch')
@@ -55,12 +67,12 @@ for i = 5, #ARGV, 6 do
 		ends = 0
 		if left >= 0 then ends = now + left end
 		if set <= cleared and cleared + month > now then
-			stays = '- ' .. whole(cleared) .. ' ' .. whole(cleared + month) .. ' 0 '
+			stays = '- ' .. whole(cleared) .. ' ' .. whole(cleared + month) .. ' 0 0 '
 		elseif every and every.removed and set <= every.set then
 			stays = every.value
-		elseif old and old.removed then
-			if set <= old.set then stays = old.value end
-		elseif old then
+		elseif old and old.removal > 0 and set <= old.removal then
+			stays = old.value
+		elseif old and not old.removed then
 			local gain = math.min(timeout / 24, 3600000)
 			if old.ends == 0 or ends ~= 0 and ends <= old.ends + gain then stays = old.value end
 		end
@@ -75,7 +87,9 @@ for i = 5, #ARGV, 6 do
 		end
 	end
 	if not stays then
-		local value = table.concat({sign, whole(set), whole(ends), whole(timeout), ARGV[i + 5]}, ' ')
+		local removal = 0
+		if sign == '+' and old then removal = old.removal end
+		local value = table.concat({sign, whole(set), whole(ends), whole(timeout), whole(removal), ARGV[i + 5]}, ' ')
 		redis.call('HSET', KEYS[1], field, value)
 		accepted[#accepted + 1] = field
 		accepted[#accepted + 1] = value
@@ -88,4 +102,4 @@ if #accepted > 0 then
 	sequence = redis.call('HINCRBY', KEYS[3], 'sequence', 1)
 	redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[3], '*', 'epoch', epoch, 'sequence', sequence, 'node', ARGV[1], unpack(accepted))
 end
-return {whole(now), epoch, tostring(sequence), replies}
+return {tostring(sequence), replies}

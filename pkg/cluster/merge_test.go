@@ -95,6 +95,9 @@ func TestMergeScript(t *testing.T) {
 			{"a removal of a removal", []change{add(10, 100), remove(5, 100), add(7, 1000), add(1, 90)}, "yyny", "+ 1 90"},
 
 			{"one port, where all were removed", []change{remove(5, 100), add(10, 1000, 465)}, "yn", ""},
+			{"one from before a removal, after a shorter one", []change{add(30, -1), remove(20, -1), add(10, 100), add(30, -1)}, "yyyn", "+ 10 100"},
+			{"the same, when that has expired", []change{add(30, -1), remove(20, -1), add(10, 0), add(30, -1)}, "yyyn", "+ 10 0"},
+			{"one from after the removal", []change{remove(20, -1), add(10, 0), add(15, -1)}, "yyy", "+ 15 never"},
 			{"one port, after all were removed", []change{remove(10, 100), add(5, 1000, 465)}, "yy", "+ 5 1000"},
 			{"all, where one port was removed", []change{remove(5, 100, 465), add(10, 1000)}, "yy", "+ 10 1000"},
 			{"one port that was there when all were removed", []change{add(20, 1000, 465), remove(10, 100), add(5, 10, 465)}, "yyy", "+ 5 10"},
@@ -166,16 +169,19 @@ func TestMergeScript(t *testing.T) {
 	})
 }
 
-// What the network held back is as old as it is, unless a clock was just set.
+// What the network held back is as old as it is. If that is much, or a clock was just
+// set, it is refused.
 func TestLate(t *testing.T) {
 	eachEngine(t, func(t *testing.T, e *engine) {
 		ctx := context.Background()
-		for held, want := range map[int64]int64{0: 10, 4: 14, 200: 210, 400: 10, -5: 10, -100_000: 10} {
+		for held, want := range map[int64]int64{0: 10, 4: 14, 200: 0, -5: 0, -100_000: 0} {
 			e.do(ctx, 0, "FLUSHALL")
 			now, err := e.now(ctx)
 			nstest.Must(t, err)
 			_, _, err = e.send(ctx, trusted, []change{add(10, 1000)}, now-seconds(held))
-			nstest.Must(t, err)
+			if isLate(err) != (want == 0) {
+				t.Errorf("held back for %d s: %v", held, err)
+			}
 			nstest.Must(t, e.all(ctx, trusted, func(_, value string) {
 				r, err := parseRecord(value)
 				nstest.Must(t, err)

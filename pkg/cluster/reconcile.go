@@ -71,8 +71,10 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 	for _, port := range append([]uint16{0}, s.ports...) {
 		f := every
 		f.port = port
-		if r, ok := v.records(f); ok && r.alive(v.now) {
-			shared[port] = r
+		if r, ok := v.records(f); ok {
+			if r, ok = r.at(v.now); ok {
+				shared[port] = r
+			}
 		}
 	}
 
@@ -129,8 +131,11 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 			r = all
 		}
 		for _, port := range []uint16{0, port} {
-			if s, ok := shared[port]; ok && s.removed && s.set > r.set {
+			switch s := shared[port]; {
+			case s.removed && s.set > r.set:
 				r = s
+			case s.removal > max(0, r.set):
+				r = record{removed: true, set: s.removal}
 			}
 		}
 		return r
@@ -193,6 +198,7 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 			c.left = r.until - v.now
 		}
 		p.send = append(p.send, c)
+		r.removal = shared[port].lastRemoval()
 		shared[port] = r
 	}
 	weakest, all := record{}, true
@@ -232,7 +238,7 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 		}
 		slack := most
 		if theirs.until == 0 && v.list == trusted { // it is renewed, see element
-			slack = max(most, time.Duration(gain(want.Timeout.Milliseconds()))*time.Millisecond)
+			slack = max(most, time.Duration(gain(v.config.Timeout.Milliseconds()))*time.Millisecond)
 		}
 		if ok && !(there && e.Outlives(want, slack)) {
 			p.extend = append(p.extend, want)
@@ -278,7 +284,7 @@ func (v *view) local(e nftset.Element, seen time.Time) record {
 	case !e.Permanent():
 		r.timeout = max(1, e.Timeout.Milliseconds())
 		r.until = v.now + max(1, e.Expires.Milliseconds())
-		r.set = r.until - r.timeout
+		r.set = max(0, r.until-r.timeout)
 	case !seen.IsZero():
 		// Otherwise nobody knows, and any removal counts.
 		r.set = v.now - v.at.Sub(seen).Milliseconds()
@@ -319,7 +325,8 @@ func (v *view) refuses(f field) string {
 
 // element returns the element for a record of the others, and false if too little
 // time is left. A trust gets no more than the time that a login of the same moment
-// would have got here; a permanent one gets that again and again.
+// would have got here; a permanent one gets that again and again. The element is as old
+// as the record, so that no machine takes it for a newer decision.
 func (v *view) element(r record) (e nftset.Element, ok bool) {
 	age := time.Duration(max(0, v.now-r.set)) * time.Millisecond
 	e.Timeout = time.Duration(r.timeout) * time.Millisecond
@@ -328,7 +335,7 @@ func (v *view) element(r record) (e nftset.Element, ok bool) {
 	}
 	if v.list == trusted {
 		if r.until == 0 {
-			e.Timeout, e.Expires = v.config.Timeout, v.config.Timeout
+			e.Timeout, e.Expires = min(age, remembered)+v.config.Timeout, v.config.Timeout
 			return e, true
 		}
 		e.Timeout = min(e.Timeout, v.config.Timeout)

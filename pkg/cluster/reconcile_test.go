@@ -132,10 +132,13 @@ func TestReconcile(t *testing.T) {
 		{name: "what was capped is not sent back", config: func(c *config.Config) { c.Timeout = time.Hour }, records: records{"A": plus(600, 7*day, "alice @b")},
 			there: ports{993: elem(600, hour-600, "alice @b"), 465: elem(600, hour-600, "alice @b")}},
 		{name: "a permanent one elsewhere", records: records{"A": plus(7*day, -1, "alice @b")},
-			want: "extend A . 465 24h0m0s/24h0m0s alice @b; extend A . 993 24h0m0s/24h0m0s alice @b"},
+			want: "extend A . 465 24h0m0s/192h0m0s alice @b; extend A . 993 24h0m0s/192h0m0s alice @b"},
 		{name: "a permanent one elsewhere, again", records: records{"A": plus(7*day, -1, "alice @b")},
 			there: ports{993: elem(2*hour, day-2*hour, "alice @b"), 465: elem(hour/2, day-hour/2, "alice @b")},
-			want:  "extend A . 993 24h0m0s/24h0m0s alice @b"},
+			want:  "extend A . 993 24h0m0s/192h0m0s alice @b"},
+		{name: "what was given of a permanent one is as old as that", records: records{"A": minus(7*day-1, "x @b")},
+			there: ports{993: elem(7*day, day-60, "alice @b"), 465: elem(7*day, day-60, "alice @b")},
+			want:  "remove A . 465; remove A . 993"},
 		{name: "a port that is not configured here", odd: []uint16{25}, records: records{"A 25": plus(0, day, "x @b")}},
 		{name: "every port is those that are configured here", odd: []uint16{25}, records: records{"A": plus(0, day, "x @b"), "A 25": plus(0, day, "x @b")},
 			want: "extend A . 465 24h0m0s/24h0m0s x @b; extend A . 993 24h0m0s/24h0m0s x @b"},
@@ -338,12 +341,6 @@ func TestReconcileAll(t *testing.T) {
 			}
 			if e, ok := there[port]; ok {
 				all = append(all, v.local(e, seen))
-				// A port that was removed, and is trusted again, has the time that every
-				// port has: its record has no room for a removal besides.
-				every, ok := records[every]
-				if ok && !every.removed && all[len(all)-1].set > removed {
-					removed = -1
-				}
 			}
 			for _, r := range all {
 				if r.set > removed {
@@ -361,8 +358,11 @@ func TestReconcileAll(t *testing.T) {
 			if c.left < 0 {
 				r.until = 0
 			}
-			if old, ok := records[c.field]; ok && merge(old, r) != r {
-				t.Fatalf("%s: %s is stale", before, c.field)
+			if old, ok := records[c.field]; ok {
+				r.removal = old.lastRemoval()
+				if merge(old, r) != r {
+					t.Fatalf("%s: %s is stale", before, c.field)
+				}
 			}
 			records[c.field] = r
 		}

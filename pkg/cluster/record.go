@@ -75,6 +75,7 @@ type record struct {
 	set     int64  // when it was added, renewed or removed
 	until   int64  // when it expires, or when the removal is forgotten; 0 for never
 	timeout int64  // of the element; 0 for a permanent one
+	removal int64  // of one that was added: when the address was removed last before; 0 for never
 	comment string // of the element, see qualify
 }
 
@@ -89,6 +90,15 @@ func (r record) ends() int64 {
 	return r.until
 }
 
+// at returns what counts of a record at a time, and false for nothing: once an element
+// that was added after a removal has expired, the removal counts on.
+func (r record) at(now int64) (record, bool) {
+	if !r.alive(now) && r.removal > 0 {
+		r = record{removed: true, set: r.removal, until: r.removal + remembered.Milliseconds()}
+	}
+	return r, r.alive(now)
+}
+
 // alive reports whether the record counts at a time. One of the future does not: it
 // is from before the engine's clock was set back, and nobody could remove it.
 func (r record) alive(now int64) bool { return r.ends() > now && r.set <= now+skew.Milliseconds() }
@@ -97,30 +107,30 @@ func (r record) alive(now int64) bool { return r.ends() > now && r.set <= now+sk
 // merge.lua.
 const skew = time.Minute
 
-// String returns the record as the engine has it: "+ SET UNTIL TIMEOUT COMMENT" or
-// "- SET UNTIL 0 COMMENT".
+// String returns the record as the engine has it: "+ SET UNTIL TIMEOUT REMOVED COMMENT"
+// or "- SET UNTIL 0 0 COMMENT".
 func (r record) String() string {
 	sign := "+"
 	if r.removed {
 		sign = "-"
 	}
-	return fmt.Sprintf("%s %d %d %d %s", sign, r.set, r.until, r.timeout, r.comment)
+	return fmt.Sprintf("%s %d %d %d %d %s", sign, r.set, r.until, r.timeout, r.removal, r.comment)
 }
 
 // parseRecord reads what the script wrote, and nothing else.
 func parseRecord(s string) (r record, err error) {
-	parts := strings.SplitN(s, " ", 5)
-	if len(parts) != 5 || parts[0] != "+" && parts[0] != "-" {
+	parts := strings.SplitN(s, " ", 6)
+	if len(parts) != 6 || parts[0] != "+" && parts[0] != "-" {
 		return r, errNoRecord
 	}
-	r.removed, r.comment = parts[0] == "-", parts[4]
-	for i, to := range []*int64{&r.set, &r.until, &r.timeout} {
+	r.removed, r.comment = parts[0] == "-", parts[5]
+	for i, to := range []*int64{&r.set, &r.until, &r.timeout, &r.removal} {
 		const most = 1 << 43 // in the year 2248; as nanoseconds, it fits into a time.Duration
 		if *to, err = strconv.ParseInt(parts[1+i], 10, 64); err != nil || *to < 0 || *to > most {
 			return r, errNoRecord
 		}
 	}
-	if r.String() != s || r.timeout > nftset.MaxTimeout.Milliseconds() || (r.until == 0) != (r.timeout == 0) && !r.removed || r.removed && (r.until == 0 || r.timeout != 0) {
+	if r.String() != s || r.timeout > nftset.MaxTimeout.Milliseconds() || (r.until == 0) != (r.timeout == 0) && !r.removed || r.removed && (r.until == 0 || r.timeout != 0 || r.removal != 0) || r.removal > r.set {
 		return r, errNoRecord
 	}
 	return r, nftset.CheckComment(r.comment)
@@ -130,27 +140,34 @@ var errNoRecord = errors.New("not a record")
 
 // merge returns which of two records of a field counts, as the script decides it.
 func merge(a, b record) record {
-	switch {
-	case a.removed == b.removed && a.removed:
+	if a.removed && b.removed {
 		if a.set > b.set {
 			a, b = b, a
 		}
 		b.until = max(a.until, b.until)
 		return b
-	case a.removed == b.removed:
-		if a.ends() > b.ends() {
-			return a
-		}
-		return b
-	case a.removed:
+	}
+	removal := max(a.lastRemoval(), b.lastRemoval())
+	if a.removed || !b.removed && (a.set <= removal || b.set > removal && b.ends() > a.ends()) {
 		a, b = b, a
-		fallthrough
-	default: // a is added, b is removed
-		if a.set > b.set {
-			return a
-		}
+	}
+	// a is added, and lasts longer if both are.
+	if a.set > removal {
+		a.removal = removal
+		return a
+	}
+	if b.removed {
 		return b
 	}
+	return record{removed: true, set: removal, until: removal + remembered.Milliseconds()}
+}
+
+// lastRemoval is when the field of a record was removed last; 0 for never.
+func (r record) lastRemoval() int64 {
+	if r.removed {
+		return r.set
+	}
+	return r.removal
 }
 
 // gain is by how much longer an element must last than the others have it, before

@@ -34,21 +34,21 @@ func TestField(t *testing.T) {
 
 func TestRecord(t *testing.T) {
 	for text, want := range map[string]record{
-		"+ 1000 87400 86400 alice @imap1": {false, 1000, 87400, 86400, "alice @imap1"},
-		"+ 1000 0 0 ":                     {false, 1000, 0, 0, ""},
-		"- 1000 87400 0 a, b @imap1":      {true, 1000, 87400, 0, "a, b @imap1"},
-		"- 1000 87400 0 ":                 {true, 1000, 87400, 0, ""},
+		"+ 1000 87400 86400 0 alice @imap1": {false, 1000, 87400, 86400, 0, "alice @imap1"},
+		"+ 1000 0 0 999 ":                   {false, 1000, 0, 0, 999, ""},
+		"- 1000 87400 0 0 a, b @imap1":      {true, 1000, 87400, 0, 0, "a, b @imap1"},
+		"- 1000 87400 0 0 ":                 {true, 1000, 87400, 0, 0, ""},
 	} {
 		if got, err := parseRecord(text); err != nil || got != want || got.String() != text {
 			t.Errorf("%q: %+v, %v", text, got, err)
 		}
 	}
 	for _, text := range []string{
-		"", "+", "+ 1 2 3", "* 1 2 3 x", "+ 1 2 x y", "+ -1 2 3 x", "+ 01 2 3 x", "+ 1 2 9007199254740993 x",
-		"+ 1 99999999999999999999 3 x",
-		"+ 1 0 5 x", "+ 1 5 0 x", // permanent, or not
-		"- 1 0 0 x", "- 1 5 3 x", // a removal is forgotten some day, and has no timeout
-		"+ 1 2 1 a\nb", "+ 1 2 1 a\"b", "+ 1 2 1 " + strings.Repeat("x", nftset.MaxComment+1),
+		"", "+", "+ 1 2 3", "+ 1 2 3 x", "* 1 2 3 0 x", "+ 1 2 x 0 y", "+ -1 2 3 0 x", "+ 01 2 3 0 x", "+ 1 2 9007199254740993 0 x",
+		"+ 1 99999999999999999999 3 0 x", "+ 1 2 3 2 x", "- 1 5 0 1 x",
+		"+ 1 0 5 0 x", "+ 1 5 0 0 x", // permanent, or not
+		"- 1 0 0 0 x", "- 1 5 3 0 x", // a removal is forgotten some day, and has no timeout
+		"+ 1 2 1 0 a\nb", "+ 1 2 1 0 a\"b", "+ 1 2 1 0 " + strings.Repeat("x", nftset.MaxComment+1),
 	} {
 		if got, err := parseRecord(text); err == nil {
 			t.Errorf("%q is taken for %+v", text, got)
@@ -58,10 +58,10 @@ func TestRecord(t *testing.T) {
 
 // Whatever another machine writes into the engine is refused, or is what it says.
 func FuzzRecord(f *testing.F) {
-	f.Add("192.0.2.7", "+ 1000 87400 86400 alice @imap1")
-	f.Add("2001:db8:1:2::/64 465", "- 1000 87400 0 a, b @imap1")
-	f.Add("::ffff:192.0.2.7", "+ 1000 0 0 ")
-	f.Add("fe80::1%eth0 70000", "+ 1 2 3 \"\n")
+	f.Add("192.0.2.7", "+ 1000 87400 86400 0 alice @imap1")
+	f.Add("2001:db8:1:2::/64 465", "- 1000 87400 0 0 a, b @imap1")
+	f.Add("::ffff:192.0.2.7", "+ 1000 0 0 999 ")
+	f.Add("fe80::1%eth0 70000", "+ 1 2 3 0 \"\n")
 	f.Fuzz(func(t *testing.T, name, value string) {
 		if at, err := parseField(name); err == nil {
 			addr := at.Addr()
@@ -131,15 +131,17 @@ func TestComments(t *testing.T) {
 
 // The later of two records counts, as for the engine.
 func TestMerge(t *testing.T) {
-	added := func(set, until int64) record { return record{false, set, until, 1, "a"} }
-	removed := func(set, until int64) record { return record{true, set, until, 0, "r"} }
+	added := func(set, until int64) record { return record{false, set, until, 1, 0, "a"} }
+	removed := func(set, until int64) record { return record{true, set, until, 0, 0, "r"} }
 	for _, test := range []struct{ a, b, want record }{
 		{added(1, 10), added(2, 20), added(2, 20)},
 		{added(2, 10), added(1, 20), added(1, 20)},
 		{added(1, 0), added(2, 20), added(1, 0)},
 		{added(1, 10), removed(2, 5), removed(2, 5)},
 		{added(2, 10), removed(2, 5), removed(2, 5)},
-		{added(3, 10), removed(2, 50), added(3, 10)},
+		{added(3, 10), removed(2, 50), record{false, 3, 10, 1, 2, "a"}},
+		{record{false, 3, 10, 1, 2, "a"}, added(1, 0), record{false, 3, 10, 1, 2, "a"}},
+		{record{false, 3, 10, 1, 2, "a"}, added(4, 20), record{false, 4, 20, 1, 2, "a"}},
 		{removed(1, 10), removed(2, 5), removed(2, 10)},
 	} {
 		if got := merge(test.a, test.b); got != test.want {

@@ -63,7 +63,6 @@ type Event struct {
 	// time that was left. Its Timeout says only whether it is permanent.
 	Element Element
 	Meaning Meaning // of a change of an element
-	By      uint32  // the netlink port of who made it
 }
 
 // ErrOverrun: a Watcher has missed events, because the socket's buffer was full.
@@ -134,7 +133,6 @@ func (w *Watcher) Read(deadline time.Time, f func(Event)) error {
 // elements reports the elements of a message.
 func (w *Watcher) elements(m message, f func(Event)) error {
 	e := Event{
-		By:      m.port,
 		Set:     attributeString(m.body, unix.NFTA_SET_ELEM_LIST_SET),
 		Deleted: m.typ&^subsystem == unix.NFT_MSG_DELSETELEM,
 	}

@@ -58,7 +58,7 @@ func TestCommands(t *testing.T) {
 
 	// Without the engine, nothing is emptied.
 	l.engine.Signal(syscall.SIGKILL)
-	if out, err := a.output("nftwl", "flush", "--everywhere", "trusted"); err == nil || !strings.Contains(out, "nothing was changed") {
+	if out, err := a.output("nftwl", "flush", "--everywhere", "trusted"); err == nil || !strings.Contains(out, "nothing was changed here") {
 		t.Errorf("flush --everywhere without an engine: %v, %s", err, out)
 	}
 	if !a.is("trusted", addr) {
