@@ -593,7 +593,7 @@ func (n *Node) schedule(ctx context.Context, s *share, overrun bool) {
 	case overrun && s.merge.IsZero():
 		n.compare(s)
 	case refill:
-		s.work = s.addresses(s.work, func(record) bool { return true })
+		s.work = s.addresses(s.work, nil)
 	case len(s.work) == 0 && !s.compared.IsZero() && now.Sub(s.compared) > compareEvery+rand.N(time.Minute):
 		s.compared = now
 		s.merge = now.Add(rand.N(jitter))
@@ -607,10 +607,13 @@ func (n *Node) schedule(ctx context.Context, s *share, overrun bool) {
 	}
 }
 
-// addresses appends those whose records f accepts.
+// addresses appends those whose records f accepts; a nil f accepts all.
 func (s *share) addresses(work []netip.Addr, f func(record) bool) []netip.Addr {
+	if f == nil {
+		work = slices.Grow(work, len(s.records))
+	}
 	for at, r := range s.records {
-		if f(r) {
+		if f == nil || f(r) {
 			work = append(work, at.Addr())
 		}
 	}
@@ -691,7 +694,7 @@ func (s *share) keep(known map[field]record, now int64) (lost []change) {
 func (n *Node) compare(s *share) {
 	s.compared = time.Now()
 	n.elements(s, func(e nftset.Element) { s.work = append(s.work, e.Addr) })
-	s.work = s.addresses(s.work, func(record) bool { return true })
+	s.work = s.addresses(s.work, nil)
 }
 
 // poll looks at banned elements of which nobody told.
@@ -714,30 +717,34 @@ func (n *Node) poll(s *share) {
 	s.polled = time.Now().Add(max(pollEvery, 100*time.Since(start)))
 }
 
-// elements calls f for every element of the list's sets. Those that cannot be read
+// elements calls f for every element of the list's sets, some of them twice. Those that cannot be read
 // are told.
 func (n *Node) elements(s *share, f func(nftset.Element)) {
 	for _, name := range s.list.names(n.config).Both() {
-		var elems []nftset.Element
 		err := n.kernel(func(conn *nftset.Conn) error {
 			set, err := conn.Set(n.config.Table, name)
-			if err == nil {
-				elems, err = conn.Elements(set)
+			if err != nil {
+				return err
 			}
-			return err
+			// A dump can lack elements while the set changes; hardly twice the same.
+			for range 2 {
+				err = conn.Dump(set, func(e nftset.Element) {
+					if e.CatchAll() {
+						return
+					}
+					if e.Port != 0 && !slices.Contains(n.config.Ports, e.Port) && len(s.ports) < maxPorts {
+						s.ports[e.Port] = true
+					}
+					f(e)
+				})
+				if !errors.Is(err, nftset.ErrInterrupted) {
+					return err
+				}
+			}
+			return nil
 		})
 		if err != nil {
 			n.Problem("kernel", err)
-			continue
-		}
-		for _, e := range elems {
-			if e.CatchAll() {
-				continue
-			}
-			if e.Port != 0 && !slices.Contains(n.config.Ports, e.Port) && len(s.ports) < maxPorts {
-				s.ports[e.Port] = true
-			}
-			f(e)
 		}
 	}
 }

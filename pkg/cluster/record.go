@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unique"
 
 	"nftwl/pkg/config"
 	"nftwl/pkg/nftset"
@@ -123,7 +124,8 @@ func parseRecord(s string) (r record, err error) {
 	if len(parts) != 6 || parts[0] != "+" && parts[0] != "-" {
 		return r, errNoRecord
 	}
-	r.removed, r.comment = parts[0] == "-", parts[5]
+	// A comment is in many records, and must not keep the whole text.
+	r.removed, r.comment = parts[0] == "-", unique.Make(parts[5]).Value()
 	for i, to := range []*int64{&r.set, &r.until, &r.timeout, &r.removal} {
 		const most = 1 << 43 // in the year 2248; as nanoseconds, it fits into a time.Duration
 		if *to, err = strconv.ParseInt(parts[1+i], 10, 64); err != nil || *to < 0 || *to > most {

@@ -42,6 +42,7 @@ func BenchmarkLate(b *testing.B) {
 		rows = append(rows, fmt.Sprintf("| %s | %.1f s | %.1f s | %d MB | %d MB | %.2f ms | %.2f ms |", what, time.Since(began).Seconds(), cpu.Seconds(),
 			resident>>20, most>>20, quantile(logins, 0.5), quantile(logins, 0.99)))
 		n.forget()
+		fmt.Println(rows[len(rows)-1]) // as it takes minutes
 	}
 	before := n.logins(func(count int) bool { return count < 500 })
 	rows = append(rows, fmt.Sprintf("| no `nftwld` | | | | | %.2f ms | %.2f ms |", quantile(before, 0.5), quantile(before, 0.99)))
