@@ -436,6 +436,7 @@ func (s *soak) heal() {
 // the model has that.
 func (s *soak) compare() {
 	var all [3]map[place]element
+	var read [3]time.Time
 	var at time.Time
 	nstest.Until(s.t, "the machines to have the same", func() error {
 		for i, n := range s.nodes {
@@ -446,12 +447,23 @@ func (s *soak) compare() {
 		for i, n := range s.nodes {
 			all[i] = make(map[place]element)
 			for _, name := range []string{"trusted", "banned"} {
-				for _, e := range n.list(name) {
+				list := n.list(name)
+				read[i] = time.Now()
+				for _, e := range list {
 					all[i][place{name, e.Address, e.Port}] = e
 				}
 			}
 		}
+		// As of one moment: on a busy machine it takes seconds to read all.
 		at = time.Now()
+		for i := range all {
+			for p, e := range all[i] {
+				if e.Timeout != 0 {
+					e.Expires -= at.Sub(read[i]).Seconds()
+					all[i][p] = e
+				}
+			}
+		}
 		return s.differ(at, all)
 	})
 	s.note("the same")
@@ -491,12 +503,16 @@ func (s *soak) compare() {
 			}
 		}
 		// A permanent trust is one elsewhere that ends, and is renewed.
+		now := []*given{best}
 		for _, g := range s.adds[p] {
-			if g.timeout == 0 && (permanent || p.list == "trusted" && best.timeout == 24*time.Hour) {
-				best = &given{node: -1, early: g.early, late: g.late, perhaps: g.perhaps && !permanent}
+			switch {
+			case g.timeout == 0 && (permanent || !g.perhaps):
+				now = []*given{{node: -1, early: g.early, late: g.late}}
+			case g.timeout == 0 && p.list == "trusted" && best.timeout >= 24*time.Hour:
+				now = append(now, &given{node: -1, early: g.early, late: g.late, perhaps: true})
 			}
 		}
-		s.adds[p] = []*given{best}
+		s.adds[p] = slices.DeleteFunc(now, func(g *given) bool { return g == nil })
 	}
 }
 
