@@ -353,11 +353,14 @@ func (s *soak) step() {
 				ghost.perhaps = true
 				s.adds[p] = append(s.adds[p], ghost)
 			}
-			delete(s.ghosts, p)
-			s.adds[p] = append(s.adds[p], g)
 			if s.parts[p] == nil {
 				s.parts[p] = make(map[string]bool)
 			}
+			if len(s.ghosts[p]) > 0 {
+				s.parts[p]["a ghost's"] = true
+			}
+			delete(s.ghosts, p)
+			s.adds[p] = append(s.adds[p], g)
 			s.parts[p][fmt.Sprint(i, comment)] = true
 			for j := range s.nodes {
 				delete(s.has[j], p)
