@@ -216,7 +216,12 @@ func (n *Node) event(e nftset.Event) {
 	heard := s.note(key.Addr)
 	switch {
 	case !e.Deleted:
-		delete(heard.deleted, key.Port)
+		if d, ok := heard.deleted[key.Port]; ok && d.after == n.heard {
+			delete(heard.deleted, key.Port) // it was replaced, in one transaction
+		} else if ok {
+			d.again = true
+			heard.deleted[key.Port] = d
+		}
 		heard.seen = time.Now()
 	case e.Meaning == nftset.Local:
 		// It is lost here alone, and will be filled again.
@@ -231,7 +236,7 @@ func (n *Node) event(e nftset.Event) {
 		if heard.deleted == nil {
 			heard.deleted = make(map[uint16]deletion)
 		}
-		heard.deleted[key.Port] = deletion{time.Now(), e.Element.Expires, comment}
+		heard.deleted[key.Port] = deletion{time.Now(), e.Element.Expires, comment, n.heard, false}
 	}
 }
 

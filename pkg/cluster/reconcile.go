@@ -16,6 +16,8 @@ type deletion struct {
 	at      time.Time
 	left    time.Duration // it had; 0 if it was permanent
 	comment string        // of what was meant, qualified
+	after   uint32        // the generation of the ruleset before
+	again   bool          // it was added again, later
 }
 
 // most is the time left below which a change is not worth a record: fail2ban ends
@@ -90,6 +92,9 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 		}
 		c := change{field: every, removed: true, age: max(0, v.at.Sub(d.at).Milliseconds()), left: -1, comment: d.comment}
 		c.field.port = port
+		if e, ok := s.there[port]; ok && d.again {
+			c.age = max(c.age, v.now-v.local(e, s.seen).set+1)
+		}
 		if d.left > 0 {
 			c.left = max(0, (d.left - v.at.Sub(d.at)).Milliseconds())
 		}

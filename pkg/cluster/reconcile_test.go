@@ -73,7 +73,9 @@ type ports map[uint16]nftset.Element
 
 func TestReconcile(t *testing.T) {
 	const day, hour = 24 * 3600, 3600
-	gone := func(left time.Duration, comment string) deletion { return deletion{time.Now(), left, comment} }
+	gone := func(left time.Duration, comment string) deletion {
+		return deletion{at: time.Now(), left: left, comment: comment}
+	}
 	type records map[string]record // by the field; A is the address
 	for _, test := range []struct {
 		name    string
@@ -169,6 +171,9 @@ func TestReconcile(t *testing.T) {
 		{name: "a removal at the natural end", deleted: map[uint16]deletion{993: gone(time.Second, "x @a"), 465: gone(time.Second, "x @a")}},
 		{name: "a removal, and what others had is there again", records: records{"A": plus(10, day, "x @a")}, there: ports{993: elem(10, day, "x"), 465: elem(10, day, "x")},
 			deleted: map[uint16]deletion{993: gone(time.Hour, "x @a"), 465: gone(time.Hour, "x @a")}, want: "remove A . 465; remove A . 993; send A - x @a"},
+		{name: "a removal, then an add that is shorter", records: records{"A": plus(10, day, "x @a")}, there: ports{993: elem(1, 100, "x"), 465: elem(1, 100, "x")},
+			deleted: map[uint16]deletion{993: {at: time.Now(), left: time.Hour, again: true}, 465: {at: time.Now(), left: time.Hour, again: true}},
+			want:    "send A +1/100 x @a; send A - "},
 		{name: "a removal, then a login", records: records{"A": plus(10, day, "x @a")}, there: ports{993: elem(-5, day, "x"), 465: elem(-5, day, "x")},
 			deleted: map[uint16]deletion{993: gone(time.Hour, "x @a"), 465: gone(time.Hour, "x @a")}, want: "send A +-4/86400 x @a; send A - x @a"},
 		{name: "a removal that the others know", records: records{"A": minus(-1, "x @b")},
@@ -389,9 +394,10 @@ func TestReconcileAll(t *testing.T) {
 			for _, count := range []bool{false, true} {
 				for _, of := range []uint16{0, port} {
 					r, ok := records[newField(netip.PrefixFrom(addr, 32), of)]
-					if ok && r.removed {
-						removed = max(removed, r.set)
-					} else if ok && count && r.set > removed {
+					if ok && r.lastRemoval() > 0 {
+						removed = max(removed, r.lastRemoval())
+					}
+					if ok && !r.removed && count && r.set > removed {
 						best = max(best, r.ends())
 					}
 				}
