@@ -150,15 +150,17 @@ func merge(a, b record) record {
 		return b
 	}
 	removal := max(a.lastRemoval(), b.lastRemoval())
-	if a.removed || !b.removed && (a.set <= removal || b.set > removal && b.ends() > a.ends()) {
+	counts := func(r record) bool { return !r.removed && (removal == 0 || r.set > removal) }
+	if !counts(a) || counts(b) && b.ends() > a.ends() {
 		a, b = b, a
 	}
-	// a is added, and lasts longer if both are.
-	if a.set > removal {
+	switch {
+	case counts(a):
 		a.removal = removal
 		return a
-	}
-	if b.removed {
+	case a.removed:
+		return a
+	case b.removed:
 		return b
 	}
 	return record{removed: true, set: removal, until: removal + remembered.Milliseconds()}
