@@ -43,6 +43,7 @@ type state struct {
 
 var states = []state{
 	{"no cluster", func(*benchServer) {}, func(*benchServer) {}},
+	{"no cluster, once more", func(*benchServer) {}, func(*benchServer) {}}, // shows the noise
 	{"a cluster", (*benchServer).join, (*benchServer).leave},
 	{"a cluster, its engine hanging", func(s *benchServer) {
 		s.join()
