@@ -176,6 +176,12 @@ func (t *table) prepare() {
 
 func prepareRule(o nftset.Object) []byte {
 	all := expressions(o)
+	// The copy has no flowtables. A rule ends at flow_offload for all packets but the
+	// one of an open connection that it puts into the flowtable:
+	// nft_flow_offload_eval() of the kernel's net/netfilter/nft_flow_offload.c.
+	if i := slices.IndexFunc(all, func(e expression) bool { return e.name == "flow_offload" }); i >= 0 {
+		all = all[:i]
+	}
 	extension := false // of iptables'
 	var protocol byte
 	for i, e := range all {

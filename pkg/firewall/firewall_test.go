@@ -402,6 +402,48 @@ func TestOmitted(t *testing.T) {
 	}
 }
 
+// Flowtables are not copied, so their rules are copied up to where they use them. No
+// flowtable is loaded, because not every kernel has them.
+func TestFlowtable(t *testing.T) {
+	nstest.New(t)
+	nstest.Nft(t, "table inet f { chain c { type filter hook forward priority 0; meta l4proto tcp accept; accept; }; }")
+	conn, err := nftset.Dial()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	tables, err := readTables(conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	flow := expression{"flow_offload", nftset.AppendAttribute(nil, 1, name("ft"))} // NFTA_FLOW_TABLE_NAME
+	rules := tables[0].objects[unix.NFT_MSG_NEWRULE]
+	for i := range rules {
+		all := expressions(rules[i])
+		all = slices.Insert(all, len(all)-1, flow) // before accept, which is for packets in the flowtable
+		rules[i].Attrs = nftset.AppendAttribute(without(rules[i].Attrs, unix.NFTA_RULE_EXPRESSIONS), unix.NFTA_RULE_EXPRESSIONS, encode(all))
+	}
+	err = Inside(func() error {
+		conn, err := nftset.Dial()
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		tables[0].prepare()
+		if err := tables[0].load(conn); err != nil {
+			return err
+		}
+		out, err := exec.Command("nft", "list", "ruleset").Output()
+		if strings.Contains(string(out), "\taccept") || !strings.Contains(string(out), "type filter hook forward") {
+			t.Errorf("the copy is\n%s", out)
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
 // Without nft, a rule is shown by its handle.
 func TestWithoutNft(t *testing.T) {
 	nstest.New(t)
