@@ -87,23 +87,27 @@ func why(configPath, address string, only portsFlag, asJSON bool) error {
 		decisions = append(decisions, d)
 	}
 	for _, what := range copy.Omitted {
-		printNote("left out: %s", what)
+		printNote("left out, and may drop what is accepted here: %s", what)
 	}
 	if asJSON {
 		return printJSON(decisions)
 	}
-	_, err = fmt.Println(strings.Join(append(decisionLines(decisions), s.holds(addr, ports)...), "\n"))
+	_, err = fmt.Println(strings.Join(append(decisionLines(decisions, copy.Omitted), s.holds(addr, ports)...), "\n"))
 	return err
 }
 
-func decisionLines(decisions []decision) (lines []string) {
+func decisionLines(decisions []decision, omitted []string) (lines []string) {
 	port, verdict := 0, 0
 	for _, d := range decisions {
 		port, verdict = max(port, len(fmt.Sprint(d.Port))), max(verdict, len(d.Verdict))
 	}
 	for _, d := range decisions {
 		where := fmt.Sprintf("%s %s: %s", d.Table, d.Chain, d.Rule)
-		if d.Chain == "" {
+		switch {
+		case d.Chain != "":
+		case len(omitted) > 0:
+			where = "no chain of hook input, unless one was left out"
+		default:
 			where = "no chain of hook input: every port is open"
 		}
 		lines = append(lines, printable(fmt.Sprintf("%-*d  %-*s  %s", port, d.Port, verdict, d.Verdict, where)))

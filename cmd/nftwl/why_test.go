@@ -73,3 +73,18 @@ func TestTroubleshootingWhy(t *testing.T) {
 	}
 	t.Errorf("docs/troubleshooting.md is not what nftwl says; UPDATE_DOCS=1 go test -run TestTroubleshootingWhy ./cmd/nftwl writes it\n%s", want)
 }
+
+// why does not claim that a port is open if it could not copy all rules.
+func TestWhyOmitted(t *testing.T) {
+	nstest.New(t)
+	nstest.Nft(t, "table inet filter { }")
+	nstest.Need(t, "ipset", "ipset")
+	out, err := exec.Command("sh", "-ec", "ipset create x hash:ip; iptables-nft -A INPUT -m set --match-set x src -j DROP").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	stdout, stderr, code := output(t, nftwl(t, nil, "why", "--port", "993", "192.0.2.7"))
+	if !strings.HasPrefix(stdout, "993  accept  no chain of hook input") || strings.Contains(stdout, "open") || !strings.Contains(stderr, "table ip filter (") {
+		t.Errorf("exit %d\n%s%s", code, stdout, stderr)
+	}
+}

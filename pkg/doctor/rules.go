@@ -328,9 +328,14 @@ func (p *probe) checkOpen(ports []uint16) {
 		}
 		return open
 	})
-	if len(without) > 0 {
+	switch of := strings.Join(without, " and "); {
+	case of == "":
+	case len(p.unseen()) > 0:
+		p.warn("rules", remedy{"see whether the rules that rules.unseen names drop banned addresses, and let trusted ones in", "nft list ruleset"},
+			"the rules that could be tried leave every port open for %s", of)
+	default:
 		p.fail("rules", remedy{"jump to nftwl's chain from one of hook input, as nftables.conf does", "nftwl setup nftables"},
-			"this machine has no input firewall for %s: every port is open", strings.Join(without, " and "))
+			"this machine has no input firewall for %s: every port is open", of)
 	}
 }
 
@@ -427,8 +432,8 @@ func (p *probe) checkStrangers() {
 	p.say("rules.strangers", "strangers can open connections to log in by IMAP or POP3", found)
 }
 
-// checkUnseen reports what is not in the copy, if anything.
-func (p *probe) checkUnseen() {
+// unseen names what is not in the copy.
+func (p *probe) unseen() []string {
 	unseen := slices.Clone(p.copy.Omitted)
 	for _, ip := range []string{"ip", "ip6"} {
 		names, _ := os.ReadFile("/proc/thread-self/net/" + ip + "_tables_names") // without it, the kernel has none
@@ -436,7 +441,11 @@ func (p *probe) checkUnseen() {
 			unseen = append(unseen, fmt.Sprintf("table %s of %stables-legacy", table, ip))
 		}
 	}
-	if len(unseen) > 0 {
+	return unseen
+}
+
+func (p *probe) checkUnseen() {
+	if unseen := p.unseen(); len(unseen) > 0 {
 		p.skip("rules.unseen", "these could not be tried, and may drop what the other rules accept: %s", strings.Join(unseen, "; "))
 	}
 }
