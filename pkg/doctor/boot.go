@@ -2,6 +2,7 @@ package doctor
 
 import (
 	"context"
+	"errors"
 	"os"
 	"regexp"
 	"strings"
@@ -40,7 +41,11 @@ func (d *Doctor) checkBootFile(ctx context.Context, file string) {
 			"after a reboot there is no firewall: the file of rules cannot be read: %v", err)
 		return
 	}
-	if _, err := run(ctx, "nft", "--check", "--file", file); err != nil {
+	switch _, err := run(ctx, "nft", "--check", "--file", file); {
+	case errors.Is(err, errNoAnswer):
+		d.warn(check, remedy{"see whether it loads", "nft -c -f " + quote(file)}, "whether nft loads %s at boot is unknown: %v", file, err)
+		return
+	case err != nil:
 		d.noRules = true
 		d.fail(check, remedy{"correct it, then load it", "nft -c -f " + quote(file)}, "after a reboot there is no firewall: nft does not load %s: %v", file, err)
 		return

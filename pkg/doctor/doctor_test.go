@@ -168,19 +168,27 @@ func TestRun(t *testing.T) {
 	}
 }
 
-// doctor does not wait for a doveconf that hangs.
-func TestDoveconfHangs(t *testing.T) {
-	nstest.Need(t, "dovecot", "dovecot-core")
+// doctor does not wait for a program that hangs, and does not blame what it reads.
+func TestHangs(t *testing.T) {
 	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, "doveconf"), []byte("#!/bin/sh\nexec sleep 60\n"), 0o755); err != nil {
-		t.Fatal(err)
+	for _, program := range []string{"doveconf", "nft"} {
+		if err := os.WriteFile(filepath.Join(dir, program), []byte("#!/bin/sh\nexec sleep 60\n"), 0o755); err != nil {
+			t.Fatal(err)
+		}
 	}
 	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
-	defer cancel()
+	short := func() context.Context {
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+		t.Cleanup(cancel)
+		return ctx
+	}
 	d, results := newDoctor(t, "")
-	d.checkDovecot(ctx)
-	expect(t, *results, "fail dovecot.settings: doveconf: no answer within ")
+	d.checkDovecot(short())
+	d.checkBootFile(short(), filepath.Join(dir, "nft"))
+	expect(t, *results, "warn dovecot.settings: doveconf: no answer within ", "warn persistence.boot: nft: no answer within ")
+	if d.noRules {
+		t.Error("nft loads no rules at boot")
+	}
 }
 
 func TestSets(t *testing.T) {

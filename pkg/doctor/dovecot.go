@@ -2,6 +2,7 @@ package doctor
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -33,7 +34,11 @@ func (d *Doctor) checkDovecot(ctx context.Context) {
 		return
 	}
 	out, err := run(ctx, "doveconf", doveconf.Arguments(append(doveconf.AuthPolicyNames, "haproxy_trusted_networks")...)...)
-	if err != nil {
+	switch {
+	case errors.Is(err, errNoAnswer):
+		d.warn("dovecot.settings", remedy{"see what it waits for, and run doctor again to check Dovecot", "doveconf -n"}, "%v", err)
+		return
+	case err != nil:
 		d.fail("dovecot.settings", remedy{"see what this says: with an error, Dovecot would not start", "doveconf -n"}, "%v", err)
 		return
 	}
