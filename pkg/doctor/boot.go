@@ -24,10 +24,15 @@ func (d *Doctor) checkBoot(ctx context.Context) {
 		u = persist
 	}
 	file := loaded(u)
+	info, err := os.Stat(file)
 	switch {
 	case !u.startsAtBoot() && u["ActiveState"] != "active": // persistence.unit reports it
 	case file == "" || d.conn == nil:
 		d.skip(check, "what %s loads cannot be seen", u["Id"])
+	case err == nil && info.Mode()&0o004 == 0 && u["Id"] == "nftwl-persist.service":
+		d.noRules = true
+		d.fail(check, remedy{"let all read it; it holds no secrets", "chmod 644 " + quote(file)},
+			"after a reboot there is no firewall: %s has mode %04o, and %s, which runs as a user of its own, cannot read it", file, info.Mode().Perm(), u["Id"])
 	default:
 		d.checkBootFile(ctx, file)
 	}

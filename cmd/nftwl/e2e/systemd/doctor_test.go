@@ -250,6 +250,8 @@ func TestDoctorStandalone(t *testing.T) {
 				}},
 			{"no rules", m.commands("rm " + file), m.commands(fixed),
 				map[string]string{"persistence.boot": "fail: after a reboot there is no firewall: .* " + file + ": no such file"}},
+			{"rules that root alone can read", m.commands("chmod 600 " + file), nil,
+				map[string]string{"persistence.boot": "fail: after a reboot there is no firewall: " + file + " has mode 0600"}},
 			{"a reload that loaded none", func() {
 				m.commands("echo no rule >>" + file)()
 				m.diagnoses("the next boot loads none", "persistence", map[string]string{"persistence.boot": syntax})
