@@ -39,6 +39,10 @@ func (d *Doctor) checkPostLogin(p *postLogin) {
 	executable := p.Values["executable"]
 	login, err := install.ParsePostLogin(executable)
 	switch {
+	case errors.Is(err, install.ErrOption):
+		d.warn(check, reload("if nothing needs the option, take it out of executable = %s in %s", executable, p.Name),
+			"whether %s runs nftwl cannot be seen: %v", p.Name, err)
+		return
 	case err != nil:
 		fix := reload("executable = script-login %s login in %s", d.Executable, p.Name)
 		if errors.Is(err, install.ErrEmptyWord) {

@@ -52,8 +52,11 @@ type PostLogin struct {
 // ErrEmptyWord reports a second space before the program.
 var ErrEmptyWord = errors.New("two spaces in a row make an empty word, which is executed")
 
-// ParsePostLogin parses it as Dovecot does. An error says why it denies every
-// login.
+// ErrOption reports an option that ParsePostLogin does not know. Logins can work.
+var ErrOption = errors.New("script-login has an option that nftwl does not know")
+
+// ParsePostLogin parses it as Dovecot does. An error, except ErrOption, says why it
+// denies every login.
 func ParsePostLogin(executable string) (*PostLogin, error) {
 	// process_exec() of Dovecot's src/master/main.c splits at each single space.
 	words := strings.Split(executable, " ")
@@ -68,8 +71,12 @@ func ParsePostLogin(executable string) (*PostLogin, error) {
 		if option == "--" {
 			break
 		}
-		if option != "-d" { // nobody needs the others, which all of Dovecot's programs have
-			return nil, fmt.Errorf("script-login's option %s is unknown", option)
+		// Nobody needs the others, which all of Dovecot's programs have:
+		// master_service_getopt_string() of src/lib-master/master-service.c.
+		if option != "-d" && strings.Contains("cdikoOL", option[1:2]) {
+			return nil, fmt.Errorf("%w: %s", ErrOption, option)
+		} else if option != "-d" {
+			return nil, fmt.Errorf("script-login has no option %s", option)
 		}
 		p.MailUser = true
 	}

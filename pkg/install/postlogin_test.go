@@ -62,13 +62,18 @@ func TestParsePostLogin(t *testing.T) {
 	}
 	for executable, empty := range map[string]bool{
 		"": false, "imap": false, "/usr/bin/nftwl login": false, "script-login": false, "script-login -d": false, "script-login --": false,
-		"script-login -c": false, "script-login -x /x.sh": false, "script-login --help": false, "script-login /usr/bin/nftwl": false,
+		"script-login -x /x.sh": false, "script-login --help": false, "script-login /usr/bin/nftwl": false,
 		"script-login nftwl list": false, "script-login /usr/bin/nftwl --config login": false,
 		"script-login  /usr/bin/nftwl login": true, "script-login ": true, "script-login -d  /x.sh": true,
 		" script-login x": false,
 	} {
-		if p, err := ParsePostLogin(executable); err == nil || errors.Is(err, ErrEmptyWord) != empty {
+		if p, err := ParsePostLogin(executable); err == nil || errors.Is(err, ErrEmptyWord) != empty || errors.Is(err, ErrOption) {
 			t.Errorf("%q: %+v, %v", executable, p, err)
+		}
+	}
+	for _, options := range []string{"-o x=y", "-ox=y", "-c /x.conf", "-i x", "-k", "-O", "-L", "-d -k", "-dk"} {
+		if p, err := ParsePostLogin("script-login " + options + " /usr/bin/nftwl login"); !errors.Is(err, ErrOption) {
+			t.Errorf("%q: %+v, %v", options, p, err)
 		}
 	}
 }

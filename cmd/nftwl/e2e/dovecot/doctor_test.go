@@ -163,8 +163,13 @@ func TestDoctor(t *testing.T) {
 			name: "an option that script-login lacks", login: denied,
 			with: with{dropIn: replace(command, "executable = script-login -x /usr/bin/nftwl login")},
 			change: notAsked.but(diagnosis{
-				"dovecot.service": "fail: .* denies every login: script-login's option -x is unknown",
+				"dovecot.service": "fail: .* denies every login: script-login has no option -x",
 			}),
+		},
+		{
+			name:   "an option that all of Dovecot's programs have",
+			with:   with{dropIn: replace(command, "executable = script-login -o verbose_proctitle=no /usr/bin/nftwl login")},
+			change: notAsked.but(diagnosis{"dovecot.service": "warn: whether service nftwl runs nftwl cannot be seen: .* -o$"}),
 		},
 		{
 			name: "two spaces after --config",
