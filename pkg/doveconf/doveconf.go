@@ -54,10 +54,13 @@ func Parse(text string) *Settings {
 	return open[0]
 }
 
+// Dovecot escapes an apostrophe, which Go refuses in double quotes.
+var apostrophes = strings.NewReplacer(`\\`, `\\`, `\'`, `'`)
+
 // unquote reads a value that has spaces at an end or a # in it, which doveconf
 // puts in quotes (str_escape() of Dovecot's src/lib/strescape.c).
 func unquote(s string) string {
-	if text, err := strconv.Unquote(s); err == nil && s[0] == '"' {
+	if text, err := strconv.Unquote(apostrophes.Replace(s)); err == nil && s[0] == '"' {
 		return text
 	}
 	return s

@@ -36,6 +36,20 @@ service "a b" {
 	}
 }
 
+func TestUnquote(t *testing.T) {
+	for quoted, want := range map[string]string{
+		`"it\'s #1"`:      `it's #1`,
+		`" a\\\' \"b\" "`: ` a\' "b" `,
+		`"#\\"`:           `#\`,
+		`it\'s`:           `it\'s`, // without quotes, nothing is escaped
+		`'it\'s #1'`:      `'it\'s #1'`,
+	} {
+		if got := unquote(quoted); got != want {
+			t.Errorf("%s: %q, want %q", quoted, got, want)
+		}
+	}
+}
+
 func TestSocketOf(t *testing.T) {
 	for _, c := range []struct {
 		executable, name string
