@@ -189,6 +189,13 @@ func TestSetupPolicyKeeps(t *testing.T) {
 		if stdout, stderr, code := output(t, cmd); code != 0 || stderr != "" || len(parsePlan(stdout)) != 5 || !strings.Contains(stdout, "as root") {
 			t.Errorf("exit %d: %s%s", code, stderr, stdout)
 		}
+		// The settings are right, although the key in them cannot be compared.
+		h.must(os.Chmod(settings, 0o644))
+		cmd = exec.Command(cmd.Path, cmd.Args[1:]...)
+		cmd.Env = []string{hostPath}
+		if stdout, stderr, code := output(t, cmd); code != 0 || strings.Contains(stdout, "the key in "+settings) || strings.Contains(stdout, settings+" exists") {
+			t.Errorf("exit %d: %s%s", code, stderr, stdout)
+		}
 	})
 }
 

@@ -128,7 +128,9 @@ func (p *Plan) addSettings(listen netip.AddrPort, key string, old []byte) {
 	case !strings.HasPrefix(out, "2.4."):
 		p.problem("", "nftwl has settings for Dovecot 2.3 and 2.4, and none for %s", strings.TrimSpace(out))
 	}
-	if its := value(old, apiHeader); its != "" && its != key {
+	its := value(old, apiHeader)
+	key = cmp.Or(key, its) // addKey reports a key that cannot be read
+	if its != "" && its != key {
 		p.problem("put the same key into both, or move one of them away", "the key in %s is not the one in nftwld's file", PolicySettings)
 	}
 	salt := cmp.Or(value(old, "auth_policy_hash_nonce ="), random(16))
