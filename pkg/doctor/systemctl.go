@@ -3,9 +3,10 @@ package doctor
 import (
 	"context"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
+
+	"nftwl/pkg/install"
 )
 
 // unit has the properties of a systemd unit, even if there is no such unit.
@@ -13,7 +14,7 @@ type unit map[string]string
 
 // findUnits asks systemd for the units that the checks look at.
 func (d *Doctor) findUnits(ctx context.Context) {
-	if _, err := os.Stat("/run/systemd/system"); err != nil { // sd_booted(3)
+	if !exists(install.SystemdRuns) {
 		d.noUnits = "systemd does not run here"
 		return
 	}

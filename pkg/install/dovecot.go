@@ -17,7 +17,7 @@ const setpriv = "/usr/bin/setpriv"
 // Dovecot plans the drop-in, which is the same for 2.3 and 2.4.
 func Dovecot(o *Options) *Plan {
 	p := newPlan(o)
-	p.needDir(DovecotDir, "Dovecot")
+	p.needDir(dovecotDir, "Dovecot")
 	p.add(DropIn, p.keepPostLogin(shipped("dovecot/"+filepath.Base(DropIn))))
 	read, after := Overriding(DovecotConf, DropIn)
 	if !read {
@@ -182,7 +182,7 @@ service %s {
   unix_listener %[1]s {
 %[5]s  }
 }
-`, name, Program, strings.Join(slices.Concat(c.drop, c.command), " "), c.vsz, &inner)
+`, name, nftwlPath, strings.Join(slices.Concat(c.drop, c.command), " "), c.vsz, &inner)
 }
 
 // plain reports whether Dovecot reads a value as it is, without quotes.

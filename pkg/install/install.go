@@ -20,20 +20,21 @@ import (
 // Where the parts of the installation belong. The configuration is at
 // config.Path, and the policy server's key at the path that it names.
 const (
-	Program        = "/usr/bin/nftwl"
-	Daemon         = "/usr/bin/nftwld"
-	RulesDir       = "/etc/nftwl"
-	Sets           = RulesDir + "/sets.nft"
-	Rules          = RulesDir + "/nftwl.nft"
-	Example        = RulesDir + "/nftables.conf"  // a whole firewall
-	Standalone     = RulesDir + "/standalone.nft" // sets and rules in a table of their own
+	nftwlPath      = "/usr/bin/nftwl"
+	nftwldPath     = "/usr/bin/nftwld"
+	rulesDir       = "/etc/nftwl"
+	setsFile       = rulesDir + "/sets.nft"
+	rulesFile      = rulesDir + "/nftwl.nft"
+	exampleFile    = rulesDir + "/nftables.conf"  // a whole firewall
+	standaloneFile = rulesDir + "/standalone.nft" // sets and rules in a table of their own
 	DovecotConf    = "/etc/dovecot/dovecot.conf"
-	DovecotDir     = "/etc/dovecot/conf.d"
-	DropIn         = DovecotDir + "/90-nftwl.conf" // has Dovecot run nftwl login
-	PolicyDropIn   = DovecotDir + "/91-nftwl-policy.conf"
-	PolicySettings = PolicyDropIn + ".ext" // has the key; PolicyDropIn includes it
-	UnitDir        = "/etc/systemd/system"
+	dovecotDir     = "/etc/dovecot/conf.d"
+	DropIn         = dovecotDir + "/90-nftwl.conf" // has Dovecot run nftwl login
+	policyDropIn   = dovecotDir + "/91-nftwl-policy.conf"
+	PolicySettings = policyDropIn + ".ext" // has the key; policyDropIn includes it
+	unitDir        = "/etc/systemd/system"
 	Fail2banDir    = "/etc/fail2ban"
+	SystemdRuns    = "/run/systemd/system" // exists if systemd runs: sd_booted(3)
 
 	packageUnits = "/usr/lib/systemd/system"
 	stateDir     = "/var/lib/nftwl/" // StateDirectory= of the units
@@ -43,7 +44,7 @@ const (
 // LoadSets is the command that makes a table's sets if they are missing: it loads
 // the file that setup has written, or runs setup.
 func LoadSets(table nftset.Table) string {
-	for _, path := range []string{Sets, Standalone} {
+	for _, path := range []string{setsFile, standaloneFile} {
 		text, _ := os.ReadFile(path)
 		if strings.Contains(string(text), "\ntable "+table.String()+" {\n") {
 			return "nft -f " + path

@@ -20,7 +20,7 @@ import (
 	"nftwl/pkg/nftset"
 )
 
-// ownTable is the table of Standalone. A configuration that names it has the rules
+// ownTable is the table of standaloneFile. A configuration that names it has the rules
 // in a table of their own.
 const ownTable = "inet nftwl"
 
@@ -30,8 +30,8 @@ func (o *Options) hasOwnTable() bool { return o.Config.Table.String() == ownTabl
 // nftables.service is in use, its file includes the rules, because it flushes all
 // others.
 func (o *Options) unitLoads() bool {
-	used, _ := filepath.Glob(UnitDir + "/*.wants/nftables.service") // the pattern is right
-	return o.hasOwnTable() && exists(systemdRuns) && len(used) == 0
+	used, _ := filepath.Glob(unitDir + "/*.wants/nftables.service") // the pattern is right
+	return o.hasOwnTable() && exists(SystemdRuns) && len(used) == 0
 }
 
 // Nftables plans the sets and rules, which the administrator includes, or in a
@@ -52,8 +52,8 @@ func Nftables(o *Options) *Plan {
 		p.problem("table: a table of the family inet, such as inet filter", "the rules are for IPv4 and IPv6, and table %s is not", c.Table)
 	}
 	for _, name := range names {
-		path := filepath.Join(RulesDir, filepath.Base(name))
-		if own == (path == Standalone) {
+		path := filepath.Join(rulesDir, filepath.Base(name))
+		if own == (path == standaloneFile) {
 			// All at once, because one's new name can be another's old one.
 			p.add(path, words.ReplaceAllStringFunc(shipped(name), func(word string) string { return is[word] }))
 		}
@@ -72,7 +72,7 @@ func Nftables(o *Options) *Plan {
 	p.Undo = append(p.Undo,
 		"# The rules, unless something still includes them and would not load without:",
 		"grep -sn nftwl/ "+main.path+" || "+remove(p.Files),
-		"rmdir "+RulesDir,
+		"rmdir "+rulesDir,
 	)
 	return p
 }
@@ -101,9 +101,9 @@ func (p *Plan) nextPrefix(bits int, own bool) {
 	if bits == 128 {
 		return
 	}
-	path, edit := Rules, `/trusted-prefix64.nft"$/s/^#//`
+	path, edit := rulesFile, `/trusted-prefix64.nft"$/s/^#//`
 	if own {
-		path, edit = Standalone, `/trusted IPv6 network"$/s/#//`
+		path, edit = standaloneFile, `/trusted IPv6 network"$/s/#//`
 	}
 	ones := netip.MustParseAddr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")
 	mask := netip.PrefixFrom(ones, bits).Masked().Addr().String()
@@ -119,7 +119,7 @@ func (p *Plan) nextInclude(o *Options, main ruleset) {
 		p.Next = append(p.Next,
 			"# Or give nftwl's rules a table of their own, and nothing is deleted: put",
 			"# \"table: "+ownTable+"\" into "+config.Path+", and do this instead of what follows:",
-			"#   mv "+RulesDir+" "+RulesDir+".old && nftwl setup nftables --write",
+			"#   mv "+rulesDir+" "+rulesDir+".old && nftwl setup nftables --write",
 		)
 	}
 	text, _ := os.ReadFile(main.path)
@@ -127,10 +127,10 @@ func (p *Plan) nextInclude(o *Options, main ruleset) {
 	case strings.Contains(string(text), "\ninclude \"nftwl/nftwl.nft\""):
 	case loaded && len(tables) == 0 || !exists(main.path):
 		p.Next = append(p.Next,
-			"# "+main.path+" has no rules. "+Example+" is a whole firewall as an",
+			"# "+main.path+" has no rules. "+exampleFile+" is a whole firewall as an",
 			"# example: it opens port 22 for SSH, the mail ports, and no others. Look at it.",
 			"# STOP if sshd listens on another port than 22: write that one into it, or be locked out.",
-			"cp "+Example+" "+main.path)
+			"cp "+exampleFile+" "+main.path)
 	default:
 		p.Next = append(p.Next,
 			"# Put into "+main.path+", before your table:",
@@ -148,13 +148,13 @@ func (p *Plan) nextInclude(o *Options, main ruleset) {
 	}
 }
 
-const standaloneSSH = "# If sshd listens on another port than 22, write that one into " + Standalone + "."
+const standaloneSSH = "# If sshd listens on another port than 22, write that one into " + standaloneFile + "."
 
 // nextUnit has nftwl-persist.service load the rules, in a table of their own.
 func (p *Plan) nextUnit() {
 	p.Next = append(p.Next,
 		standaloneSSH,
-		"nft -c -f "+Standalone,
+		"nft -c -f "+standaloneFile,
 		"# A unit loads it, now and at boot:",
 		"nftwl setup systemd --write",
 		"# Open the mail ports in the other firewall, for everyone.",

@@ -40,16 +40,16 @@ type Problem struct{ Text, Remedy string }
 
 func (p *Problem) Error() string { return p.Text }
 
-// newPlan is a plan for contrib's files, which name Program and mean config.Path.
+// newPlan is a plan for contrib's files, which name nftwlPath and mean config.Path.
 // An administrator who has others edits the files.
 func newPlan(o *Options) *Plan {
 	p := new(Plan)
 	here, err := os.Stat(o.Executable)
-	there, e := os.Stat(Program)
+	there, e := os.Stat(nftwlPath)
 	if err != nil || e != nil || !os.SameFile(here, there) {
-		p.problem("install -m 755 "+o.Executable+" "+Program+", and run that one", "the files name %s, and this is %s", Program, o.Executable)
+		p.problem("install -m 755 "+o.Executable+" "+nftwlPath+", and run that one", "the files name %s, and this is %s", nftwlPath, o.Executable)
 	} else {
-		p.needRoots(Program)
+		p.needRoots(nftwlPath)
 	}
 	if o.ConfigPath != "" && o.ConfigPath != config.Path {
 		p.problem("move it there; or add --config to the commands in what setup prints without --write", "the files have nftwl read %s, and not %s", config.Path, o.ConfigPath)

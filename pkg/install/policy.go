@@ -97,12 +97,12 @@ func (p *Plan) addKey(path string, settings []byte) string {
 
 // addDaemon adds nftwld's units, where systemd runs.
 func (p *Plan) addDaemon(policy *config.Policy) (systemd bool) {
-	if exists(Daemon) {
-		p.needRoots(Daemon)
+	if exists(nftwldPath) {
+		p.needRoots(nftwldPath)
 	} else {
-		p.problem("install nftwld beside nftwl", "%s does not exist", Daemon)
+		p.problem("install nftwld beside nftwl", "%s does not exist", nftwldPath)
 	}
-	if !exists(systemdRuns) {
+	if !exists(SystemdRuns) {
 		p.note("systemd does not run here: keep nftwld running with a service of your own.")
 		return false
 	}
@@ -118,7 +118,7 @@ func (p *Plan) addDaemon(policy *config.Policy) (systemd bool) {
 
 // addSettings adds Dovecot's settings, with the key, and the salt that they have.
 func (p *Plan) addSettings(listen netip.AddrPort, key string, old []byte) {
-	p.needDir(DovecotDir, "Dovecot")
+	p.needDir(dovecotDir, "Dovecot")
 	version := "2.4"
 	switch out, err := output("dovecot", "--version"); { // "2.4.1-4 (7d8c0e5759)"
 	case err != nil:
@@ -136,9 +136,9 @@ func (p *Plan) addSettings(listen netip.AddrPort, key string, old []byte) {
 	salt := cmp.Or(value(old, "auth_policy_hash_nonce ="), random(16))
 	text := strings.ReplaceAll(shipped("dovecot/91-nftwl-policy-"+version+".conf"), "http://"+config.DefaultPolicy.Listen.String()+"/", policyURL(listen))
 	p.addSecret(PolicySettings, strings.NewReplacer("X-API-Key: KEY\n", "X-API-Key: "+key+"\n", "_nonce = SALT\n", "_nonce = "+salt+"\n").Replace(text), text)
-	p.add(PolicyDropIn, shipped("dovecot/"+filepath.Base(PolicyDropIn)))
+	p.add(policyDropIn, shipped("dovecot/"+filepath.Base(policyDropIn)))
 
-	if read, _ := Overriding(DovecotConf, PolicyDropIn); !read {
+	if read, _ := Overriding(DovecotConf, policyDropIn); !read {
 		p.note("%s does not include conf.d/*.conf: without that Dovecot does not read the drop-in.", DovecotConf)
 	}
 	out, _ := output("doveconf", doveconf.Arguments(doveconf.AuthPolicyNames...)...) // without settings, there is no other server

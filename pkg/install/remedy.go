@@ -12,7 +12,7 @@ import (
 )
 
 // OpenNetwork is the command that lets nftwld.service reach the cluster's server.
-const OpenNetwork = "install -D -m 644 -t " + UnitDir + "/nftwld.service.d " + shareDir + "systemd/nftwld.service.d/cluster.conf" +
+const OpenNetwork = "install -D -m 644 -t " + unitDir + "/nftwld.service.d " + shareDir + "systemd/nftwld.service.d/cluster.conf" +
 	" && systemctl daemon-reload && systemctl restart nftwld"
 
 // Remedy is what to do about an error, or "".

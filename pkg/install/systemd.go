@@ -10,9 +10,8 @@ import (
 )
 
 const (
-	systemdRuns = "/run/systemd/system" // sd_booted(3)
-	sandboxDir  = "nftwl-.service.d"
-	variantDir  = "standalone/" // in contrib, of units that take the place of others
+	sandboxDir = "nftwl-.service.d"
+	variantDir = "standalone/" // in contrib, of units that take the place of others
 )
 
 // Systemd plans the units that keep the sets.
@@ -25,10 +24,10 @@ func Systemd(o *Options) *Plan {
 	}
 	if o.unitLoads() {
 		names = []string{variantDir + "nftwl-persist.service"}
-		first = []string{"# The unit loads " + Standalone + ", now and at boot: first run 'nftwl setup nftables --write'."}
+		first = []string{"# The unit loads " + standaloneFile + ", now and at boot: first run 'nftwl setup nftables --write'."}
 	}
 	p := newPlan(o)
-	if !exists(systemdRuns) {
+	if !exists(SystemdRuns) {
 		p.problem("for OpenRC, use openrc/nftwl.conf of "+shareDir+" or of contrib; elsewhere, run 'nftwl save' and 'nftwl restore' yourself",
 			"systemd does not run here")
 	}
@@ -43,7 +42,7 @@ func Systemd(o *Options) *Plan {
 	if len(p.Files) > 0 {
 		p.Undo = append(p.Undo, remove(p.Files))
 	}
-	if dir := filepath.Join(UnitDir, sandboxDir); slices.ContainsFunc(p.Files, func(f File) bool { return filepath.Dir(f.Path) == dir }) {
+	if dir := filepath.Join(unitDir, sandboxDir); slices.ContainsFunc(p.Files, func(f File) bool { return filepath.Dir(f.Path) == dir }) {
 		p.Undo = append(p.Undo, "rmdir "+dir)
 	}
 	p.Undo = append(p.Undo, "systemctl daemon-reload")
@@ -57,7 +56,7 @@ func (p *Plan) addUnits(names []string, read func(name string) string) {
 	for _, name := range names {
 		text := read("systemd/" + name)
 		name = strings.TrimPrefix(name, variantDir)
-		path := filepath.Join(UnitDir, name)
+		path := filepath.Join(unitDir, name)
 		same, err := os.ReadFile(filepath.Join(packageUnits, name))
 		if err == nil && string(same) == text && !exists(path) {
 			packaged = append(packaged, name)
