@@ -92,7 +92,7 @@ func faults() []fault {
 		{group: "privileges", name: "no CAP_NET_ADMIN", wrap: unprivileged, says: "the capability CAP_NET_ADMIN is missing"},
 		{name: "another user", wrap: []string{"setpriv", "--reuid=1000", "--regid=1000", "--clear-groups"}, says: "the capability CAP_NET_ADMIN is missing"},
 
-		{group: "kernel", name: "netlink sockets are refused", seccomp: "socket EAFNOSUPPORT", says: "the kernel offers no nf_tables"},
+		{group: "kernel", name: "netlink sockets are refused", seccomp: "socket EAFNOSUPPORT", says: "this kernel has no nf_tables"},
 		{name: "netlink sockets are forbidden", seccomp: "socket EPERM", says: "CAP_NET_ADMIN is missing"},
 		{name: "no answer ever comes", seccomp: "sendto 0", says: "the kernel did not answer in time", waits: theDeadline},
 		{name: "the answer is lost (ENOBUFS)", seccomp: "recvfrom ENOBUFS", says: "no buffer space available"},

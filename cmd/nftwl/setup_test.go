@@ -566,7 +566,7 @@ func TestSetupPaths(t *testing.T) {
 	// Others must not be able to write what root runs.
 	for _, path := range []string{program, filepath.Dir(program)} {
 		h.must(os.Chmod(path, 0o775))
-		refuses(program, "others than root can change it: "+path+" has mode 0775\n")
+		refuses(program, "users other than root can change it: "+path+" has mode 0775\n")
 		h.must(os.Chmod(path, 0o755))
 	}
 	h.write("/etc/nftwl.yaml", "# all defaults\n")

@@ -14,7 +14,7 @@ func (d *Doctor) checkConfig(context.Context) {
 	c, err := config.Load(d.ConfigPath)
 	if err != nil {
 		d.config = config.Default()
-		d.fail("config", remedy{words: "correct it: until then nftwl login trusts no one, and nftwld keeps the one before; what follows checks the defaults"}, "%v", err)
+		d.fail("config", remedy{words: "correct it: until then nftwl login trusts no one, and nftwld keeps the previous one; the checks below use the defaults"}, "%v", err)
 		return
 	}
 	d.config, d.valid = c, true

@@ -130,7 +130,7 @@ func (d *Doctor) checkSnapshot(saving bool) {
 	}
 }
 
-// ago tells how long ago something was, no more exactly than useful.
+// ago tells how long ago something was, rounded to what is useful.
 func ago(t time.Time) string {
 	d := max(time.Since(t), 0)
 	if d >= time.Hour {

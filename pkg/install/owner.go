@@ -9,7 +9,7 @@ import (
 	"syscall"
 )
 
-// OnlyRoots returns an error if others than root can change a program or replace
+// OnlyRoots returns an error if users other than root can change a program or replace
 // it: if they own, or can write, the program, a directory on the way to it, or a
 // link there. A sticky directory is no exception: after a boot has emptied it,
 // anyone can make that path again.

@@ -102,11 +102,11 @@ func (p *Plan) needDir(dir, program string) {
 	}
 }
 
-// needRoots reports a program that others than root could replace.
+// needRoots reports a program that users other than root could replace.
 func (p *Plan) needRoots(program string) {
 	if err := OnlyRoots(program); err != nil {
 		p.problem("let root alone write it, and each directory above it",
-			"%s would run as root or with CAP_NET_ADMIN, and others than root can change it: %v", program, err)
+			"%s would run as root or with CAP_NET_ADMIN, and users other than root can change it: %v", program, err)
 	}
 }
 

@@ -69,7 +69,7 @@ func (p *Plan) addSecret(path, text, shown string) {
 	f := p.add(path, text)
 	f.Shown, f.Mode = shown, 0o600
 	if info, err := os.Stat(path); err == nil && info.Mode()&0o077 != 0 {
-		p.note("%s has a key, and other users than root can read it: chmod 600 %s", path, path)
+		p.note("%s has a key, and users other than root can read it: chmod 600 %s", path, path)
 	}
 }
 

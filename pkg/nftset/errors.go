@@ -16,7 +16,7 @@ var (
 	ErrNotFound   = errors.New("the element does not exist")
 	ErrExists     = errors.New("the element exists already")
 	ErrPermission = errors.New("no permission for nftables: the capability CAP_NET_ADMIN is missing")
-	ErrSupport    = errors.New("the kernel offers no nf_tables")
+	ErrSupport    = errors.New("this kernel has no nf_tables")
 	ErrDeadline   = errors.New("the kernel did not answer in time")
 
 	// ErrGeneration: the transaction was for another generation of the ruleset,
