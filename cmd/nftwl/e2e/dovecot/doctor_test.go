@@ -324,7 +324,7 @@ func TestDoctor(t *testing.T) {
 		{
 			name:   "a process_limit that is lower than imap's",
 			with:   with{dropIn: replace("process_limit = 1024", "")},
-			change: diagnosis{"dovecot.process_limit": "warn: service nftwl may have 100 processes, and service imap 1024"},
+			change: diagnosis{"dovecot.process_limit": "warn: service nftwl can have 100 processes, and service imap 1024"},
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
