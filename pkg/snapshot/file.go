@@ -1,6 +1,8 @@
 package snapshot
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -21,8 +23,13 @@ const lockTime = 30 * time.Second
 // that only its owner can open, and ends with the process.
 func lock(path string) (unlock func(), err error) {
 	name := path + ".lock"
-	for deadline := time.Now().Add(lockTime); ; time.Sleep(5 * time.Millisecond) {
-		f, err := create(name, 0)
+	for deadline := time.Now().Add(lockTime); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		f, err := create(name)
+		if errors.Is(err, fs.ErrExist) {
+			if f, err = openOwn(name); errors.Is(err, fs.ErrNotExist) {
+				continue // it has just been removed
+			}
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -36,25 +43,44 @@ func lock(path string) (unlock func(), err error) {
 			}
 		}
 		f.Close()
-		switch {
-		case err != nil && err != unix.EWOULDBLOCK:
+		if err != nil && err != unix.EWOULDBLOCK && err != unix.EINTR {
 			return nil, fmt.Errorf("lock %s: %w", name, err)
-		case time.Now().After(deadline):
-			return nil, fmt.Errorf("another process has been saving or restoring %s for %v", path, lockTime)
 		}
 	}
+	return nil, fmt.Errorf("another process has been saving or restoring %s for %v", path, lockTime)
 }
 
-// create opens a file, and makes it with mode 0600 if it does not exist. In the
-// directory of a service, root gives the file to the service, which must be able to
-// restore it. A service does not: its sandbox may forbid that system call. A sticky
-// directory, such as /tmp, is no service's.
-func create(name string, flags int) (*os.File, error) {
+// openOwn opens a lock file that exists. In a directory such as /tmp, everyone can
+// make one: openOwn removes it unless it is a regular file of this user or of the
+// owner of the directory, and returns ErrNotExist.
+func openOwn(name string) (*os.File, error) {
 	dir, err := os.Stat(filepath.Dir(name))
 	if err != nil {
 		return nil, err
 	}
-	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|flags, 0o600)
+	// Without O_CREATE, which fs.protected_regular forbids for another's file.
+	f, openErr := os.OpenFile(name, os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	there, err := os.Lstat(name)
+	if err == nil && there.Mode().IsRegular() && (uid(there) == uint32(os.Geteuid()) || uid(there) == uid(dir)) {
+		return f, openErr
+	}
+	f.Close()
+	if err == nil {
+		err = cmp.Or(os.Remove(name), fs.ErrNotExist)
+	}
+	return nil, err
+}
+
+// create makes a file of mode 0600, which must not exist. In the directory of a
+// service, root gives the file to the service, which must be able to restore it. A
+// service does not: its sandbox may forbid that system call. A sticky directory,
+// such as /tmp, is no service's.
+func create(name string) (*os.File, error) {
+	dir, err := os.Stat(filepath.Dir(name))
+	if err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -67,10 +93,10 @@ func create(name string, flags int) (*os.File, error) {
 	return f, nil
 }
 
-// draft makes a file that is to replace the one at path. The caller holds the lock.
+// draft makes a file that will replace the one at path. The caller holds the lock.
 func draft(path string) (*os.File, error) {
 	_ = os.Remove(path + ".tmp") // of a killed one; if that fails, create does
-	return create(path+".tmp", os.O_EXCL)
+	return create(path + ".tmp")
 }
 
 // discard removes what has the file's name, if anything has.

@@ -246,10 +246,11 @@ func TestSaveOnto(t *testing.T) {
 		t.Errorf("wrote %q to the target", got)
 	}
 
-	// It does not follow a link at its temporary name.
+	// It does not follow a link at the names of its own files.
 	path := filepath.Join(dir, "sets.nft")
 	for range 2 {
 		must(t, os.Symlink("target", path+".tmp"))
+		must(t, os.Symlink("target", path+".lock"))
 		mustSave(t, c, path)
 	}
 	if got, _ := os.ReadFile(target); string(got) != mine || count(t, path) != 2 || count(t, path+".old") != 2 {

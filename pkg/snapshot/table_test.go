@@ -486,21 +486,31 @@ func TestRestoreBesideManyLogins(t *testing.T) {
 	}
 }
 
-// Other users cannot block a save with a lock on the directory.
+// Other users cannot block a save: neither with a lock on the directory, nor with a
+// lock file of theirs, which fs.protected_regular keeps root from opening in /tmp.
 func TestSaveNotBlocked(t *testing.T) {
-	c := dial(t, empty)
-	dir := t.TempDir()
-	held, err := os.Open(dir)
-	must(t, err)
-	defer held.Close()
-	must(t, unix.Flock(int(held.Fd()), unix.LOCK_EX))
-	start := time.Now()
-	mustSave(t, c, filepath.Join(dir, "sets.nft"))
-	if took := time.Since(start); took > lockTime/2 {
-		t.Errorf("took %v", took)
-	}
-	if got := names(t, dir); !slices.Equal(got, []string{"sets.nft"}) {
-		t.Errorf("left behind: %q", got)
+	nstest.NeedUsers(t)
+	for _, mode := range []os.FileMode{0o755, 0o777 | os.ModeSticky} {
+		c := dial(t, empty)
+		dir := t.TempDir()
+		must(t, os.Chmod(dir, mode))
+		path := filepath.Join(dir, "sets.nft")
+		must(t, os.WriteFile(path+".lock", nil, 0o666))
+		for _, name := range []string{dir, path + ".lock"} {
+			held, err := os.Open(name)
+			must(t, err)
+			defer held.Close()
+			must(t, unix.Flock(int(held.Fd()), unix.LOCK_EX))
+		}
+		must(t, os.Chown(path+".lock", 1000, 1000))
+		start := time.Now()
+		mustSave(t, c, path)
+		if took := time.Since(start); took > lockTime/2 {
+			t.Errorf("took %v", took)
+		}
+		if got := names(t, dir); !slices.Equal(got, []string{"sets.nft"}) {
+			t.Errorf("left behind: %q", got)
+		}
 	}
 }
 
@@ -604,5 +614,36 @@ func TestSaveForAnotherOwner(t *testing.T) {
 		if got := names(t, dir); !slices.Equal(got, test.want) {
 			t.Errorf("the directory has %q", got)
 		}
+	}
+}
+
+// A save that cannot change a file's owner does not remove the lock that another one
+// holds.
+func TestSaveLeavesLock(t *testing.T) {
+	strace := nstest.Need(t, "strace", "strace")
+	nstest.NeedUsers(t)
+	dial(t, empty)
+	dir := t.TempDir()
+	path := filepath.Join(dir, "sets.nft")
+	bin := nstest.Build(t, "cmd/nftwl")
+	must(t, os.Chown(dir, 1000, 1000))
+	unlock, err := lock(path)
+	must(t, err)
+	trace := filepath.Join(t.TempDir(), "trace")
+	cmd := exec.Command(strace, "-f", "-o", trace, "-e", "inject=fchown:error=EINVAL", bin, "save", path)
+	must(t, cmd.Start())
+	nstest.Poll(t, "the save to want the lock", func() bool {
+		text, _ := os.ReadFile(trace)
+		return strings.Contains(string(text), "flock(") || strings.Contains(string(text), "+++ exited")
+	})
+	if got := names(t, dir); !slices.Equal(got, []string{"sets.nft.lock"}) {
+		t.Errorf("the directory has %q", got)
+	}
+	unlock()
+	if err := cmd.Wait(); err == nil {
+		t.Error("the save cannot change a file's owner, and succeeds")
+	}
+	if got := names(t, dir); len(got) > 0 {
+		t.Errorf("left behind: %q", got)
 	}
 }
