@@ -146,8 +146,10 @@ func (r *reader) set() (s Section, err error) {
 	if strings.HasPrefix(r.rest, elementsStart) {
 		r.next()
 		end = elementsEnd[1:] + setEnd
-		// Room for all at once: grown bit by bit, they would take twice as much.
-		s.Elements = make([]nftset.Element, 0, strings.Count(r.rest[:max(0, strings.Index(r.rest, elementsEnd))], "\n")+1)
+		// Room for all at once: grown bit by bit, they would take twice as much. But a
+		// line may be no element, and take less memory than one.
+		lines := strings.Count(r.rest[:max(0, strings.Index(r.rest, elementsEnd))], "\n") + 1
+		s.Elements = make([]nftset.Element, 0, min(lines, 1<<20))
 		var written []byte
 		for more := true; more; {
 			line := r.next()

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -380,6 +381,30 @@ func read(t testing.TB, name string) string {
 		t.Fatal(err)
 	}
 	return string(data)
+}
+
+// A file of empty lines takes little memory: one of 1 GiB would take 64 times as much
+// if each line were room for an element.
+func TestParseEmptyLines(t *testing.T) {
+	set := &nftset.Set{Table: filter, Name: "trusted_ipv4"}
+	text := header(time.Now(), nftset.Instance{}) + string(appendSet(nil, set)) +
+		elementsStart + strings.Repeat("\n", 16<<20) + elementsEnd + setEnd + trailer(1)
+	if mib := allocates(func() {
+		if _, err := Parse(text); err == nil || !strings.HasPrefix(err.Error(), "line 6: ") {
+			t.Errorf("%v", err)
+		}
+	}); mib > 128 {
+		t.Errorf("%d MiB", mib)
+	}
+}
+
+// allocates returns how many MiB f allocates.
+func allocates(f func()) uint64 {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	f()
+	runtime.ReadMemStats(&after)
+	return (after.TotalAlloc - before.TotalAlloc) >> 20
 }
 
 // Any bytes are read, or refused with the line. What was read is written unchanged.
