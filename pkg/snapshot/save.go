@@ -74,13 +74,16 @@ func save(path string, conn *nftset.Conn, sets Sets) (r Saved, err error) {
 	if err != nil {
 		return r, err
 	}
-	text, err := Read(path)
+	text, err := ends(path)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return r, err
 	}
 	was, had, damage := inspect(text)
 	if was != table && (had > 0 || damage != nil) {
 		err := CheckOwner(path)
+		if err == nil {
+			text, err = Read(path)
+		}
 		if err == nil {
 			r.First = &Restored{}
 			r.First.Result, r.First.Refused, err = restoreText(text, conn, sets)
@@ -126,6 +129,26 @@ func (e *NotRestoredError) Unwrap() error { return e.Err }
 
 func (e *NotRestoredError) Error() string {
 	return fmt.Sprintf("%s is from before table %s was loaded, and cannot be restored: %v; it is left as it is", e.Path, e.Table, e.Err)
+}
+
+// ends returns the beginning and the end of a file, which have the first and the
+// last line of a snapshot. A save needs no more of the old file, unless it must
+// restore it.
+func ends(path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return "", err
+	}
+	const most = 300 // bytes, more than a header or a trailer has
+	text, err := io.ReadAll(io.MultiReader(
+		io.NewSectionReader(f, 0, most),
+		io.NewSectionReader(f, max(most, info.Size()-most), most)))
+	return string(text), err
 }
 
 // inspect returns what the first and the last line of a file tell: the table, zero

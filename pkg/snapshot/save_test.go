@@ -377,6 +377,25 @@ func TestSaveDuringLogins(t *testing.T) {
 	}
 }
 
+// A save reads only the ends of the old file, which can be large.
+func TestSaveReadsLittle(t *testing.T) {
+	c := dial(t, empty)
+	put(t, c, "trusted_ipv4", ipv4(1))
+	path := filepath.Join(t.TempDir(), "sets.nft")
+	mustSave(t, c, path)
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	must(t, err)
+	defer f.Close()
+	_, err = f.WriteAt([]byte("\n"+trailer(1)), 64<<20)
+	must(t, err)
+	if mib := allocates(func() { mustSave(t, c, path) }); mib > 16 {
+		t.Errorf("%d MiB", mib)
+	}
+	if info, err := os.Stat(path + ".old"); err != nil || info.Size() < 64<<20 || count(t, path) != 1 {
+		t.Errorf("%v, %v", info, err)
+	}
+}
+
 // The kernel resizes a set's hash table some time after many elements were
 // added, and a dump then leaves some out.
 func TestSaveAfterRestore(t *testing.T) {
