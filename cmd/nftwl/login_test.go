@@ -134,6 +134,31 @@ func TestLoginKeepsDescriptors(t *testing.T) {
 	}
 }
 
+// A signal, such as those with which Go preempts its threads, can interrupt the open and
+// the read of a file on FUSE or NFS.
+func TestLoginConfigInterrupted(t *testing.T) {
+	nstest.New(t)
+	strace := nstest.Need(t, "strace", "strace")
+	nstest.Nft(t, sets)
+	config := filepath.Join(t.TempDir(), "config")
+	if err := os.WriteFile(config, []byte("timeout: 1h\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	bin := nstest.Build(t, "cmd/nftwl")
+	trace := filepath.Join(t.TempDir(), "trace")
+	cmd := exec.Command(strace, "-f", "-o", trace, "-P", config, "-e", "inject=openat,read:error=EINTR:when=1", bin, "--config", config, "login", "true")
+	cmd.Env = []string{"IP=192.0.2.7", "PATH=" + os.Getenv("PATH")}
+	if out, errs, code := output(t, cmd); out != "" || errs != "" || code != 0 {
+		t.Errorf("exit %d, stdout %q, stderr %q", code, out, errs)
+	}
+	if got := strings.Count(trustedNow(t, "trusted_ipv4"), " expires "); got != 5 {
+		t.Errorf("%d elements", got)
+	}
+	if calls, err := os.ReadFile(trace); err != nil || strings.Count(string(calls), "INJECTED") != 2 {
+		t.Errorf("%v: %s", err, calls)
+	}
+}
+
 // However few descriptors are left, the command is executed. Two are enough to trust the
 // address. (One would be, but Go 1.26 loses it in a cgroup of version 1.) The command is
 // a static program, because a dynamic loader needs a descriptor.

@@ -150,9 +150,13 @@ func Load(path string) (*Config, error) {
 // pipe, and does not fill the memory from a device.
 //
 // It makes the system calls itself: os.OpenFile starts Go's poller, which ends the
-// process if fewer than three descriptors are left. A login must survive that.
+// process if fewer than three descriptors are left. A login must survive that. On
+// FUSE or NFS, the signal with which Go preempts a thread can interrupt the calls.
 func read(path string) ([]byte, error) {
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	fd, err := -1, error(unix.EINTR)
+	for err == unix.EINTR {
+		fd, err = unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	}
 	if err != nil {
 		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
 	}
@@ -167,10 +171,18 @@ func read(path string) ([]byte, error) {
 	// The size in stat can be that of a moment ago.
 	data := make([]byte, maxFile+1)
 	n := 0
-	for more := 1; more > 0; n += more {
-		if more, err = unix.Read(fd, data[n:]); err != nil {
+	for {
+		more, err := unix.Read(fd, data[n:])
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
 			return nil, &fs.PathError{Op: "read", Path: path, Err: err}
 		}
+		if more == 0 {
+			break
+		}
+		n += more
 	}
 	switch n {
 	case 0:
