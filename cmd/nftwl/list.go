@@ -22,8 +22,8 @@ func newList(configPath *string) *cobra.Command {
 		Short: "List the addresses that are trusted, banned and limited",
 		Long: `Lists the addresses of all lists, or of one: a line for each address with its
 ports, the time left (the shortest and the longest, if its ports differ) and the
-comments. The list "limited" has addresses that exceeded the limit of the shipped
-rules.
+comments. The list "limited" has addresses that exceeded the limit of the
+shipped rules.
 
 --json prints an array with an object for each element; "expires" is the time
 left in seconds.
