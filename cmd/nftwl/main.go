@@ -98,6 +98,7 @@ Exit status: 0, or 1 if something failed, 2 if the command line was wrong.`,
 		Args:                       noSuchCommand,
 		RunE:                       func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
+	root.SetVersionTemplate("{{.Name}} {{.Version}}\n") // like nftwl version
 	root.PersistentFlags().StringVar(&configPath, "config", "", "read `FILE`, not "+config.Path+" (which need not exist)")
 	root.AddCommand(
 		loginHelp(),
