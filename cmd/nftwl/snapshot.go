@@ -41,8 +41,9 @@ Exit status: 0, or 1 if something failed; FILE is then left as it is.`,
 				return snapshot.Write(os.Stdout, s.conn, s.saved())
 			}
 			r, err := snapshot.Save(path, s.conn, s.saved())
-			if errors.Is(err, fs.ErrNotExist) {
-				err = &install.Problem{Text: err.Error(), Remedy: "make the directory (install -d -m 700 " + filepath.Dir(path) + "), or name another file"}
+			dir := filepath.Dir(path)
+			if _, missing := os.Stat(dir); err != nil && errors.Is(missing, fs.ErrNotExist) {
+				err = &install.Problem{Text: err.Error(), Remedy: "make the directory (install -d -m 700 " + dir + "), or name another file"}
 			}
 			if r.First != nil {
 				printNote("table %s was loaded again since %s was saved: restored it first (%s)", s.Table, path, r.First)
