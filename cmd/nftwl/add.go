@@ -87,7 +87,7 @@ func (s *session) add(l list, set *nftset.Set, addrs []netip.Addr, only portsFla
 		for i, o := range outcomes {
 			if addr := some[i].Addr; o == nftset.Unchanged && !unchanged[addr] {
 				unchanged[addr] = true
-				printNote("%s is unchanged: %s for as long already", l.name(s.Config, addr), l)
+				printNote("%s is unchanged: already %s for at least as long", l.name(s.Config, addr), l)
 			}
 		}
 	}

@@ -172,7 +172,7 @@ func timeLeft(elems []nftset.Element) string {
 	return inWords(shortest) + " to " + inWords(longest)
 }
 
-// inWords is a time left, no more exact than useful.
+// inWords is a time left, rounded to what is useful.
 func inWords(d time.Duration) string {
 	switch {
 	case d == math.MaxInt64:

@@ -20,7 +20,7 @@ func newRemove(configPath *string, l list) *cobra.Command {
 		Short: "End the trust of addresses",
 		Long: `Ends the trust of addresses: removes them from the trusted sets, on every
 configured port or on those of --port. Unknown addresses are reported, but are
-no error. Open connections stay open, and the next login trusts the address
+not an error. Open connections stay open, and the next login trusts the address
 again, unless the user database has nftwl_trust=no.` + addressesHelp,
 		Example: `  nftwl remove 192.0.2.7
   nftwl remove --port 143 192.0.2.7 2001:db8::7`,
@@ -42,7 +42,7 @@ again, unless the user database has nftwl_trust=no.` + addressesHelp,
 		cmd.Use, cmd.Short = "unban ADDRESS…", "End the ban of addresses"
 		cmd.Long = `Ends the ban of addresses: removes them from the banned sets, on every
 configured port or on those of --port, and from what the limit of the shipped
-rules bans. Unknown addresses are reported, but are no error.
+rules bans. Unknown addresses are reported, but are not an error.
 
 --comment removes only bans with that comment, so that one tool's unban leaves
 another's ban alone. fail2ban's bans on ports that are not configured end with

@@ -50,7 +50,7 @@ Exit status: 0, or 1 if something failed; FILE is then left as it is.`,
 				printRefused(path, r.First.Refused)
 			}
 			if r.NotKept != nil {
-				printNote("the snapshot before is not kept as %s.old: %v", path, r.NotKept)
+				printNote("the previous snapshot could not be kept as %s.old: %v", path, r.NotKept)
 			}
 			return err
 		}),

@@ -14,7 +14,7 @@ import (
 
 // Meaning is what a change means to other machines that share a set. It does not
 // show in the change: a deletion can be somebody's decision, or what a flush did
-// to each element. So a Conn has it in its netlink port, which is the one thing
+// to each element. So a Conn encodes it in its netlink port, which is the one thing
 // that a notification tells of who made the change (nlmsg_pid).
 type Meaning uint32
 

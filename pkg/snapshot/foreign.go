@@ -51,7 +51,7 @@ func load(text string, table nftset.Table, names []string) (*File, error) {
 		return nil
 	})
 	if errors.Is(err, firewall.ErrPermission) {
-		err = fmt.Errorf("it is no snapshot, and only root can have nft read it: %w", err)
+		err = fmt.Errorf("it is not a snapshot, and only root can have nft read other files: %w", err)
 	}
 	if err != nil {
 		return nil, err

@@ -19,9 +19,9 @@ var nat64 = []netip.Prefix{
 	netip.MustParsePrefix("64:ff9b:1::/48"),
 }
 
-// NetworkOf returns the network of that many bits that has an IPv6 address. Of an
-// IPv4 address it is the address alone. So it is if the network has NAT64 addresses
-// in it, because it can be all of IPv4 then.
+// NetworkOf returns the network of that length that contains an IPv6 address. For
+// IPv4, and for a network that contains NAT64 addresses (it could be all of IPv4),
+// it returns the address alone.
 func NetworkOf(addr netip.Addr, bits int) netip.Prefix {
 	single := netip.PrefixFrom(addr, addr.BitLen())
 	if addr.Is4() {
