@@ -141,6 +141,7 @@ func (e *Engine) As(user, password string) *Engine {
 func (e *Engine) Pid() int { return e.cmd.Process.Pid }
 
 // Try sends a command, and returns the answer or the error.
+// Try is Do for an engine that may not answer.
 func (e *Engine) Try(words ...string) string {
 	out, _ := e.client(words...).CombinedOutput() // as long as it does not listen
 	return string(out)
