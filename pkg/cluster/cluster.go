@@ -1036,7 +1036,7 @@ func (n *Node) send(ctx context.Context, s *share, p *plan, of map[field]netip.A
 		}
 		n.works()
 		s.known = max(s.known, sequence)
-		n.sent(s, batch, replies, p.now, of)
+		n.sent(s, batch, replies, of)
 		changes = changes[len(batch):]
 		s.paused = time.Now().Add(pause)
 	}
@@ -1058,29 +1058,22 @@ func (n *Node) send(ctx context.Context, s *share, p *plan, of map[field]netip.A
 	}
 }
 
-// sent notes what became of changes at a time of the engine's.
-func (n *Node) sent(s *share, changes []change, replies []string, now int64, of map[field]netip.Addr) {
+// sent notes what became of changes.
+func (n *Node) sent(s *share, changes []change, replies []reply, of map[field]netip.Addr) {
 	for i, c := range changes {
-		if i >= len(replies) || replies[i] == "" {
-			n.metrics.sent.WithLabelValues(string(s.list)).Inc()
-			r := record{removed: c.removed, set: now - c.age, until: now + c.left, timeout: c.timeout, comment: c.comment}
-			switch {
-			case c.removed:
-				r.until = now + max(c.left, remembered.Milliseconds())
-			case c.left < 0:
-				r.until = 0
-			}
-			if !c.removed {
-				r.removal = s.records[c.field].lastRemoval()
-			}
-			s.records[c.field] = r
+		r, err := parseRecord(replies[i].record)
+		switch {
+		case err != nil:
+			n.Problem("record", fmt.Errorf("an answer about %s: %w", c.field, err))
 			continue
+		case replies[i].accepted:
+			n.metrics.sent.WithLabelValues(string(s.list)).Inc()
+		default: // the others know better
+			n.metrics.stale.WithLabelValues(string(s.list)).Inc()
+			if r != s.records[c.field] {
+				s.work = append(s.work, of[c.field])
+			}
 		}
-		// The others know better.
-		n.metrics.stale.WithLabelValues(string(s.list)).Inc()
-		if r, err := parseRecord(replies[i]); err == nil && r != s.records[c.field] {
-			s.records[c.field] = r
-			s.work = append(s.work, of[c.field])
-		}
+		s.records[c.field] = r
 	}
 }

@@ -261,10 +261,15 @@ var mergeText string
 
 var mergeScript = valkey.NewLuaScript(mergeText)
 
-// send merges at most atOnce changes into a list. For each it returns "" if it was
-// accepted, else the record that stays; and the list's sequence then. now is the
-// engine's time, as far as it is known.
-func (e *engine) send(ctx context.Context, l list, changes []change, now int64) (replies []string, sequence int64, err error) {
+// reply is what became of a change.
+type reply struct {
+	accepted bool
+	record   string // what the field has now
+}
+
+// send merges at most atOnce changes into a list. It returns a reply for each, and the
+// list's sequence then. now is the engine's time, as far as it is known.
+func (e *engine) send(ctx context.Context, l list, changes []change, now int64) (replies []reply, sequence int64, err error) {
 	ctx, cancel := context.WithTimeout(ctx, answerIn)
 	defer cancel()
 	args := []string{e.node, rand.Text(), logLength, fmt.Sprint(now)}
@@ -280,10 +285,18 @@ func (e *engine) send(ctx context.Context, l list, changes []change, now int64) 
 	if err != nil || len(parts) != 2 {
 		return nil, 0, orOdd(err)
 	}
-	if replies, err = parts[1].AsStrSlice(); err == nil {
+	texts, err := parts[1].AsStrSlice()
+	if err == nil {
 		sequence, err = parts[0].AsInt64()
 	}
-	return replies, sequence, err
+	if err != nil || len(texts) != len(changes) {
+		return nil, 0, orOdd(err)
+	}
+	for _, text := range texts {
+		record, accepted := strings.CutPrefix(text, "y")
+		replies = append(replies, reply{accepted, strings.TrimPrefix(record, "n")})
+	}
+	return replies, sequence, nil
 }
 
 var clearScript = valkey.NewLuaScript(`

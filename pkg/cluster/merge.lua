@@ -7,8 +7,8 @@
 --       left then (-1: permanent), the timeout (0: permanent) and the comment; times
 --       in milliseconds
 --
--- Returns the list's sequence, and for each record "" if it was accepted, else the
--- record that stays.
+-- Returns the list's sequence, and for each field y if the record was accepted, else n,
+-- with the record that it has now.
 --
 -- A record is "+ SET UNTIL TIMEOUT REMOVED COMMENT" or "- SET UNTIL 0 0 COMMENT".
 -- REMOVED is when the address was removed last before it was added again: what is
@@ -93,8 +93,10 @@ for i = 5, #ARGV, 6 do
 		redis.call('HSET', KEYS[1], field, value)
 		accepted[#accepted + 1] = field
 		accepted[#accepted + 1] = value
+		replies[#replies + 1] = 'y' .. value
+	else
+		replies[#replies + 1] = 'n' .. stays
 	end
-	replies[#replies + 1] = stays or ''
 end
 
 local sequence = redis.call('HGET', KEYS[3], 'sequence') or '0'

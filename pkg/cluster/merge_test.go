@@ -52,7 +52,7 @@ func testField(ports ...uint16) field {
 	return f
 }
 
-func sendNow(e *engine, l list, changes ...change) ([]string, int64, error) {
+func sendNow(e *engine, l list, changes ...change) ([]reply, int64, error) {
 	now, err := e.now(context.Background())
 	if err != nil {
 		return nil, 0, err
@@ -109,13 +109,13 @@ func TestMergeScript(t *testing.T) {
 			for _, c := range test.changes {
 				replies, _, err := sendNow(e, trusted, c)
 				nstest.Must(t, err)
-				if replies[0] == "" {
+				if replies[0].accepted {
 					got += "y"
 					continue
 				}
 				got += "n"
-				if _, err := parseRecord(replies[0]); err != nil {
-					t.Errorf("%s: the script says %q: %v", test.name, replies[0], err)
+				if _, err := parseRecord(replies[0].record); err != nil {
+					t.Errorf("%s: the script says %q: %v", test.name, replies[0].record, err)
 				}
 			}
 			if got != test.accepted {
@@ -178,7 +178,7 @@ func TestLate(t *testing.T) {
 			e.do(ctx, 0, "FLUSHALL")
 			now, err := e.now(ctx)
 			nstest.Must(t, err)
-			_, _, err = e.send(ctx, trusted, []change{add(10, 1000)}, now-seconds(held))
+			replies, _, err := e.send(ctx, trusted, []change{add(10, 1000)}, now-seconds(held))
 			if isLate(err) != (want == 0) {
 				t.Errorf("held back for %d s: %v", held, err)
 			}
@@ -186,6 +186,9 @@ func TestLate(t *testing.T) {
 				r, err := parseRecord(value)
 				nstest.Must(t, err)
 				age, left := (now-r.set+500)/1000, (r.until-now+500)/1000
+				if replies[0] != (reply{true, value}) {
+					t.Errorf("held back for %d s: %+v, and the engine has %s", held, replies, value)
+				}
 				if age != want || left != 1000-(want-10) {
 					t.Errorf("held back for %d s: added %d s ago, %d s left", held, age, left)
 				}
@@ -201,8 +204,8 @@ func TestClear(t *testing.T) {
 		try := func(c change, want bool) {
 			t.Helper()
 			replies, _, err := sendNow(e, banned, c)
-			if err != nil || (replies[0] == "") != want {
-				t.Errorf("%+v: %q, %v", c, replies, err)
+			if err != nil || replies[0].accepted != want {
+				t.Errorf("%+v: %+v, %v", c, replies, err)
 			}
 		}
 		try(add(10, 100), true)
@@ -215,7 +218,7 @@ func TestClear(t *testing.T) {
 		try(add(9, 1000, 465), false)
 		nstest.Poll(t, "a new add", func() bool {
 			replies, _, err := sendNow(e, banned, add(0, 50))
-			return err == nil && replies[0] == ""
+			return err == nil && replies[0].accepted
 		})
 		p, cleared, err := e.end(ctx, banned)
 		now, _ := e.now(ctx)

@@ -326,7 +326,7 @@ sentinel failover-timeout mailset 5000
 	b.becomes("trusted", "198.51.100.1", true)
 
 	l.engine.Signal(syscall.SIGKILL)
-	a.login("198.51.100.2", "alice") // while there is none
+	a.login("198.51.100.2", "alice")                                                                                  // while there is none
 	nstest.Poll(t, "Sentinel to fail over", func() bool { return strings.Contains(l.replica.Try("ROLE"), "master") }) // it closes connections then
 	b.becomes("trusted", "198.51.100.2", true)
 	b.login("198.51.100.3", "bob")
