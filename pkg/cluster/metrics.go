@@ -57,14 +57,14 @@ func newMetrics(registry prometheus.Registerer) *metrics {
 		evicts:    gauge("evicts", "1 if the engine throws away records when its memory is full."),
 		lag:       gauge("lag_seconds", "How old the last entry was that came, by the engine's clock."),
 		sent:      counters("sent_total", "Records that this machine sent, and that were accepted.", "list"),
-		stale:     counters("stale_total", "Records that this machine sent, of which the others knew better.", "list"),
+		stale:     counters("stale_total", "Records that this machine sent and that were out of date.", "list"),
 		applied:   counters("applied_total", "Elements that were changed here because of others.", "list", "outcome"),
 		refused:   counters("refused_total", "Records of others that this machine refused.", "reason"),
 		records:   gauges("records", "Addresses that the machines share.", "list"),
 		waiting:   gauges("waiting", "Addresses that wait until they can be sent.", "list"),
 		merges:    counter("merges_total", "How often a whole list was read."),
 		overruns:  counter("overruns_total", "How often the kernel had more news than could be kept."),
-		repaired:  counter("repaired_total", "Addresses of which this machine and the others had not the same, although nothing had failed."),
+		repaired:  counter("repaired_total", "Addresses on which this machine and the others differed, although nothing had failed."),
 	}
 	return m
 }

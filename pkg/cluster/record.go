@@ -10,7 +10,6 @@ import (
 	"time"
 	"unique"
 
-	"nftwl/pkg/config"
 	"nftwl/pkg/nftset"
 )
 
@@ -178,63 +177,3 @@ func (r record) lastRemoval() int64 {
 // it is worth a record: 600,000 clients that log in every 10 minutes are then 170
 // records a second.
 func gain(timeout int64) int64 { return min(timeout/24, time.Hour.Milliseconds()) }
-
-// Every name in a comment is followed by the machine that it comes from:
-// "alice @imap1, bob @imap2". In its own sets, a machine leaves its own name out.
-
-// names separates those in a comment, as in trust.AddName.
-const names = ", "
-
-// qualify adds a machine's name to those names of a comment that have none. What
-// becomes too long is cut.
-func qualify(comment, node string) string {
-	suffix := "@" + node
-	var b strings.Builder
-	for i, name := range strings.Split(comment, names) {
-		if _, _, ok := origin(name); !ok {
-			if name = strings.TrimSpace(name); name != "" {
-				name = name[:min(len(name), nftset.MaxComment-len(suffix)-1)] + " "
-			}
-			name += suffix
-		}
-		if i > 0 {
-			name = names + name
-		}
-		if b.Len()+len(name) > nftset.MaxComment {
-			break
-		}
-		b.WriteString(name)
-	}
-	return strings.ToValidUTF8(b.String(), "")
-}
-
-// unqualify takes a machine's name out of a comment.
-func unqualify(comment, node string) string {
-	all := strings.Split(comment, names)
-	for i, name := range all {
-		if who, from, ok := origin(name); ok && from == node {
-			all[i] = who
-		}
-	}
-	return strings.Join(all, names)
-}
-
-// origin splits a name of a comment: "alice @imap1" is alice's, from imap1.
-func origin(name string) (who, node string, ok bool) {
-	i := strings.LastIndexByte(name, '@')
-	if i < 0 || i > 0 && name[i-1] != ' ' || !config.IsName(name[i+1:]) {
-		return name, "", false
-	}
-	return strings.TrimSuffix(name[:i], " "), name[i+1:], true
-}
-
-// local returns those names of a comment that no other machine gave.
-func local(comment string) string {
-	var own []string
-	for name := range strings.SplitSeq(comment, names) {
-		if _, _, ok := origin(name); !ok {
-			own = append(own, name)
-		}
-	}
-	return strings.Join(own, names)
-}

@@ -17,7 +17,7 @@ var clusterFaults = map[string]struct {
 	remedy remedy
 }{
 	"login":    {"refuses the user or the password", remedy{"correct the user in cluster.server or the password in cluster.password_file", "systemctl restart nftwld"}},
-	"acl":      {"forbids its user what nftwld needs", remedy{words: "give the user the ACL of docs/cluster.md"}},
+	"acl":      {"denies its user a command or a key that nftwld needs", remedy{words: "give the user the ACL of docs/cluster.md"}},
 	"memory":   {"has no memory left", remedy{words: "raise its maxmemory"}},
 	"readonly": {"is a replica, which takes nothing", remedy{words: "name the primary in cluster.server, or Sentinel (docs/cluster.md)"}},
 	"tls":      {"has a certificate that is not trusted", remedy{words: "name the certificates that sign it as cluster.ca_file, and the server by the name in its certificate"}},
@@ -60,8 +60,8 @@ func (d *Doctor) checkCluster(ctx context.Context) {
 		d.ok(check, "%.0f trusted and %.0f banned addresses are shared with other machines",
 			metrics[`nftwl_cluster_records{list="trusted"}`], metrics[`nftwl_cluster_records{list="banned"}`])
 	case known:
-		d.fail(check, fault.remedy, "nothing is shared with other machines since %s: %s %s", since.Format(time.DateTime), c.Server, fault.text)
+		d.fail(check, fault.remedy, "nothing has been shared with other machines since %s: %s %s", since.Format(time.DateTime), c.Server, fault.text)
 	default:
-		d.fail(check, remedy{"see what nftwld says", "journalctl -u nftwld"}, "nothing is shared with other machines since %s", since.Format(time.DateTime))
+		d.fail(check, remedy{"see what nftwld says", "journalctl -u nftwld"}, "nothing has been shared with other machines since %s", since.Format(time.DateTime))
 	}
 }

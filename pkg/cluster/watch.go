@@ -169,7 +169,7 @@ func (n *Node) catchUp(conn *nftset.Conn) error {
 		select {
 		case <-n.told:
 		case <-timer.C:
-			return errors.New("the kernel's news of changes are late")
+			return errors.New("the kernel has not reported its latest changes")
 		}
 	}
 }

@@ -1,0 +1,71 @@
+package cluster
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"time"
+)
+
+// send sends changes. Those that cannot be sent wait.
+func (n *Node) send(ctx context.Context, s *share, p *plan, of map[field]netip.Addr, some map[netip.Addr]*news) {
+	changes := p.send
+	for len(changes) > 0 {
+		batch := changes[:min(len(changes), atOnce)]
+		if n.engine == nil || n.trouble != "" && time.Now().Before(n.retry) {
+			break
+		}
+		replies, sequence, err := n.engine.send(ctx, s.list, batch, p.now)
+		if isLate(err) { // it was not done, and is sent again
+			err = n.tick(ctx)
+			if err == nil {
+				break
+			}
+		}
+		if err != nil {
+			n.failed(err)
+			break
+		}
+		n.works()
+		s.known = max(s.known, sequence)
+		n.sent(s, batch, replies, of)
+		changes = changes[len(batch):]
+		s.paused = time.Now().Add(pause)
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, c := range changes {
+		addr := of[c.field]
+		if s.unsent[addr] == nil && len(s.unsent) == maxWaiting {
+			n.mergeSoon(s)
+			if c.removed {
+				n.Problem("waiting", fmt.Errorf("%d addresses wait for the engine: the removal of %s is not shared", maxWaiting, addr))
+			}
+			continue
+		}
+		if s.unsent[addr] == nil {
+			s.unsent[addr] = new(news)
+		}
+		s.unsent[addr].merge(some[addr])
+	}
+}
+
+// sent notes what became of changes.
+func (n *Node) sent(s *share, changes []change, replies []reply, of map[field]netip.Addr) {
+	for i, c := range changes {
+		r, err := parseRecord(replies[i].record)
+		switch {
+		case err != nil:
+			n.Problem("record", fmt.Errorf("an answer about %s: %w", c.field, err))
+			continue
+		case replies[i].accepted:
+			n.metrics.sent.WithLabelValues(string(s.list)).Inc()
+		default: // the others know better
+			n.metrics.stale.WithLabelValues(string(s.list)).Inc()
+			if r != s.records[c.field] {
+				s.work = append(s.work, of[c.field])
+			}
+		}
+		s.records[c.field] = r
+	}
+}
