@@ -112,14 +112,20 @@ func (n *Node) readAll(ctx context.Context, s *share) error {
 	if err := n.tick(ctx); err != nil {
 		return err
 	}
-	known := make(map[field]record)
+	// No set tells of a removal, or when a permanent element was added.
+	removals, permanent := make(map[field]record), make(map[field]record)
 	for f, r := range s.records {
+		if r.alive(n.now()) && !r.removed && r.until == 0 && r.set > cleared {
+			permanent[f] = r
+		}
 		every := f
 		every.port = 0
-		// No set tells of a removal, or when a permanent element was added.
 		all := s.records[every]
-		if r.alive(n.now()) && r.set > cleared && (r.removed && (all.removed || all.set <= r.set) || !r.removed && r.until == 0) {
-			known[f] = r
+		if !r.removed {
+			r = record{removed: true, set: r.removal, until: r.removal + remembered.Milliseconds()}
+		}
+		if r.alive(n.now()) && r.set > cleared && (f == every || all.removed || all.set <= r.set) {
+			removals[f] = r
 		}
 	}
 	clear(s.records)
@@ -132,7 +138,7 @@ func (n *Node) readAll(ctx context.Context, s *share) error {
 			dead = append(dead, name)
 		}
 	})
-	lost := s.keep(known, n.now())
+	lost := append(s.keep(removals, n.now()), s.keep(permanent, n.now())...)
 	if err != nil {
 		return err
 	}
@@ -163,10 +169,13 @@ func (n *Node) readAll(ctx context.Context, s *share) error {
 // counts against what the other machines still have.
 func (s *share) keep(known map[field]record, now int64) (lost []change) {
 	for f, r := range known {
-		if there, ok := s.records[f]; ok && (!r.removed || merge(there, r) == there) {
-			continue
+		after := r
+		if there, ok := s.records[f]; ok {
+			if after = merge(there, r); !r.removed && !there.removed || after == there {
+				continue
+			}
 		}
-		s.records[f] = r
+		s.records[f] = after
 		lost = append(lost, change{field: f, removed: r.removed, age: max(0, now-r.set), left: max(-1, r.until-now), comment: r.comment})
 	}
 	return lost
