@@ -135,6 +135,10 @@ type soak struct {
 	down      bool           // the engine is dead
 	cleared   map[string]bool
 	removals  map[place]bool // where there were any
+	// hidden are adds that were removed in this round. When the address is added again
+	// before a machine has heard of the removal, the record of the add hides it, and
+	// what that machine has from before can stay.
+	hidden map[place][]*given
 }
 
 func (s *soak) pick(of ...string) string { return of[s.random.IntN(len(of))] }
@@ -147,7 +151,7 @@ func (s *soak) note(format string, args ...any) {
 func (s *soak) round() {
 	s.note("--- round")
 	s.unplugged, s.flushed, s.cleared, s.removals = make(map[int]bool), make(map[string]int), make(map[string]bool), make(map[place]bool)
-	s.lost = false
+	s.lost, s.hidden = false, make(map[place][]*given)
 	for range 3 + s.random.IntN(30) {
 		if s.random.IntN(8) == 0 {
 			s.fault()
@@ -270,6 +274,10 @@ func (s *soak) lose(i int, sets ...string) {
 // for which sure is true, and perhaps the others.
 func (s *soak) removed(p place, by int, early, late time.Time, sure func(*given) bool) {
 	s.removals[p] = true
+	for _, g := range s.adds[p] {
+		hidden := *g
+		s.hidden[p] = append(s.hidden[p], &hidden)
+	}
 	var left []*given
 	for _, g := range s.adds[p] {
 		switch {
@@ -350,17 +358,18 @@ func (s *soak) step() {
 				g.weak = g.weak || old.until().After(g.early.Add(g.timeout-2*time.Second)) || old.timeout == 0
 			}
 			g.perhaps = g.weak && s.removals[p]
-			for _, ghost := range s.ghosts[p] {
+			for _, ghost := range append(s.ghosts[p], s.hidden[p]...) {
 				ghost.perhaps = true
 				s.adds[p] = append(s.adds[p], ghost)
 			}
 			if s.parts[p] == nil {
 				s.parts[p] = make(map[string]bool)
 			}
-			if len(s.ghosts[p]) > 0 {
+			if len(s.ghosts[p])+len(s.hidden[p]) > 0 {
 				s.parts[p]["a ghost's"] = true
 			}
 			delete(s.ghosts, p)
+			delete(s.hidden, p)
 			s.adds[p] = append(s.adds[p], g)
 			s.parts[p][fmt.Sprint(i, comment)] = true
 			for j := range s.nodes {
