@@ -58,7 +58,7 @@ for i = 5, #ARGV, 6 do
 	local age, left, timeout = tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3]), tonumber(ARGV[i + 4])
 	local set = math.max(0, now - late - age)
 	if left >= 0 then left = math.max(0, left - late) end
-	local old, stays, ends = get(field), nil, nil
+	local old, stays, ends, value = get(field), nil, nil, nil
 	-- The removal of an address on every port counts on each.
 	local every = string.match(field, '^(%S+) ')
 	every = every and get(every)
@@ -80,7 +80,12 @@ for i = 5, #ARGV, 6 do
 		-- Another machine can have what lasts longer, and come back later.
 		timeout = 0
 		ends = now + math.max(left, month)
-		if old and (old.set > set or old.removed and old.set == set) then
+		if old and not old.removed and old.set > set and set > old.removal then
+			-- What was added since stays, and what is older than the removal does not
+			-- come back when that expires.
+			local rest, comment = string.match(old.value, '^(%+ %d+ %d+ %d+) %d+ (.*)$')
+			value = rest .. ' ' .. whole(set) .. ' ' .. comment
+		elseif old and (old.set > set or old.removed and old.set == set) then
 			stays = old.value
 		elseif old then
 			ends = math.max(ends, old.ends)
@@ -89,7 +94,7 @@ for i = 5, #ARGV, 6 do
 	if not stays then
 		local removal = 0
 		if sign == '+' and old then removal = old.removal end
-		local value = table.concat({sign, whole(set), whole(ends), whole(timeout), whole(removal), ARGV[i + 5]}, ' ')
+		value = value or table.concat({sign, whole(set), whole(ends), whole(timeout), whole(removal), ARGV[i + 5]}, ' ')
 		redis.call('HSET', KEYS[1], field, value)
 		accepted[#accepted + 1] = field
 		accepted[#accepted + 1] = value

@@ -86,7 +86,8 @@ func TestMergeScript(t *testing.T) {
 			{"never twice", []change{add(10, -1), add(0, -1)}, "yn", "+ 10 never"},
 
 			{"a removal", []change{add(10, 100), remove(5, 100)}, "yy", "- 5"},
-			{"a removal of what is newer", []change{add(10, 100), remove(15, 100)}, "yn", "+ 10 100"},
+			{"a removal of what is newer", []change{add(10, 100), remove(15, 100)}, "yy", "+ 10 100"},
+			{"it counts for what is older", []change{add(10, 100), remove(15, 100), remove(16, 100), add(20, -1), add(12, -1)}, "yynny", "+ 12 never"},
 			{"a removal of the same moment", []change{add(10, 100), remove(10, 100)}, "yy", "- 10"},
 			{"an add that is older than a removal", []change{remove(10, 100), add(15, 1000)}, "yn", "- 10"},
 			{"an add that is newer", []change{remove(10, 100), add(5, 1000)}, "yy", "+ 5 1000"},
