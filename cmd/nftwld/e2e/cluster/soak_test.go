@@ -354,7 +354,9 @@ func (s *soak) step() {
 		switch what {
 		case "login", "add":
 			g := &given{node: i, comment: comment, early: early, late: late, timeout: timeout}
-			for _, old := range s.adds[p] {
+			// One that this machine may still have for longer, because it has not heard of a
+			// removal, stays as it is there: nobody hears of the add.
+			for _, old := range append(slices.Clone(s.adds[p]), s.hidden[p]...) {
 				g.weak = g.weak || old.until().After(g.early.Add(g.timeout-2*time.Second)) || old.timeout == 0
 			}
 			g.perhaps = g.weak && s.removals[p]
