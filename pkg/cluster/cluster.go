@@ -11,11 +11,9 @@ package cluster
 import (
 	"context"
 	"fmt"
-	"math/rand/v2"
 	"net/netip"
 	"os"
 	"slices"
-	"strconv"
 	"sync"
 	"time"
 
@@ -72,7 +70,6 @@ type Node struct {
 	Connected func()
 
 	password string
-	instance string // of this process, as two machines can have the same name
 	configs  chan *config.Config
 	wake     chan struct{} // has an item while there may be news from the kernel
 	told     chan struct{} // has an item when heard may have changed
@@ -140,7 +137,6 @@ func New(c *config.Config, password string, registry prometheus.Registerer) *Nod
 		Problem:   func(string, error) {},
 		Connected: func() {},
 		password:  password,
-		instance:  strconv.FormatUint(rand.Uint64(), 36),
 		configs:   make(chan *config.Config, 1),
 		wake:      make(chan struct{}, 1),
 		told:      make(chan struct{}, 1),
@@ -193,9 +189,6 @@ func (n *Node) use(c *config.Config) {
 	}
 	n.shares = shares
 }
-
-// sender is how this process signs what it sends.
-func (n *Node) sender() string { return n.node + "/" + n.instance }
 
 // NodeName is the name of this machine.
 func NodeName(c *config.Cluster) string {

@@ -24,7 +24,7 @@ func (n *Node) connect(ctx context.Context) {
 		return
 	}
 	if n.engine == nil {
-		e, err := dial(n.config.Cluster, n.sender(), n.password)
+		e, err := dial(n.config.Cluster, n.node, n.password)
 		if err == nil {
 			n.engine = e
 			err = n.tick(ctx)

@@ -42,7 +42,8 @@ func (n *Node) entry(e entry) {
 	n.metrics.lag.Set(max(0, float64(n.now()-millisecondsOf(e.id))/1000))
 	var addrs []netip.Addr
 	for name, value := range e.records {
-		if f, ok := n.learn(s, name, value, old); ok && e.node != n.sender() {
+		f, changed := n.learn(s, name, value, old)
+		if changed { // its own is known, unless the engine's answer was lost
 			addrs = append(addrs, f.Addr())
 		}
 	}
@@ -58,7 +59,7 @@ func (n *Node) entry(e entry) {
 }
 
 // learn takes a record of the engine's, and returns the field for which it stands
-// here. An old one can be older than what is known.
+// here, and whether that is news. An old one can be older than what is known.
 func (n *Node) learn(s *share, name, value string, old bool) (field, bool) {
 	f, err := parseField(name)
 	var r record
@@ -89,8 +90,9 @@ func (n *Node) learn(s *share, name, value string, old bool) (field, bool) {
 	if known, there := s.records[here]; there && (old || here != f) {
 		r = merge(known, r)
 	}
+	changed := s.records[here] != r
 	s.records[here] = r
-	return here, true
+	return here, changed
 }
 
 // laterID reports whether an entry's id is later than another.
