@@ -183,9 +183,8 @@ func (n *Node) look(ctx context.Context, s *share, some map[netip.Addr]*news) (p
 			continue
 		}
 		var plans plan
-		of := make(map[field]netip.Addr)
 		err := n.kernel(func(conn *nftset.Conn) (err error) {
-			plans, planned, err = n.plan(conn, s, addrs, some, of, planned)
+			plans, planned, err = n.plan(conn, s, addrs, some, planned)
 			if err != nil {
 				return err
 			}
@@ -199,7 +198,7 @@ func (n *Node) look(ctx context.Context, s *share, some map[netip.Addr]*news) (p
 			}
 		}
 		if s.send && len(plans.send) > 0 {
-			n.send(ctx, s, &plans, of, some)
+			n.send(ctx, s, &plans, some)
 		}
 	}
 	return planned
@@ -218,7 +217,7 @@ func (n *Node) again(s *share, addrs []netip.Addr, some map[netip.Addr]*news) {
 }
 
 // plan decides what to do for addresses of one family.
-func (n *Node) plan(conn *nftset.Conn, s *share, addrs []netip.Addr, some map[netip.Addr]*news, of map[field]netip.Addr, planned int) (plan, int, error) {
+func (n *Node) plan(conn *nftset.Conn, s *share, addrs []netip.Addr, some map[netip.Addr]*news, planned int) (plan, int, error) {
 	var all plan
 	set, err := conn.Set(n.config.Table, s.list.names(n.config).For(addrs[0]))
 	if err == nil {
@@ -273,9 +272,6 @@ func (n *Node) plan(conn *nftset.Conn, s *share, addrs []netip.Addr, some map[ne
 		}
 		if !p.empty() {
 			planned++
-		}
-		for _, c := range p.send {
-			of[c.field] = addr
 		}
 		all.send = append(all.send, p.send...)
 		all.remove = append(all.remove, p.remove...)

@@ -146,9 +146,11 @@ func (n *Node) readAll(ctx context.Context, s *share) error {
 	}
 	if s.send {
 		for some := range slices.Chunk(lost, atOnce) {
-			if _, _, err := n.engine.send(ctx, s.list, some, n.now()); err != nil {
+			replies, _, err := n.engine.send(ctx, s.list, some, n.now())
+			if err != nil {
 				return err
 			}
+			n.sent(s, some, replies)
 		}
 	}
 	last, _, err := n.engine.meta(ctx, s.list)

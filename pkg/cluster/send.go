@@ -8,7 +8,7 @@ import (
 )
 
 // send sends changes. Those that cannot be sent wait.
-func (n *Node) send(ctx context.Context, s *share, p *plan, of map[field]netip.Addr, some map[netip.Addr]*news) {
+func (n *Node) send(ctx context.Context, s *share, p *plan, some map[netip.Addr]*news) {
 	changes := p.send
 	for len(changes) > 0 {
 		batch := changes[:min(len(changes), atOnce)]
@@ -28,14 +28,14 @@ func (n *Node) send(ctx context.Context, s *share, p *plan, of map[field]netip.A
 		}
 		n.works()
 		s.known = max(s.known, sequence)
-		n.sent(s, batch, replies, of)
+		n.sent(s, batch, replies)
 		changes = changes[len(batch):]
 		s.paused = time.Now().Add(pause)
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for _, c := range changes {
-		addr := of[c.field]
+		addr := c.field.Addr()
 		if s.unsent[addr] == nil && len(s.unsent) == maxWaiting {
 			n.mergeSoon(s)
 			if c.removed {
@@ -51,7 +51,7 @@ func (n *Node) send(ctx context.Context, s *share, p *plan, of map[field]netip.A
 }
 
 // sent notes what became of changes.
-func (n *Node) sent(s *share, changes []change, replies []reply, of map[field]netip.Addr) {
+func (n *Node) sent(s *share, changes []change, replies []reply) {
 	for i, c := range changes {
 		r, err := parseRecord(replies[i].record)
 		switch {
@@ -63,7 +63,7 @@ func (n *Node) sent(s *share, changes []change, replies []reply, of map[field]ne
 		default: // the others know better
 			n.metrics.stale.WithLabelValues(string(s.list)).Inc()
 			if r != s.records[c.field] {
-				s.work = append(s.work, of[c.field])
+				s.work = append(s.work, c.field.Addr())
 			}
 		}
 		s.records[c.field] = r
