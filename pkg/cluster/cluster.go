@@ -93,6 +93,7 @@ type Node struct {
 	unread    bool          // the last read failed
 	began     time.Time     // of clock
 	clock     int64         // the engine's time then, in milliseconds
+	inexact   time.Duration // how far clock can be off
 	own       []netip.Addr  // the machine's addresses
 	ownAt     time.Time     // when they were read
 	reading   chan arrivals // nil unless a read is under way
@@ -143,6 +144,7 @@ func New(c *config.Config, password string, registry prometheus.Registerer) *Nod
 		backoff:   minBackoff,
 		began:     time.Now(),
 		clock:     time.Now().UnixMilli(),
+		inexact:   time.Hour,
 	}
 	n.metrics = newMetrics(registry)
 	n.use(c)

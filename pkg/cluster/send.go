@@ -62,8 +62,13 @@ func (n *Node) sent(s *share, changes []change, replies []reply) {
 			n.metrics.sent.WithLabelValues(string(s.list)).Inc()
 		default: // the others know better
 			n.metrics.stale.WithLabelValues(string(s.list)).Inc()
+			addr := c.field.Addr()
 			if r != s.records[c.field] {
-				s.work = append(s.work, c.field.Addr())
+				s.work = append(s.work, addr)
+			} else if !c.removed && r.lastRemoval() > 0 {
+				// This machine takes its element for newer than a removal that it knows:
+				// its view of the engine's clock was wrong.
+				n.again(s, []netip.Addr{addr}, map[netip.Addr]*news{addr: {}})
 			}
 		}
 		s.records[c.field] = r
