@@ -127,8 +127,8 @@ type share struct {
 
 // news is what the watcher heard about an address.
 type news struct {
-	deleted map[uint16]deletion
-	seen    time.Time
+	deleted map[uint16]deletion  // by port
+	seen    map[uint16]time.Time // when it was added last, by port
 }
 
 // New returns a node that shares as a configuration says, and counts in a registry.

@@ -29,7 +29,7 @@ type state struct {
 	set     *nftset.Set
 	there   map[uint16]nftset.Element // by port; 0 if the set's keys have none
 	deleted map[uint16]deletion       // by port; one that is there again was filled from the others
-	seen    time.Time                 // when it was added, of a permanent element; zero for unknown
+	seen    map[uint16]time.Time      // by port: when it was added, where that is known
 	ports   []uint16                  // to look at; 0 alone if the set's keys have none
 }
 
@@ -93,7 +93,7 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 		c := change{field: every, removed: true, age: max(0, v.at.Sub(d.at).Milliseconds()), left: -1, comment: d.comment}
 		c.field.port = port
 		if e, ok := s.there[port]; ok && d.again {
-			c.age = max(c.age, v.now-v.local(e, s.seen).set+1)
+			c.age = max(c.age, v.now-v.local(e, s.seen[port]).set+1)
 		}
 		if d.left > 0 {
 			c.left = max(0, (d.left - v.at.Sub(d.at)).Milliseconds())
@@ -168,9 +168,9 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 	// was added only they can know.
 	local := func(port uint16) record {
 		e := s.there[port]
-		r := v.local(e, s.seen)
+		r := v.local(e, s.seen[port])
 		for _, from := range []uint16{0, port} {
-			if theirs := shared[from]; e.Permanent() && s.seen.IsZero() && theirs.until == 0 && !theirs.removed {
+			if theirs := shared[from]; e.Permanent() && s.seen[port].IsZero() && theirs.until == 0 && !theirs.removed {
 				r.set = max(r.set, theirs.set)
 			}
 		}

@@ -222,7 +222,10 @@ func (n *Node) event(e nftset.Event) {
 			d.again = true
 			heard.deleted[key.Port] = d
 		}
-		heard.seen = time.Now()
+		if heard.seen == nil {
+			heard.seen = make(map[uint16]time.Time)
+		}
+		heard.seen[key.Port] = time.Now()
 	case e.Meaning == nftset.Local:
 		// It is lost here alone, and will be filled again.
 	default:
@@ -253,7 +256,7 @@ func (s *share) note(addr netip.Addr) *news {
 // merge adds what was heard before.
 func (h *news) merge(before *news) {
 	for port, d := range before.deleted {
-		if _, again := h.deleted[port]; again || h.seen.After(d.at) {
+		if _, again := h.deleted[port]; again || h.seen[port].After(d.at) {
 			continue
 		}
 		if h.deleted == nil {
@@ -261,8 +264,13 @@ func (h *news) merge(before *news) {
 		}
 		h.deleted[port] = d
 	}
-	if h.seen.IsZero() {
-		h.seen = before.seen
+	for port, at := range before.seen {
+		if h.seen == nil {
+			h.seen = make(map[uint16]time.Time)
+		}
+		if h.seen[port].IsZero() {
+			h.seen[port] = at
+		}
 	}
 }
 
