@@ -14,11 +14,13 @@ func newVersion() *cobra.Command {
 		Use:   "version",
 		Short: "Print the version",
 		Long:  "Prints the version or the commit that nftwl was built from, and Go's version.",
-		RunE: func(*cobra.Command, []string) error {
-			_, err := fmt.Println("nftwl", version())
-			return failed(err)
-		},
+		RunE:  func(*cobra.Command, []string) error { return printVersion() },
 	}
+}
+
+func printVersion() error {
+	_, err := fmt.Println("nftwl", version())
+	return failed(err)
 }
 
 // release is the version that contrib/packaging/build.sh sets; empty without it.

@@ -136,9 +136,10 @@ func Restore(conn *nftset.Conn, files []*File) (r Result, err error) {
 	// left, and the last one only creates elements: it fails only if a login adds
 	// one of them at the same moment.
 	const guarded, most = 3, 20
+	room := nftset.Room()
 	done := 0 // by attempts that failed in a later transaction
 	for attempt := range most {
-		r, err = restore(conn, files, attempt < guarded)
+		r, err = restore(conn, files, attempt < guarded, room)
 		if err == nil {
 			r.Restored, r.There = r.Restored+done, r.There-done
 			return r, nil
@@ -153,7 +154,7 @@ func Restore(conn *nftset.Conn, files []*File) (r Result, err error) {
 
 // restore is one attempt of Restore. If it fails, the result counts what it has
 // restored.
-func restore(conn *nftset.Conn, files []*File, guarded bool) (r Result, err error) {
+func restore(conn *nftset.Conn, files []*File, guarded bool, room int) (r Result, err error) {
 	generation, err := conn.Generation()
 	if err != nil {
 		return Result{}, err
@@ -189,7 +190,7 @@ func restore(conn *nftset.Conn, files []*File, guarded bool) (r Result, err erro
 			return Result{}, err
 		}
 	}
-	room, extend := nftset.Room(), 0
+	extend := 0
 	for _, t := range targets {
 		t.compare(&r)
 		if err := t.set.Fits(len(t.there) + len(t.create)); err != nil {
