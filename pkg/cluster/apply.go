@@ -3,7 +3,6 @@ package cluster
 import (
 	"errors"
 	"fmt"
-	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -29,19 +28,6 @@ func (n *Node) kernel(f func(*nftset.Conn) error) (err error) {
 
 // apply changes this machine's set.
 func (n *Node) apply(conn *nftset.Conn, s *share, p *plan) error {
-	if len(p.remove)+len(p.extend) == 0 {
-		return nil
-	}
-	var addr netip.Addr
-	if len(p.remove) > 0 {
-		addr = p.remove[0].key.Addr
-	} else {
-		addr = p.extend[0].Addr
-	}
-	set, err := conn.Set(n.config.Table, s.list.names(n.config).For(addr))
-	if err != nil {
-		return err
-	}
 	by := make(map[nftset.Key]record)
 	var keys []nftset.Key
 	for _, r := range p.remove {
@@ -51,7 +37,7 @@ func (n *Node) apply(conn *nftset.Conn, s *share, p *plan) error {
 	v := n.view(s)
 	for some := range slices.Chunk(keys, maxElements) {
 		conn.SetTimeout(patience)
-		gone, err := conn.Remove(set, some, func(e nftset.Element) bool {
+		gone, err := conn.Remove(p.set, some, func(e nftset.Element) bool {
 			return v.local(e, time.Time{}).set <= by[e.Key].set
 		})
 		if err != nil {
@@ -62,7 +48,7 @@ func (n *Node) apply(conn *nftset.Conn, s *share, p *plan) error {
 	}
 	isFull := false
 	for some := range slices.Chunk(p.extend, maxElements) {
-		if err := n.extend(conn, s, set, some, &isFull); err != nil {
+		if err := n.extend(conn, s, p.set, some, &isFull); err != nil {
 			return err
 		}
 		if isFull {

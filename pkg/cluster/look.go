@@ -237,7 +237,7 @@ func (n *Node) plan(conn *nftset.Conn, s *share, addrs []netip.Addr, some map[ne
 		keys = append(keys, trust.Keys(set, addr, ports)...)
 	}
 	v := n.view(s)
-	all.now = v.now
+	all.now, all.set = v.now, set
 	there, err := conn.Lookup(set, keys...)
 	if err == nil {
 		err = n.catchUp(conn)

@@ -35,7 +35,8 @@ type state struct {
 
 // plan is what there is to do for an address.
 type plan struct {
-	now    int64 // the engine's time of the changes
+	now    int64       // the engine's time of the changes
+	set    *nftset.Set // that they are of
 	send   []change
 	remove []removal
 	extend []nftset.Element

@@ -94,7 +94,7 @@ func (c *Conn) Extend(s *Set, elems []Element, slack time.Duration, comment func
 			}
 			outcomes[i] = Renewed
 			there = append(there, elems[i])
-			if c.renews && !e.Permanent() && old.Comment == e.Comment {
+			if !e.Permanent() && old.Comment == e.Comment && c.renewsInPlace() {
 				e.Expires = e.left()
 				renew = append(renew, e)
 			} else {

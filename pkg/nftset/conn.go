@@ -21,7 +21,7 @@ type Conn struct {
 	deadline time.Time     // zero: none
 	timeout  time.Duration // by which an answer to a dump moves the deadline; 0: it stays
 	buf      []byte
-	renews   bool // the kernel renews an element whose expiration is given, without a deletion
+	renews   *bool // see renewsInPlace; nil until asked
 }
 
 const (
@@ -46,7 +46,17 @@ func DialAs(m Meaning) (*Conn, error) {
 	// An error's reply then carries the header of the message alone, not all
 	// of its elements. Kernels before 4.3 refuse, and cut their replies.
 	_ = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_CAP_ACK, 1)
-	return &Conn{fd: fd, buf: make([]byte, smallBuffer), renews: since(6, 12)}, nil
+	return &Conn{fd: fd, buf: make([]byte, smallBuffer)}, nil
+}
+
+// renewsInPlace reports whether the kernel renews an element whose expiration is given,
+// without a deletion. Most logins need not ask.
+func (c *Conn) renewsInPlace() bool {
+	if c.renews == nil {
+		renews := since(6, 12)
+		c.renews = &renews
+	}
+	return *c.renews
 }
 
 // since reports whether the kernel is of that release or a later one.

@@ -311,7 +311,8 @@ func TestExtend(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			c := dial(t, rules)
-			for _, c.renews = range []bool{c.renews, false} { // false before Linux 6.12
+			for _, renews := range []bool{c.renewsInPlace(), false} {
+				c.renews = &renews // false before Linux 6.12
 				nstest.Nft(t, "flush set inet filter v4port; add element inet filter v4port { "+k+" "+test.there+" }")
 				s := describe(t, c, "v4port")
 				test.e.Key = key(k)
@@ -345,11 +346,11 @@ func TestRenewalDeletesNothing(t *testing.T) {
 	if err := batch.Commit(); err != nil {
 		t.Fatal(err)
 	}
-	if renews := nftList(t, "v4port")[k].Expires > 3000; renews != c.renews {
-		t.Errorf("this kernel renews: %v, not %v", renews, c.renews)
+	if renews := nftList(t, "v4port")[k].Expires > 3000; renews != c.renewsInPlace() {
+		t.Errorf("this kernel renews: %v, not %v", renews, c.renewsInPlace())
 	}
-	for _, renews := range []bool{c.renews, false} {
-		c.renews = renews
+	for _, renews := range []bool{c.renewsInPlace(), false} {
+		c.renews = &renews
 		nstest.Nft(t, "delete element inet filter v4port { "+k+" }; add element inet filter v4port { "+k+" timeout 1h expires 10m }")
 		before := c.seq
 		if _, err := c.Extend(s, []Element{{Key: key(k), Timeout: time.Hour}}, 0, nil); err != nil {
