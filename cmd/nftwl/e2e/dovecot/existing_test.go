@@ -119,6 +119,8 @@ func (s *server) shell(script string) string {
 	out := s.d.Run(s.t, "sh", "-euc", script)
 	if strings.Contains(script, "doveadm reload") {
 		nstest.Poll(s.t, "Dovecot to reload", func() bool { return strings.Count(s.log(), reloaded) > before })
+		// Dovecot's master logs that before it reloads, and answers only afterwards.
+		s.d.Run(s.t, "doveadm", "service", "status")
 	}
 	return out
 }
