@@ -112,10 +112,10 @@ type share struct {
 	records map[field]record
 	ports   map[uint16]bool // of records and elements, besides those configured
 	position
-	known    int64 // the log's sequence up to which records can have what an entry says, or newer
-	cleared  int64 // when the list was emptied on all machines
-	behind   bool  // the engine has entries that the log did not bring, once already
-	merge    time.Time
+	known    int64                // the log's sequence up to which records can have what an entry says, or newer
+	cleared  int64                // when the list was emptied on all machines
+	behind   bool                 // the engine has entries that the log did not bring, once already
+	merge    time.Time            // when to read the whole list; zero: need not
 	compared time.Time            // when all was compared last
 	polled   time.Time            // when to read the banned sets again
 	unsent   map[netip.Addr]*news // looked at while nothing could be sent

@@ -268,8 +268,8 @@ type reply struct {
 }
 
 // send merges at most atOnce changes into a list. It returns a reply for each, and the
-// list's sequence then. now is the engine's time, as far as it is known.
-func (e *engine) send(ctx context.Context, l list, changes []change, now int64) (replies []reply, sequence int64, err error) {
+// list's epoch and sequence then. now is the engine's time, as far as it is known.
+func (e *engine) send(ctx context.Context, l list, changes []change, now int64) (replies []reply, at position, err error) {
 	ctx, cancel := context.WithTimeout(ctx, answerIn)
 	defer cancel()
 	args := []string{e.node, rand.Text(), logLength, fmt.Sprint(now)}
@@ -282,21 +282,24 @@ func (e *engine) send(ctx context.Context, l list, changes []change, now int64) 
 	}
 	keys := []string{e.key(l, ""), e.key(l, ":log"), e.key(l, ":meta")}
 	parts, err := mergeScript.Exec(ctx, e.client, keys, args).ToArray()
-	if err != nil || len(parts) != 2 {
-		return nil, 0, orOdd(err)
+	if err != nil || len(parts) != 3 {
+		return nil, at, orOdd(err)
 	}
 	texts, err := parts[1].AsStrSlice()
 	if err == nil {
-		sequence, err = parts[0].AsInt64()
+		at.sequence, err = parts[0].AsInt64()
+	}
+	if err == nil {
+		at.epoch, err = parts[2].ToString()
 	}
 	if err != nil || len(texts) != len(changes) {
-		return nil, 0, orOdd(err)
+		return nil, at, orOdd(err)
 	}
 	for _, text := range texts {
 		record, accepted := strings.CutPrefix(text, "y")
 		replies = append(replies, reply{accepted, strings.TrimPrefix(record, "n")})
 	}
-	return replies, sequence, nil
+	return replies, at, nil
 }
 
 var clearScript = valkey.NewLuaScript(`

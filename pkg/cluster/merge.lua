@@ -7,8 +7,8 @@
 --       left then (-1: permanent), the timeout (0: permanent) and the comment; times
 --       in milliseconds
 --
--- Returns the list's sequence, and for each field y if the record was accepted, else n,
--- with the record that it has now.
+-- Returns the list's sequence; for each field y if the record was accepted, else n,
+-- with the record that it has now; and the list's epoch.
 --
 -- A record is "+ SET UNTIL TIMEOUT REMOVED COMMENT" or "- SET UNTIL 0 0 COMMENT".
 -- REMOVED is when the address was removed last before it was added again: what is
@@ -109,4 +109,4 @@ if #accepted > 0 then
 	sequence = redis.call('HINCRBY', KEYS[3], 'sequence', 1)
 	redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[3], '*', 'epoch', epoch, 'sequence', sequence, 'node', ARGV[1], unpack(accepted))
 end
-return {tostring(sequence), replies}
+return {tostring(sequence), replies, epoch}

@@ -52,10 +52,10 @@ func testField(ports ...uint16) field {
 	return f
 }
 
-func sendNow(e *engine, l list, changes ...change) ([]reply, int64, error) {
+func sendNow(e *engine, l list, changes ...change) ([]reply, position, error) {
 	now, err := e.now(context.Background())
 	if err != nil {
-		return nil, 0, err
+		return nil, position{}, err
 	}
 	return e.send(context.Background(), l, changes, now)
 }

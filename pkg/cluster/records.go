@@ -87,9 +87,7 @@ func (n *Node) learn(s *share, name, value string, old bool) (field, bool) {
 	if reason := v.refuses(here); reason != "" && !r.removed && !strings.HasSuffix(r.comment, "@"+n.node) {
 		n.metrics.refused.WithLabelValues(reason).Inc()
 	}
-	if known, there := s.records[here]; there && (old || here != f) {
-		r = merge(known, r)
-	}
+	r = s.with(here, r, old || here != f)
 	changed := s.records[here] != r
 	s.records[here] = r
 	return here, changed

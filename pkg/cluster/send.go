@@ -15,7 +15,7 @@ func (n *Node) send(ctx context.Context, s *share, p *plan, some map[netip.Addr]
 		if n.engine == nil || n.trouble != "" && time.Now().Before(n.retry) {
 			break
 		}
-		replies, sequence, err := n.engine.send(ctx, s.list, batch, p.now)
+		replies, at, err := n.engine.send(ctx, s.list, batch, p.now)
 		if isLate(err) { // it was not done, and is sent again
 			err = n.tick(ctx)
 			if err == nil {
@@ -27,7 +27,11 @@ func (n *Node) send(ctx context.Context, s *share, p *plan, some map[netip.Addr]
 			break
 		}
 		n.works()
-		s.known = max(s.known, sequence)
+		if at.epoch != s.epoch && s.epoch != "" {
+			n.mergeSoon(s)
+		} else {
+			s.known = max(s.known, at.sequence)
+		}
 		n.sent(s, batch, replies)
 		changes = changes[len(batch):]
 		s.paused = time.Now().Add(pause)
@@ -71,6 +75,16 @@ func (n *Node) sent(s *share, changes []change, replies []reply) {
 				n.again(s, []netip.Addr{addr}, map[netip.Addr]*news{addr: {}})
 			}
 		}
-		s.records[c.field] = r
+		s.records[c.field] = s.with(c.field, r, false)
 	}
+}
+
+// with returns what counts of a record of the engine's, given what is known. An old one
+// may be older than that. And until the whole list is read, the engine may have lost
+// something, such as a removal.
+func (s *share) with(f field, r record, old bool) record {
+	if known, there := s.records[f]; there && (old || !s.merge.IsZero()) {
+		return merge(known, r)
+	}
+	return r
 }

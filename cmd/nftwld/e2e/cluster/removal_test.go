@@ -79,6 +79,38 @@ func TestRemovalIsWhole(t *testing.T) {
 	}
 }
 
+// A removal counts on if the engine loses it, and the address is added again before
+// anybody notices.
+func TestRemovalOutlastsLoss(t *testing.T) {
+	l := newLAN(t, nstest.Host, 3)
+	l.start()
+	a, b, c := l.nodes[0], l.nodes[1], l.nodes[2]
+	const client = "198.51.100.1"
+	a.nftwl("add", "--timeout", "12h", client)
+	b.becomes("trusted", client, true)
+	c.becomes("trusted", client, true)
+	nstest.Unplug(t, 2)
+	l.engine.Do("CLIENT", "KILL", "TYPE", "normal") // or the cut off one hears of it later
+	b.nftwl("remove", client)
+	a.becomes("trusted", client, false)
+	b.nftwl("add", "--timeout", "10m", client)
+	a.becomes("trusted", client, true)
+	l.quiet()
+	l.engine.Do("FLUSHALL")
+	merges := c.metric("cluster_merges")
+	b.nftwl("add", "--timeout", "20m", client)
+	nstest.Poll(t, "the engine to hear of it", func() bool { return strings.Contains(l.hash(), client) })
+	nstest.Plug(t, 2)
+	nstest.Poll(t, "the machine that was cut off to read all", func() bool { return c.metric("cluster_merges") > merges })
+	l.quiet()
+	l.same()
+	for key, e := range c.list("trusted") {
+		if e.Expires > 20*60 {
+			t.Errorf("%s was removed, and has %v s left", key, e.Expires)
+		}
+	}
+}
+
 // What one machine loses is filled again, and nothing is removed elsewhere.
 func TestLocalLoss(t *testing.T) {
 	eachEngine(t, func(t *testing.T, d nstest.Debian) {
