@@ -192,10 +192,14 @@ func (n *Node) look(ctx context.Context, s *share, some map[netip.Addr]*news) (p
 		})
 		if err != nil {
 			n.Problem("kernel", err)
-			if !errors.Is(err, nftset.ErrNoSet) && !errors.Is(err, nftset.ErrNoTable) && !errors.Is(err, nftset.ErrUnfit) {
-				n.again(s, addrs, some)
-				continue
+			if errors.Is(err, nftset.ErrNoSet) || errors.Is(err, nftset.ErrNoTable) || errors.Is(err, nftset.ErrUnfit) {
+				// Nothing is there now, but what was removed before stays removed.
+				addrs = slices.DeleteFunc(addrs, func(addr netip.Addr) bool { return len(some[addr].deleted) == 0 })
 			}
+			if len(addrs) > 0 {
+				n.again(s, addrs, some)
+			}
+			continue
 		}
 		if s.send && len(plans.send) > 0 {
 			n.send(ctx, s, &plans, some)
@@ -257,6 +261,10 @@ func (n *Node) plan(conn *nftset.Conn, s *share, addrs []netip.Addr, some map[ne
 	n.mu.Unlock()
 	for _, addr := range addrs {
 		heard := some[addr]
+		if u := s.unsent[addr]; u != nil {
+			heard.merge(u)
+			delete(s.unsent, addr)
+		}
 		st := &state{set: set, there: make(map[uint16]nftset.Element), deleted: heard.deleted, seen: heard.seen, ports: ports}
 		for _, key := range trust.Keys(set, addr, ports) {
 			if e, ok := there[key]; ok {

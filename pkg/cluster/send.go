@@ -64,6 +64,9 @@ func (n *Node) sent(s *share, changes []change, replies []reply) {
 			continue
 		case replies[i].accepted:
 			n.metrics.sent.WithLabelValues(string(s.list)).Inc()
+			if c.removed && !r.removed { // another machine has added it again
+				s.work = append(s.work, c.field.Addr())
+			}
 		default: // the others know better
 			n.metrics.stale.WithLabelValues(string(s.list)).Inc()
 			addr := c.field.Addr()

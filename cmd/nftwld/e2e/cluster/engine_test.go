@@ -371,6 +371,45 @@ func TestMemory(t *testing.T) {
 	})
 }
 
+// What waits for the engine counts whenever the address is looked at.
+func TestWaiting(t *testing.T) {
+	l := newLAN(t, nstest.Host, 2)
+	l.start()
+	a, b := l.nodes[0], l.nodes[1]
+	const guesser, client = "198.51.100.1", "198.51.100.2"
+	a.nftwl("ban", guesser)
+	a.login(client, "alice")
+	b.becomes("banned", guesser, true)
+	b.becomes("trusted", client, true)
+	a.nftwl("unban", "--port", "143", guesser)
+	b.becomes("banned", guesser, false)
+	l.quiet()
+	l.engine.Do("CONFIG", "SET", "maxmemory", "1") // it can be read
+	a.nftwl("ban", "--timeout", "never", guesser)
+	a.nftwl("remove", client)
+	a.disconnected("memory")
+	for range 3 {
+		merges := a.metric("cluster_merges")
+		nstest.Must(t, a.cmd.Process.Signal(syscall.SIGHUP))
+		nstest.Poll(t, "all to be read", func() bool { return a.metric("cluster_merges") >= merges+2 })
+	}
+	permanent := func(n *node) bool {
+		e, ok := n.list("banned")[guesser+" 143"]
+		return ok && e.Timeout == 0
+	}
+	if !permanent(a) {
+		t.Errorf("of %s there is left %v", guesser, a.list("banned"))
+	}
+	l.engine.Do("CONFIG", "SET", "maxmemory", "0")
+	a.connected()
+	nstest.Poll(t, "the ban to be permanent on both", func() bool { return permanent(b) })
+	b.becomes("trusted", client, false)
+	l.quiet()
+	if a.is("trusted", client) {
+		t.Errorf("%s is trusted again", client)
+	}
+}
+
 // A machine that reads more slowly than the log is trimmed reads the whole list.
 func TestTrimmed(t *testing.T) {
 	eachEngine(t, func(t *testing.T, d nstest.Debian) {
