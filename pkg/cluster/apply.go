@@ -18,7 +18,7 @@ func (n *Node) kernel(f func(*nftset.Conn) error) (err error) {
 			return err
 		}
 	}
-	n.conn.SetTimeout(patience)
+	n.conn.SetTimeout(kernelTimeout)
 	if err = f(n.conn); err != nil && !errors.Is(err, nftset.ErrFull) {
 		n.conn.Close()
 		n.conn = nil
@@ -36,15 +36,15 @@ func (n *Node) apply(conn *nftset.Conn, s *share, p *plan) error {
 	}
 	v := n.view(s)
 	for some := range slices.Chunk(keys, maxElements) {
-		conn.SetTimeout(patience)
+		conn.SetTimeout(kernelTimeout)
 		gone, err := conn.Remove(p.set, some, func(e nftset.Element) bool {
-			return v.local(e, time.Time{}).set <= by[e.Key].set
+			return v.record(e, time.Time{}).since <= by[e.Key].since
 		})
 		if err != nil {
 			return err
 		}
 		n.metrics.applied.WithLabelValues(string(s.list), "removed").Add(float64(len(gone)))
-		time.Sleep(breath / maxElements * time.Duration(len(some)))
+		time.Sleep(transactionPause / maxElements * time.Duration(len(some)))
 	}
 	isFull := false
 	for some := range slices.Chunk(p.extend, maxElements) {
@@ -54,7 +54,7 @@ func (n *Node) apply(conn *nftset.Conn, s *share, p *plan) error {
 		if isFull {
 			break
 		}
-		time.Sleep(breath / maxElements * time.Duration(len(some)))
+		time.Sleep(transactionPause / maxElements * time.Duration(len(some)))
 	}
 	return nil
 }
@@ -62,7 +62,7 @@ func (n *Node) apply(conn *nftset.Conn, s *share, p *plan) error {
 // extend adds elements, or renews them. Of a set without room for all, it fills what
 // room there is.
 func (n *Node) extend(conn *nftset.Conn, s *share, set *nftset.Set, elems []nftset.Element, isFull *bool) error {
-	conn.SetTimeout(patience)
+	conn.SetTimeout(kernelTimeout)
 	outcomes, err := conn.Extend(set, elems, 0, addNames)
 	if errors.Is(err, nftset.ErrFull) {
 		if len(elems) == 1 {
@@ -91,9 +91,9 @@ func addNames(old, more string) string {
 	if more == "" {
 		return old
 	}
-	for name := range strings.SplitSeq(old, names) {
-		if name != "" && !trust.HasName(more, name) && len(more)+len(names)+len(name) <= nftset.MaxComment {
-			more += names + name
+	for name := range strings.SplitSeq(old, separator) {
+		if name != "" && !trust.HasName(more, name) && len(more)+len(separator)+len(name) <= nftset.MaxComment {
+			more += separator + name
 		}
 	}
 	return more

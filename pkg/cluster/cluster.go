@@ -32,32 +32,32 @@ const (
 )
 
 const (
-	// pause is how long later changes wait for each other, so that they share an
+	// sendEvery is how long later changes wait for each other, so that they share an
 	// entry of the log. The first goes out at once.
-	pause = 100 * time.Millisecond
+	sendEvery = 100 * time.Millisecond
 	// maxWaiting bounds the addresses that wait for the engine.
 	maxWaiting = 1 << 16
-	// maxElements bounds a transaction, and breath is the pause after each, so that a
-	// login that waits can commit.
-	maxElements = 1000
-	breath      = 20 * time.Millisecond
-	// patience is how long the kernel has to answer.
-	patience = 10 * time.Second
+	// maxElements bounds a transaction, and transactionPause is how long to wait after
+	// each, so that a login can commit.
+	maxElements      = 1000
+	transactionPause = 20 * time.Millisecond
+	// kernelTimeout is how long the kernel has to answer.
+	kernelTimeout = 10 * time.Second
 	// compareEvery is how often a machine compares all that it has with all that
 	// the others have. It should find nothing.
 	compareEvery = time.Hour
 	// jitter keeps machines from reading the whole list at the same moment.
 	jitter = 3 * time.Second
-	// settle is how long to wait after a set was replaced, so that a restore can fill it
+	// refillAfter is how long to wait after a set was replaced, so that a restore can fill it
 	// first.
-	settle = time.Second
+	refillAfter = time.Second
 	// pollEvery is how often the banned sets are read: what a rule adds is not
 	// reported. It takes at most a hundredth of the time.
 	pollEvery = 10 * time.Second
 	// maxPorts is how many ports, besides those configured, records can have.
 	maxPorts = 32
-	// lastWords is how long what was heard may still be sent at the end.
-	lastWords = 2 * time.Second
+	// stopTimeout is how long what was heard may still be sent at the end.
+	stopTimeout = 2 * time.Second
 	// The times between two attempts to reach the engine.
 	minBackoff, maxBackoff = time.Second, 30 * time.Second
 )
@@ -223,7 +223,7 @@ func (n *Node) Run(ctx context.Context) {
 		n.wait(ctx)
 	}
 	// What has just been heard is still sent.
-	last, cancel := context.WithTimeout(context.Background(), lastWords)
+	last, cancel := context.WithTimeout(context.Background(), stopTimeout)
 	defer cancel()
 	for _, s := range n.shares {
 		for n.changes(last, s) && last.Err() == nil {

@@ -10,15 +10,15 @@ import (
 // Every name in a comment is followed by the machine that it comes from:
 // "alice @imap1, bob @imap2". In its own sets, a machine leaves its own name out.
 
-// names separates those in a comment, as in trust.AddName.
-const names = ", "
+// separator is between the names of a comment, as in trust.AddName.
+const separator = ", "
 
 // qualify adds a machine's name to those names of a comment that have none. What
 // becomes too long is cut.
 func qualify(comment, node string) string {
 	suffix := "@" + node
 	var b strings.Builder
-	for i, name := range strings.Split(comment, names) {
+	for i, name := range strings.Split(comment, separator) {
 		if _, _, ok := origin(name); !ok {
 			if name = strings.TrimSpace(name); name != "" {
 				name = name[:min(len(name), nftset.MaxComment-len(suffix)-1)] + " "
@@ -26,7 +26,7 @@ func qualify(comment, node string) string {
 			name += suffix
 		}
 		if i > 0 {
-			name = names + name
+			name = separator + name
 		}
 		if b.Len()+len(name) > nftset.MaxComment {
 			break
@@ -38,13 +38,13 @@ func qualify(comment, node string) string {
 
 // unqualify takes a machine's name out of a comment.
 func unqualify(comment, node string) string {
-	all := strings.Split(comment, names)
+	all := strings.Split(comment, separator)
 	for i, name := range all {
 		if who, from, ok := origin(name); ok && from == node {
 			all[i] = who
 		}
 	}
-	return strings.Join(all, names)
+	return strings.Join(all, separator)
 }
 
 // origin splits a name of a comment: "alice @imap1" is alice's, from imap1.
@@ -56,13 +56,13 @@ func origin(name string) (who, node string, ok bool) {
 	return strings.TrimSuffix(name[:i], " "), name[i+1:], true
 }
 
-// local returns those names of a comment that no other machine gave.
-func local(comment string) string {
+// ownNames returns those names of a comment that no other machine gave.
+func ownNames(comment string) string {
 	var own []string
-	for name := range strings.SplitSeq(comment, names) {
+	for name := range strings.SplitSeq(comment, separator) {
 		if _, _, ok := origin(name); !ok {
 			own = append(own, name)
 		}
 	}
-	return strings.Join(own, names)
+	return strings.Join(own, separator)
 }

@@ -22,8 +22,8 @@ import (
 )
 
 const (
-	// answerIn is how long the engine has to answer.
-	answerIn = 3 * time.Second
+	// engineTimeout is how long the engine has to answer.
+	engineTimeout = 3 * time.Second
 	// block is how long the engine may wait for news before it answers.
 	block = time.Second
 	// logLength is how many entries of a list's log the engine keeps, about. A
@@ -65,8 +65,8 @@ func dial(c *config.Cluster, node, password string) (*engine, error) {
 	o.BlockingPoolSize = 2
 	o.RingScaleEachConn = 8
 	o.ReadBufferEachConn, o.WriteBufferEachConn = 64<<10, 64<<10
-	o.Dialer.Timeout = answerIn
-	o.ConnWriteTimeout = answerIn + block
+	o.Dialer.Timeout = engineTimeout
+	o.ConnWriteTimeout = engineTimeout + block
 	if o.TLSConfig != nil && c.CAFile != "" {
 		pem, err := os.ReadFile(c.CAFile)
 		if err != nil {
@@ -112,9 +112,9 @@ func (e *engine) key(l list, suffix string) string {
 	return "nftwl:{" + e.name + "}:" + string(l) + suffix
 }
 
-// do sends a command, and waits at most answerIn and what is added to it.
+// do sends a command, and waits at most engineTimeout and what is added to it.
 func (e *engine) do(ctx context.Context, more time.Duration, words ...string) valkey.ValkeyResult {
-	ctx, cancel := context.WithTimeout(ctx, answerIn+more)
+	ctx, cancel := context.WithTimeout(ctx, engineTimeout+more)
 	defer cancel()
 	command := e.client.B().Arbitrary(words...)
 	if more > 0 {
@@ -270,7 +270,7 @@ type reply struct {
 // send merges at most atOnce changes into a list. It returns a reply for each, and the
 // list's epoch and sequence then. now is the engine's time, as far as it is known.
 func (e *engine) send(ctx context.Context, l list, changes []change, now int64) (replies []reply, at position, err error) {
-	ctx, cancel := context.WithTimeout(ctx, answerIn)
+	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
 	defer cancel()
 	args := []string{e.node, rand.Text(), logLength, fmt.Sprint(now)}
 	for _, c := range changes {
@@ -321,7 +321,7 @@ func (e *engine) clear(ctx context.Context, l list) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, answerIn)
+	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
 	defer cancel()
 	keys := []string{e.key(l, ""), e.key(l, ":log"), e.key(l, ":meta")}
 	return clearScript.Exec(ctx, e.client, keys, []string{e.node, rand.Text(), logLength, fmt.Sprint(now)}).Error()
@@ -339,7 +339,7 @@ return 0`)
 
 // sweep deletes those of some fields whose records do not count any more.
 func (e *engine) sweep(ctx context.Context, l list, fields []string) error {
-	ctx, cancel := context.WithTimeout(ctx, answerIn)
+	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
 	defer cancel()
 	return sweepScript.Exec(ctx, e.client, []string{e.key(l, "")}, fields).Error()
 }

@@ -83,8 +83,8 @@ func (n *Node) poll(s *share) {
 		every, all := s.records[at]
 		at.port = e.Port
 		one, alone := s.records[at]
-		mine := v.local(e, time.Time{})
-		enough := mine.ends() - max(most.Milliseconds(), gain(mine.timeout))
+		mine := v.record(e, time.Time{})
+		enough := mine.ends() - max(minLeft.Milliseconds(), gain(mine.timeout))
 		if !(all && !every.removed && every.ends() >= enough || alone && !one.removed && one.ends() >= enough) {
 			s.work = append(s.work, e.Addr)
 		}

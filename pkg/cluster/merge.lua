@@ -10,7 +10,7 @@
 -- Returns the list's sequence; for each field y if the record was accepted, else n,
 -- with the record that it has now; and the list's epoch.
 --
--- A record is "+ SET UNTIL TIMEOUT REMOVED COMMENT" or "- SET UNTIL 0 0 COMMENT".
+-- A record is "+ SINCE UNTIL TIMEOUT REMOVED COMMENT" or "- SINCE UNTIL 0 0 COMMENT".
 -- REMOVED is when the address was removed last before it was added again: what is
 -- older than that stays removed.
 

@@ -138,12 +138,12 @@ func TestMergeScript(t *testing.T) {
 				continue
 			}
 			about := func(ms int64) int64 { return (ms + 500) / 1000 } // the tests take less
-			text = fmt.Sprintf("+ %d %d", about(now-r.set), about(r.until-now))
+			text = fmt.Sprintf("+ %d %d", about(now-r.since), about(r.until-now))
 			if r.until == 0 {
-				text = fmt.Sprintf("+ %d never", about(now-r.set))
+				text = fmt.Sprintf("+ %d never", about(now-r.since))
 			}
 			if r.removed {
-				text = fmt.Sprintf("- %d", about(now-r.set))
+				text = fmt.Sprintf("- %d", about(now-r.since))
 				if r.until < now+(month-60)*1000 {
 					t.Errorf("%s: a removal is forgotten after %d s", test.name, (r.until-now)/1000)
 				}
@@ -186,7 +186,7 @@ func TestLate(t *testing.T) {
 			nstest.Must(t, e.all(ctx, trusted, func(_, value string) {
 				r, err := parseRecord(value)
 				nstest.Must(t, err)
-				age, left := (now-r.set+500)/1000, (r.until-now+500)/1000
+				age, left := (now-r.since+500)/1000, (r.until-now+500)/1000
 				if replies[0] != (reply{true, value}) {
 					t.Errorf("held back for %d s: %+v, and the engine has %s", held, replies, value)
 				}

@@ -20,9 +20,9 @@ type deletion struct {
 	again   bool          // it was added again, later
 }
 
-// most is the time left below which a change is not worth a record: fail2ban ends
+// minLeft is the time left below which a change is not worth a record: fail2ban ends
 // its bans in the moment in which they expire.
-const most = 2 * time.Second
+const minLeft = 2 * time.Second
 
 // state is what this machine has of an address.
 type state struct {
@@ -88,13 +88,13 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 	}
 	gone := make(map[uint16]change)
 	for port, d := range s.deleted {
-		if d.left > 0 && d.left < most {
+		if d.left > 0 && d.left < minLeft {
 			continue
 		}
 		c := change{field: every, removed: true, age: max(0, v.at.Sub(d.at).Milliseconds()), left: -1, comment: d.comment}
 		c.field.port = port
 		if e, ok := s.there[port]; ok && d.again {
-			c.age = max(c.age, v.now-v.local(e, s.seen[port]).set+1)
+			c.age = max(c.age, v.now-v.record(e, s.seen[port]).since+1)
 		}
 		if d.left > 0 {
 			c.left = max(0, (d.left - v.at.Sub(d.at)).Milliseconds())
@@ -123,25 +123,25 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 	}
 	for port, c := range gone {
 		at := v.now - c.age
-		if old := shared[port]; old.set > at || old.removed && old.set == at {
+		if old := shared[port]; old.since > at || old.removed && old.since == at {
 			continue // the others know
 		}
 		p.send = append(p.send, c)
-		shared[port] = record{removed: true, set: at, until: forever, comment: c.comment}
+		shared[port] = record{removed: true, since: at, until: forever, comment: c.comment}
 	}
 
 	// removedBy is the latest removal that counts on a port.
 	removedBy := func(port uint16) record {
-		r := record{set: -1}
-		if all := (record{removed: true, set: v.cleared, until: v.cleared + remembered.Milliseconds()}); v.cleared > 0 && all.alive(v.now) {
+		r := record{since: -1}
+		if all := (record{removed: true, since: v.cleared, until: v.cleared + remembered.Milliseconds()}); v.cleared > 0 && all.alive(v.now) {
 			r = all
 		}
 		for _, port := range []uint16{0, port} {
 			switch s := shared[port]; {
-			case s.removed && s.set > r.set:
+			case s.removed && s.since > r.since:
 				r = s
-			case s.removal > max(0, r.set):
-				r = record{removed: true, set: s.removal}
+			case s.removal > max(0, r.since):
+				r = record{removed: true, since: s.removal}
 			}
 		}
 		return r
@@ -153,7 +153,7 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 				continue // every port is every one that is configured
 			}
 			r, there := shared[from]
-			if there && !r.removed && r.set > removedBy(port).set && (!ok || r.ends() > b.ends()) {
+			if there && !r.removed && r.since > removedBy(port).since && (!ok || r.ends() > b.ends()) {
 				b, ok = r, true
 			}
 		}
@@ -165,14 +165,14 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 			theirs.ends() != forever && mine.ends() > theirs.ends()+gain(mine.timeout)
 	}
 
-	// local is what an element of this machine is to the others. When a permanent one
-	// was added only they can know.
-	local := func(port uint16) record {
+	// ownRecord is what an element of this machine is to the others. Only they can know
+	// when a permanent one was added.
+	ownRecord := func(port uint16) record {
 		e := s.there[port]
-		r := v.local(e, s.seen[port])
+		r := v.record(e, s.seen[port])
 		for _, from := range []uint16{0, port} {
 			if theirs := shared[from]; e.Permanent() && s.seen[port].IsZero() && theirs.until == 0 && !theirs.removed {
-				r.set = max(r.set, theirs.set)
+				r.since = max(r.since, theirs.since)
 			}
 		}
 		return r
@@ -182,23 +182,23 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 	// machine has, and for a port where that one lasts longer still.
 	mine := make(map[uint16]record)
 	for port, e := range s.there {
-		r, by := local(port), removedBy(port)
-		if kept := v.kept(by, e); r.set <= by.set && kept != "" {
+		r, by := ownRecord(port), removedBy(port)
+		if kept := v.kept(by, e); r.since <= by.since && kept != "" {
 			// This machine's part outlasts the removal, and is a new ban to the others.
-			r.set, r.comment = by.set+1, kept
+			r.since, r.comment = by.since+1, kept
 			if r.until != 0 {
-				r.timeout = r.until - r.set
+				r.timeout = r.until - r.since
 			}
 		}
-		if r.set > by.set {
+		if r.since > by.since {
 			mine[port] = r
 		}
 	}
 	send := func(r record, port uint16) {
-		if !r.alive(v.now+most.Milliseconds()) || !longer(r, port) {
+		if !r.alive(v.now+minLeft.Milliseconds()) || !longer(r, port) {
 			return
 		}
-		c := change{field: every, age: v.now - r.set, left: -1, timeout: r.timeout, comment: r.comment}
+		c := change{field: every, age: v.now - r.since, left: -1, timeout: r.timeout, comment: r.comment}
 		c.field.port = port
 		if r.until != 0 {
 			c.left = r.until - v.now
@@ -238,13 +238,13 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 		}
 		r := removedBy(port)
 		// What is there again for as long stays: the kernel's times are not exact.
-		if there && local(port).set <= r.set && v.kept(r, e) == "" && !(ok && want.Outlives(e, most)) {
+		if there && ownRecord(port).since <= r.since && v.kept(r, e) == "" && !(ok && want.Outlives(e, minLeft)) {
 			p.remove = append(p.remove, removal{e.Key, r})
 			there = false
 		}
-		slack := most
+		slack := minLeft
 		if theirs.until == 0 && v.list == trusted { // it is renewed, see element
-			slack = max(most, time.Duration(gain(v.config.Timeout.Milliseconds()))*time.Millisecond)
+			slack = max(minLeft, time.Duration(gain(v.config.Timeout.Milliseconds()))*time.Millisecond)
 		}
 		if ok && !(there && e.Outlives(want, slack)) {
 			p.extend = append(p.extend, want)
@@ -283,17 +283,17 @@ func (v *view) here(f field) (field, bool) {
 	return newField(v.prefix(addr), f.port), true
 }
 
-// local is what an element of this machine would be to the others.
-func (v *view) local(e nftset.Element, seen time.Time) record {
+// record is what an element of this machine would be to the others.
+func (v *view) record(e nftset.Element, seen time.Time) record {
 	r := record{comment: qualify(e.Comment, v.node)}
 	switch {
 	case !e.Permanent():
 		r.timeout = max(1, e.Timeout.Milliseconds())
 		r.until = v.now + max(1, e.Expires.Milliseconds())
-		r.set = max(0, r.until-r.timeout)
+		r.since = max(0, r.until-r.timeout)
 	case !seen.IsZero():
 		// Otherwise nobody knows, and any removal counts.
-		r.set = v.now - v.at.Sub(seen).Milliseconds()
+		r.since = v.now - v.at.Sub(seen).Milliseconds()
 	}
 	return r
 }
@@ -303,14 +303,14 @@ func (v *view) local(e nftset.Element, seen time.Time) record {
 // its own part, and the machine that a tool runs on keeps the part.
 func (v *view) kept(r record, e nftset.Element) string {
 	var kept []string
-	for name := range strings.SplitSeq(e.Comment, names) {
+	for name := range strings.SplitSeq(e.Comment, separator) {
 		if _, _, others := origin(name); v.list == banned && r.comment != "" && !others {
 			if name = qualify(name, v.node); !trust.HasName(r.comment, name) {
 				kept = append(kept, name)
 			}
 		}
 	}
-	return strings.Join(kept, names)
+	return strings.Join(kept, separator)
 }
 
 // refuses says why this machine does not take what others have of a field, in a word;
@@ -334,7 +334,7 @@ func (v *view) refuses(f field) string {
 // would have got here; a permanent one gets that again and again. The element is as old
 // as the record, so that no machine takes it for a newer decision.
 func (v *view) element(r record) (e nftset.Element, ok bool) {
-	age := time.Duration(max(0, v.now-r.set)) * time.Millisecond
+	age := time.Duration(max(0, v.now-r.since)) * time.Millisecond
 	e.Timeout = time.Duration(r.timeout) * time.Millisecond
 	if v.list == banned || v.config.Comment {
 		e.Comment = unqualify(r.comment, v.node)
@@ -349,5 +349,5 @@ func (v *view) element(r record) (e nftset.Element, ok bool) {
 		return e, true
 	}
 	e.Expires = min(time.Duration(r.until-v.now)*time.Millisecond, e.Timeout, max(0, e.Timeout-age))
-	return e, e.Expires >= most
+	return e, e.Expires >= minLeft
 }

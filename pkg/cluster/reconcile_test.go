@@ -21,7 +21,7 @@ func seconds(n int64) int64 { return n * 1000 }
 // plus and minus are records. The times are in seconds; left is less than 0 for a
 // permanent element.
 func plus(age, left int64, comment string) record {
-	r := record{set: at - seconds(age), until: at + seconds(left), timeout: seconds(age + left), comment: comment}
+	r := record{since: at - seconds(age), until: at + seconds(left), timeout: seconds(age + left), comment: comment}
 	if left < 0 {
 		r.until, r.timeout = 0, 0
 	}
@@ -29,7 +29,7 @@ func plus(age, left int64, comment string) record {
 }
 
 func minus(age int64, comment string) record {
-	return record{removed: true, set: at - seconds(age), until: at + remembered.Milliseconds(), comment: comment}
+	return record{removed: true, since: at - seconds(age), until: at + remembered.Milliseconds(), comment: comment}
 }
 
 // elem is an element that was added age seconds ago; as for plus.
@@ -295,7 +295,7 @@ func TestReconcileAll(t *testing.T) {
 		shared = append(shared, &r)
 	}
 	justAfter := minus(25, "")
-	justAfter = record{set: justAfter.set + 1, until: justAfter.set + 1 + seconds(3*day), timeout: seconds(3 * day)}
+	justAfter = record{since: justAfter.since + 1, until: justAfter.since + 1 + seconds(3*day), timeout: seconds(3 * day)}
 	shared = append(shared, &justAfter)
 	own := []*nftset.Element{nil}
 	for _, e := range []nftset.Element{elem(22, day, ""), elem(12, 2*day, ""), elem(2, 100, ""), elem(30, -1, "")} {
@@ -315,7 +315,7 @@ func TestReconcileAll(t *testing.T) {
 		}
 		every := newField(netip.PrefixFrom(addr, 32), 0)
 		for f, r := range records {
-			if all, ok := records[every]; ok && all.removed && !r.removed && r.set <= all.set {
+			if all, ok := records[every]; ok && all.removed && !r.removed && r.since <= all.since {
 				delete(records, f) // who removes every port removes those, too
 			}
 		}
@@ -339,16 +339,16 @@ func TestReconcileAll(t *testing.T) {
 			var all []record
 			for _, f := range []field{every, newField(netip.PrefixFrom(addr, 32), port)} {
 				if r, ok := records[f]; ok && r.removed {
-					removed = max(removed, r.set)
+					removed = max(removed, r.since)
 				} else if ok {
 					all = append(all, r)
 				}
 			}
 			if e, ok := there[port]; ok {
-				all = append(all, v.local(e, seen))
+				all = append(all, v.record(e, seen))
 			}
 			for _, r := range all {
-				if r.set > removed {
+				if r.since > removed {
 					want[port] = max(want[port], r.ends())
 				}
 			}
@@ -359,7 +359,7 @@ func TestReconcileAll(t *testing.T) {
 			if c.removed {
 				t.Fatalf("%s: %s is removed", before, c.field)
 			}
-			r := record{set: at - c.age, until: at + c.left, timeout: c.timeout, comment: c.comment}
+			r := record{since: at - c.age, until: at + c.left, timeout: c.timeout, comment: c.comment}
 			if c.left < 0 {
 				r.until = 0
 			}
@@ -385,7 +385,7 @@ func TestReconcileAll(t *testing.T) {
 		}
 		for _, port := range c.Ports {
 			e, ok := there[port]
-			r := v.local(e, seen)
+			r := v.record(e, seen)
 			if ok != (want[port] != 0) || ok && want[port] != r.ends() && (want[port] == forever || r.ends() == forever || max(want[port]-r.ends(), r.ends()-want[port]) > seconds(2)) {
 				t.Fatalf("%s: on port %d there is then %v, %+v; want the end %d, %s", before, port, ok, e, want[port], describe(p))
 			}
@@ -397,7 +397,7 @@ func TestReconcileAll(t *testing.T) {
 					if ok && r.lastRemoval() > 0 {
 						removed = max(removed, r.lastRemoval())
 					}
-					if ok && !r.removed && count && r.set > removed {
+					if ok && !r.removed && count && r.since > removed {
 						best = max(best, r.ends())
 					}
 				}

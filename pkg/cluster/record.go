@@ -72,7 +72,7 @@ var errNoField = errors.New("not an address, a network, or either with a port")
 // in milliseconds since 1970.
 type record struct {
 	removed bool   // the address was removed or unbanned; else it is trusted or banned
-	set     int64  // when it was added, renewed or removed
+	since   int64  // when it was added, renewed or removed
 	until   int64  // when it expires, or when the removal is forgotten; 0 for never
 	timeout int64  // of the element; 0 for a permanent one
 	removal int64  // of one that was added: when the address was removed last before; 0 for never
@@ -94,27 +94,27 @@ func (r record) ends() int64 {
 // that was added after a removal has expired, the removal counts on.
 func (r record) at(now int64) (record, bool) {
 	if !r.alive(now) && r.removal > 0 {
-		r = record{removed: true, set: r.removal, until: r.removal + remembered.Milliseconds()}
+		r = record{removed: true, since: r.removal, until: r.removal + remembered.Milliseconds()}
 	}
 	return r, r.alive(now)
 }
 
 // alive reports whether the record counts at a time. One of the future does not: it
 // is from before the engine's clock was set back, and nobody could remove it.
-func (r record) alive(now int64) bool { return r.ends() > now && r.set <= now+skew.Milliseconds() }
+func (r record) alive(now int64) bool { return r.ends() > now && r.since <= now+skew.Milliseconds() }
 
 // skew is how far apart two views of the engine's clock can be. It is that of
 // merge.lua.
 const skew = time.Minute
 
-// String returns the record as the engine has it: "+ SET UNTIL TIMEOUT REMOVED COMMENT"
-// or "- SET UNTIL 0 0 COMMENT".
+// String returns the record as the engine has it: "+ SINCE UNTIL TIMEOUT REMOVED COMMENT"
+// or "- SINCE UNTIL 0 0 COMMENT".
 func (r record) String() string {
 	sign := "+"
 	if r.removed {
 		sign = "-"
 	}
-	return fmt.Sprintf("%s %d %d %d %d %s", sign, r.set, r.until, r.timeout, r.removal, r.comment)
+	return fmt.Sprintf("%s %d %d %d %d %s", sign, r.since, r.until, r.timeout, r.removal, r.comment)
 }
 
 // parseRecord reads what the script wrote, and nothing else.
@@ -125,13 +125,13 @@ func parseRecord(s string) (r record, err error) {
 	}
 	// A comment is in many records, and must not keep the whole text.
 	r.removed, r.comment = parts[0] == "-", unique.Make(parts[5]).Value()
-	for i, to := range []*int64{&r.set, &r.until, &r.timeout, &r.removal} {
+	for i, to := range []*int64{&r.since, &r.until, &r.timeout, &r.removal} {
 		const most = 1 << 43 // in the year 2248; as nanoseconds, it fits into a time.Duration
 		if *to, err = strconv.ParseInt(parts[1+i], 10, 64); err != nil || *to < 0 || *to > most {
 			return r, errNoRecord
 		}
 	}
-	if r.String() != s || r.timeout > nftset.MaxTimeout.Milliseconds() || (r.until == 0) != (r.timeout == 0) && !r.removed || r.removed && (r.until == 0 || r.timeout != 0 || r.removal != 0) || r.removal > r.set {
+	if r.String() != s || r.timeout > nftset.MaxTimeout.Milliseconds() || (r.until == 0) != (r.timeout == 0) && !r.removed || r.removed && (r.until == 0 || r.timeout != 0 || r.removal != 0) || r.removal > r.since {
 		return r, errNoRecord
 	}
 	return r, nftset.CheckComment(r.comment)
@@ -142,14 +142,14 @@ var errNoRecord = errors.New("not a record")
 // merge returns which of two records of a field counts, as the script decides it.
 func merge(a, b record) record {
 	if a.removed && b.removed {
-		if a.set > b.set {
+		if a.since > b.since {
 			a, b = b, a
 		}
 		b.until = max(a.until, b.until)
 		return b
 	}
 	removal := max(a.lastRemoval(), b.lastRemoval())
-	counts := func(r record) bool { return !r.removed && (removal == 0 || r.set > removal) }
+	counts := func(r record) bool { return !r.removed && (removal == 0 || r.since > removal) }
 	if !counts(a) || counts(b) && b.ends() > a.ends() {
 		a, b = b, a
 	}
@@ -162,13 +162,13 @@ func merge(a, b record) record {
 	case b.removed:
 		return b
 	}
-	return record{removed: true, set: removal, until: removal + remembered.Milliseconds()}
+	return record{removed: true, since: removal, until: removal + remembered.Milliseconds()}
 }
 
 // lastRemoval is when the field of a record was removed last; 0 for never.
 func (r record) lastRemoval() int64 {
 	if r.removed {
-		return r.set
+		return r.since
 	}
 	return r.removal
 }

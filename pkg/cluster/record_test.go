@@ -73,7 +73,7 @@ func FuzzRecord(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if r.String() != value || r.set < 0 || r.until < 0 || r.timeout < 0 || nftset.CheckComment(r.comment) != nil {
+		if r.String() != value || r.since < 0 || r.until < 0 || r.timeout < 0 || nftset.CheckComment(r.comment) != nil {
 			t.Errorf("%q is taken for %+v", value, r)
 		}
 		if r.ends() <= 0 && r.until != 0 {
@@ -121,7 +121,7 @@ func TestComments(t *testing.T) {
 			t.Errorf("%q is here %q, and should be %q", q, own, test.own)
 		}
 	}
-	if got := local("alice, bob @imap2, carol"); got != "alice, carol" {
+	if got := ownNames("alice, bob @imap2, carol"); got != "alice, carol" {
 		t.Errorf("%q", got)
 	}
 	if got := addNames("alice, bob @imap2", "carol @imap1, alice"); got != "carol @imap1, alice, bob @imap2" {

@@ -112,19 +112,20 @@ func (n *Node) readAll(ctx context.Context, s *share) error {
 	if err := n.tick(ctx); err != nil {
 		return err
 	}
-	// No set tells of a removal, or when a permanent element was added.
-	removals, permanent := make(map[field]record), make(map[field]record)
+	// No set tells of a removal, what it left of a ban, or when a permanent element was
+	// added.
+	removals, added := make(map[field]record), make(map[field]record)
 	for f, r := range s.records {
-		if r.alive(n.now()) && !r.removed && r.until == 0 && r.set > cleared {
-			permanent[f] = r
+		if r.alive(n.now()) && !r.removed && (r.until == 0 || r.removal > 0) && r.since > cleared {
+			added[f] = r
 		}
 		every := f
 		every.port = 0
 		all := s.records[every]
 		if !r.removed {
-			r = record{removed: true, set: r.removal, until: r.removal + remembered.Milliseconds()}
+			r = record{removed: true, since: r.removal, until: r.removal + remembered.Milliseconds()}
 		}
-		if r.alive(n.now()) && r.set > cleared && (f == every || all.removed || all.set <= r.set) {
+		if r.alive(n.now()) && r.since > cleared && (f == every || all.removed || all.since <= r.since) {
 			removals[f] = r
 		}
 	}
@@ -138,7 +139,7 @@ func (n *Node) readAll(ctx context.Context, s *share) error {
 			dead = append(dead, name)
 		}
 	})
-	lost := append(s.keep(removals, n.now()), s.keep(permanent, n.now())...)
+	lost := append(s.keep(removals, n.now()), s.keep(added, n.now())...)
 	if err != nil {
 		return err
 	}
@@ -178,7 +179,7 @@ func (s *share) keep(known map[field]record, now int64) (lost []change) {
 			}
 		}
 		s.records[f] = after
-		lost = append(lost, change{field: f, removed: r.removed, age: max(0, now-r.set), left: max(-1, r.until-now), comment: r.comment})
+		lost = append(lost, change{field: f, removed: r.removed, age: max(0, now-r.since), left: max(-1, r.until-now), timeout: r.timeout, comment: r.comment})
 	}
 	return lost
 }

@@ -34,7 +34,7 @@ func (n *Node) send(ctx context.Context, s *share, p *plan, some map[netip.Addr]
 		}
 		n.sent(s, batch, replies)
 		changes = changes[len(batch):]
-		s.paused = time.Now().Add(pause)
+		s.paused = time.Now().Add(sendEvery)
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()

@@ -67,7 +67,7 @@ func (n *Node) watchTable(ctx context.Context) error {
 		case err == nil, errors.Is(err, nftset.ErrDeadline):
 		case errors.Is(err, nftset.ErrOverrun):
 			n.metrics.overruns.Inc()
-			conn.SetTimeout(patience)
+			conn.SetTimeout(kernelTimeout)
 			if err := generation(); err != nil {
 				return err
 			}
@@ -121,7 +121,7 @@ func (d deletions) end(conn *nftset.Conn, table nftset.Table, f func(nftset.Even
 // isEmpty reports whether a set has no elements, except those that were added since
 // a transaction that has just been reported.
 func isEmpty(conn *nftset.Conn, table nftset.Table, name string) bool {
-	conn.SetTimeout(patience)
+	conn.SetTimeout(kernelTimeout)
 	set, err := conn.Set(table, name)
 	if err != nil {
 		return true // absence is never removal
@@ -157,7 +157,7 @@ func (n *Node) catchUp(conn *nftset.Conn) error {
 	if err != nil {
 		return err
 	}
-	timer := time.NewTimer(patience)
+	timer := time.NewTimer(kernelTimeout)
 	defer timer.Stop()
 	for {
 		n.mu.Lock()
@@ -199,7 +199,7 @@ func (n *Node) event(e nftset.Event) {
 	}
 	defer n.awake()
 	if e.Replaced {
-		s.refill = time.Now().Add(settle)
+		s.refill = time.Now().Add(refillAfter)
 		return
 	}
 	key := e.Element.Key
@@ -232,7 +232,7 @@ func (n *Node) event(e nftset.Event) {
 		comment := "" // every part of a ban
 		switch e.Meaning {
 		case nftset.DecidedFor:
-			comment = qualify(local(e.Element.Comment), n.node)
+			comment = qualify(ownNames(e.Element.Comment), n.node)
 		case nftset.Unknown:
 			comment = qualify(e.Element.Comment, n.node)
 		}

@@ -111,6 +111,36 @@ func TestRemovalOutlastsLoss(t *testing.T) {
 	}
 }
 
+// What an unban of one tool leaves of a ban outlasts an engine that loses all, even if
+// only the machine of the other tool still has it.
+func TestPartOutlastsLoss(t *testing.T) {
+	eachEngine(t, func(t *testing.T, d nstest.Debian) {
+		l := newLAN(t, d, 2)
+		l.start()
+		a, b := l.nodes[0], l.nodes[1]
+		const guesser = "198.51.100.1"
+		a.nftwl("ban", "--comment", "postfix", guesser)
+		b.becomes("banned", guesser, true)
+		b.nftwl("ban", "--timeout", "30h", "--comment", "dovecot", guesser)
+		nstest.Poll(t, "the longer ban", func() bool { return a.list("banned")[guesser+" 143"].Timeout == 30*3600 })
+		l.quiet()
+		a.nftwl("unban", "--comment", "postfix", guesser)
+		l.quiet()
+		merges := []float64{a.metric("cluster_merges"), b.metric("cluster_merges")}
+		l.engine.Do("FLUSHALL")
+		a.nftwl("flush", "banned")
+		a.nftwl("ban", "198.51.100.2") // so that all notice at once
+		nstest.Poll(t, "all to be read", func() bool {
+			return a.metric("cluster_merges") > merges[0] && b.metric("cluster_merges") > merges[1]
+		})
+		l.quiet()
+		l.same()
+		if !a.is("banned", guesser) || !b.is("banned", guesser) {
+			t.Errorf("%s is not banned any more:\n%s", guesser, l.hash())
+		}
+	})
+}
+
 // What one machine loses is filled again, and nothing is removed elsewhere.
 func TestLocalLoss(t *testing.T) {
 	eachEngine(t, func(t *testing.T, d nstest.Debian) {
