@@ -152,3 +152,31 @@ func TestMerge(t *testing.T) {
 		}
 	}
 }
+
+// What a machine knows counts against what the engine has after it lost that.
+func TestKeep(t *testing.T) {
+	const now, hour = 1_000_000_000, 3_600_000
+	removal := record{removed: true, since: now - 100, until: now + hour}
+	expiring := record{since: now - 90, until: now - 90 + hour, timeout: hour, removal: now - 100}
+	permanent := record{since: now - 50, removal: now - 100}
+	f := newField(netip.MustParsePrefix("192.0.2.7/32"), 465)
+	for name, test := range map[string]struct{ there, known, want record }{
+		"permanent, and expiring there": {expiring, permanent, permanent},
+		"permanent, and removed there":  {removal, permanent, permanent},
+		"permanent, and there":          {permanent, permanent, record{}},
+		"expiring, and permanent there": {permanent, expiring, record{}},
+		"removed, and removed there":    {removal, removal, record{}},
+		"older than a removal there":    {record{removed: true, since: now - 10, until: now + hour}, permanent, record{}},
+	} {
+		s := &share{records: map[field]record{f: test.there}}
+		lost := s.keep(map[field]record{f: test.known}, now)
+		switch {
+		case test.want == record{}:
+			if len(lost) > 0 || s.records[f] != test.there {
+				t.Errorf("%s: %v is lost, and %v counts", name, lost, s.records[f])
+			}
+		case len(lost) != 1 || lost[0].age != now-test.want.since || lost[0].left != -1 || s.records[f] != test.want:
+			t.Errorf("%s: %v is lost, and %v counts", name, lost, s.records[f])
+		}
+	}
+}

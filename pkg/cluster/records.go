@@ -174,7 +174,7 @@ func (s *share) keep(known map[field]record, now int64) (lost []change) {
 	for f, r := range known {
 		after := r
 		if there, ok := s.records[f]; ok {
-			if after = merge(there, r); !r.removed && !there.removed || after == there {
+			if after = merge(there, r); after == there {
 				continue
 			}
 		}
