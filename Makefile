@@ -58,9 +58,8 @@ bench: test-deps build
 
 # Random logins, bans, saves and restores, compared with a model; the same on three
 # machines that share the sets, with an engine that is cut off, killed and emptied;
-# and reloads,
-# restarts, saves, reboots and power cuts in random orders, under systemd and
-# OpenRC.
+# and reloads, restarts, saves, reboots and power cuts in random orders, under systemd
+# and OpenRC.
 SOAK = 10m
 soak: test-deps
 	SOAK=$(SOAK) go test -count=1 -timeout 2h -run TestSoak -v ./cmd/nftwl

@@ -101,11 +101,10 @@ func (d *Doctor) loaded() (at time.Time, running bool) {
 	return at, running
 }
 
-// useDropIn is the remedy if a mail service does not ask nftwl, or if what it asks
-// runs another program.
+// useDropIn is the remedy if a mail service does not ask nftwl.
 func useDropIn() remedy {
 	if !exists(install.DropIn) {
-		return remedy{"write the settings that ask nftwl, and run a script that is there already, and have Dovecot read them", "nftwl setup dovecot --write && doveadm reload"}
+		return remedy{"write the settings that ask nftwl, and have Dovecot read them", "nftwl setup dovecot --write && doveadm reload"}
 	}
 	if _, later := install.Overriding(install.DovecotConf, install.DropIn); later != nil {
 		return reload("delete %s: Dovecot reads it later, and it overrides the drop-in", later[0])

@@ -54,8 +54,11 @@ func (d *Doctor) checkPostLogin(p *postLogin) {
 		d.fail(check, reload("take chroot = %s out of %s", p.Values["chroot"], p.Name),
 			"%s has chroot = %s, which lacks the program that it should execute: every login is denied", p.Name, p.Values["chroot"])
 		return
+	case login.Nftwl == "" && d.config.Policy != nil:
+		d.skip(check, "%s runs no nftwl; policy.dovecot tells whether Dovecot reports its logins", p.Name)
+		return
 	case login.Nftwl == "":
-		d.warn(check, useDropIn(), "%s runs %s, and whether that runs nftwl cannot be seen", p.Name, strings.Join(login.Command, " "))
+		d.warn(check, reload("%s", install.OwnScript), "%s runs %s, and whether that runs nftwl cannot be seen", p.Name, strings.Join(login.Command, " "))
 		return
 	}
 	p.login = login
@@ -152,7 +155,7 @@ func (d *Doctor) untried(p *postLogin) string {
 // all.
 func (d *Doctor) lacks(p *postLogin) string {
 	var settings []string
-	if _, limit, err := d.dovecot.VszLimit(p.Settings); err != nil || limit != 0 && !enough(limit) {
+	if limit, err := d.dovecot.VszLimit(p.Settings); err != nil || limit != 0 && !enough(limit) {
 		settings = append(settings, "vsz_limit = 1G")
 	}
 	_, err := unix.Getxattr(p.programs[0], "security.capability", nil)

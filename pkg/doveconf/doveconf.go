@@ -164,29 +164,29 @@ func (s *Settings) ProcessLimit(service *Settings) uint64 {
 	return 1<<64 - 1
 }
 
-// VszLimit is the limit on a service's address space as it is written, and in
-// bytes, where 0 is none. In 2.3, the largest number stands for the default.
-func (s *Settings) VszLimit(service *Settings) (written string, bytes uint64, err error) {
-	written = service.Values["vsz_limit"]
+// VszLimit is the limit on a service's address space in bytes; 0 for none. In 2.3, the
+// largest number stands for the default.
+func (s *Settings) VszLimit(service *Settings) (bytes uint64, err error) {
+	written := service.Values["vsz_limit"]
 	if written == "" || strings.HasPrefix(written, "18446744073709551615") {
 		written = s.Values["default_vsz_limit"]
 	}
 	if written == "unlimited" {
-		return written, 0, nil
+		return 0, nil
 	}
 	unit := strings.TrimLeft(written, "0123456789")
 	n, err := strconv.ParseUint(written[:len(written)-len(unit)], 10, 64)
 	if err != nil {
-		return written, 0, fmt.Errorf("%q is not a size", written)
+		return 0, fmt.Errorf("%q is not a size", written)
 	}
 	shift := 0
 	if unit = strings.ToUpper(strings.TrimSpace(unit)); unit != "" {
 		shift = 10 * strings.IndexByte("BKMGT", unit[0])
 	}
 	if shift < 0 || n > (1<<63)>>shift {
-		return written, 0, fmt.Errorf("%q is not a size", written)
+		return 0, fmt.Errorf("%q is not a size", written)
 	}
-	return written, n << shift, nil
+	return n << shift, nil
 }
 
 // SocketOf returns the socket that a mail service asks after a login: the first

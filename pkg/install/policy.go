@@ -183,3 +183,8 @@ func random(n int) string {
 	}
 	return hex.EncodeToString(b)
 }
+
+// plain reports whether Dovecot reads a value as it is, without quotes.
+func plain(s string) bool {
+	return strings.TrimSpace(s) == s && !strings.ContainsAny(s, "#\"'\\$%{}<\t\n")
+}

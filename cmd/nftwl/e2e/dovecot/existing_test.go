@@ -3,8 +3,6 @@ package dovecot
 import (
 	"os"
 	"regexp"
-	"slices"
-	"strconv"
 	"strings"
 	"testing"
 
@@ -19,47 +17,29 @@ echo $(id -u) $(id -g) $(id -G) $(grep CapEff /proc/self/status) >>` + dir + `/s
 exec "$@"
 `
 
-// existing returns a post-login service of the administrator's, which Dovecot reads
-// before the drop-in.
-func existing(protocol, executable, settings string) string {
-	return strings.ReplaceAll(`service PROTOCOL {
-  executable = PROTOCOL PROTOCOL-postlogin
-}
-service PROTOCOL-postlogin {
-  executable = `+executable+`
-  `+settings+`
-  unix_listener PROTOCOL-postlogin {
-  }
-}
-`, "PROTOCOL", protocol)
+// existing is a post-login service of the administrator's.
+func existing(executable, user string) string {
+	return "service imap {\n  executable = imap imap-postlogin\n}\nservice imap-postlogin {\n  executable = " + executable + "\n  " + user +
+		"\n  unix_listener imap-postlogin {\n  }\n}\n"
 }
 
-// An existing post-login service keeps working: whoever follows setup to the letter
-// denies no login, the script runs as the same user as before, and the client is
-// trusted.
+// setup replaces no post-login script. One that runs after nftwl, as the documentation
+// says, runs as the same user as before, and the client is trusted.
 func TestExistingPostLogin(t *testing.T) {
 	t.Parallel()
-	const script = "script-login " + dir + "/note"
-	const root, games = "0 0 0 CapEff: [0-9a-f]+[1-9a-f]\n", "5 60 60 CapEff: 0+\n"
 	for _, c := range []struct {
-		name   string
-		config string // Dovecot's, before the place of the drop-in
-		after  string // and after
-		as     string // uid, gid, groups and capabilities of the script
+		name, user string
+		as         string // uid, gid, groups and capabilities of the script
 	}{
-		{name: "plain", config: existing("imap", script, ""), as: root},
-		{name: "user", config: existing("imap", script, "user = games"), as: games},
-		{name: "another for POP3", config: existing("imap", "script-login /bin/sh "+dir+"/note", "") + existing("pop3", script, "user = games"), as: root},
-		{name: "nftwl already", config: existing("imap", "script-login /usr/bin/nftwl login "+dir+"/note", "vsz_limit = 1G"), as: root},
-		{name: "later in the configuration", after: existing("imap", script, "user = games"), as: games},
+		{"root", "", "0 0 0 CapEff: [0-9a-f]+[1-9a-f]\n"},
+		{"user", "user = games", "5 60 60 CapEff: 0+\n"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			eachDovecot(t, func(t *testing.T, d dovecot) {
 				s := d.start(t, with{
-					dropIn:  func(string) string { return c.config + "!include_try /etc/dovecot/conf.d/90-nftwl.conf\n" },
-					dovecot: "!include_try " + dir + "/later.conf\n",
-					files:   map[string]string{"note": note, "later.conf": c.after},
+					dropIn: func(string) string { return existing("script-login "+dir+"/note", c.user) },
+					files:  map[string]string{"note": note},
 				})
 				nstest.Must(t, os.Mkdir(s.path("seen"), 0o755))
 				nstest.Must(t, os.Chmod(s.path("seen"), 0o777)) // whatever the umask
@@ -68,46 +48,65 @@ func TestExistingPostLogin(t *testing.T) {
 				loadSets(t)
 
 				// logIn returns what a login leaves of the script.
-				logIn := func(client, name string) string {
+				logIn := func() string {
 					t.Helper()
 					_ = os.Remove(s.path("seen/note")) // missing at first
-					p := protocols[name]
-					if err := login(client, p.port, p.visit, "alice", password); err != nil {
-						t.Errorf("a login by %s: %v", name, err)
+					if err := login(client4, protocols["imap"].port, protocols["imap"].visit, "alice", password); err != nil {
+						t.Errorf("a login: %v", err)
 					}
 					return nstest.Read(t, s.path("seen/note"))
 				}
-				before, pop := logIn(client4, "imap"), logIn(client6, "pop3")
-				if !regexp.MustCompile("^" + c.as + "$").MatchString(before) {
-					t.Fatalf("the script leaves %q, want %q", before, c.as)
+				if left := logIn(); !regexp.MustCompile("^" + c.as + "$").MatchString(left) {
+					t.Fatalf("the script leaves %q, want %q", left, c.as)
 				}
 
-				s.follow(s.remedy())
-				for client, p := range map[string]struct{ name, left string }{client4: {"imap", before}, client6: {"pop3", pop}} {
-					nstest.Nft(t, "flush ruleset")
-					loadSets(t)
-					if left := logIn(client, p.name); left != p.left {
-						t.Errorf("by %s, the script notes %q, and noted %q before", p.name, left, p.left)
-					}
-					wantTrusted(t, client, "alice", day)
+				out, err := d.Command("nftwl", "setup", "dovecot", "--write").CombinedOutput()
+				if err == nil || !strings.Contains(string(out), "service imap has executable = imap imap-postlogin, and the drop-in would replace that") {
+					t.Errorf("setup: %v\n%s", err, out)
 				}
+				if _, err := os.Stat(d.Path("etc/dovecot/conf.d/90-nftwl.conf")); err == nil {
+					t.Error("setup has written the drop-in")
+				}
+				diagnoses(t, s.doctor(), healthy.but(notAsked).but(diagnosis{
+					"dovecot.protocols": "fail: logins by pop3, submission(, sieve)? trust no one",
+					"dovecot.service":   "warn: service imap-postlogin runs " + dir + "/note, and whether that runs nftwl cannot be seen",
+				}))
+
+				s.write("90-nftwl.conf", documented(t, c.user), 0o644)
+				s.shell("doveadm reload")
+				nstest.Nft(t, "flush ruleset")
+				loadSets(t)
+				if left := logIn(); !regexp.MustCompile("^" + c.as + "$").MatchString(left) {
+					t.Errorf("after nftwl the script leaves %q, want %q", left, c.as)
+				}
+				wantTrusted(t, client4, "alice", day)
 				for _, r := range s.results() {
-					if strings.HasPrefix(r.Check, "dovecot.") && r.Status == "fail" {
+					if r.Check == "dovecot.service" || r.Check == "dovecot.login" && r.Status == "fail" {
 						t.Errorf("doctor reports %+v", r)
-					}
-				}
-				// A second setup prints the same.
-				if out := s.shell("nftwl setup dovecot --write"); !strings.Contains(out, "there already, and the same: ") {
-					t.Errorf("the second time:\n%s", out)
-				}
-				for _, line := range s.complaints(0) {
-					if strings.Contains(line, "nftwl") {
-						t.Error(line)
 					}
 				}
 			})
 		})
 	}
+}
+
+// documented is the service that docs/how-it-works.md shows, with the script of the test
+// instead of its own; without setpriv, unless a user is set.
+func documented(t *testing.T, user string) string {
+	t.Helper()
+	text := nstest.Read(t, nstest.Root(t)+"/docs/how-it-works.md")
+	_, text, _ = strings.Cut(text, "\n## A post-login script of your own\n")
+	_, text, _ = strings.Cut(text, "\n```dovecot\n")
+	text, _, ok := strings.Cut(text, "\n```\n")
+	const drop = " /usr/bin/setpriv --reuid=alice --regid=1000 --groups=1000 /usr/local/bin/hello.sh\n"
+	if !ok || !strings.Contains(text, drop) {
+		t.Fatalf("the documentation shows\n%s", text)
+	}
+	script := " " + dir + "/note\n"
+	if user != "" {
+		script = " /usr/bin/setpriv --reuid=games --regid=60 --groups=60" + script
+	}
+	return strings.Replace(text, drop, script, 1) + "\n"
 }
 
 // shell runs a script on Dovecot's system. If that reloads Dovecot, it waits for the
@@ -125,51 +124,7 @@ func (s *server) shell(script string) string {
 	return out
 }
 
-var toDelete = regexp.MustCompile(`# Delete "(.*)" from (\S+), line (\d+)`)
-
-// follow runs a command, and then the next steps that it prints, up to the reload.
-func (s *server) follow(command string) {
-	s.t.Helper()
-	out := s.shell(command)
-	s.t.Log(out)
-	_, next, _ := strings.Cut(out, "\nNext:\n")
-	for line := range strings.Lines(next) {
-		line = strings.TrimSpace(line)
-		if m := toDelete.FindStringSubmatch(line); m != nil {
-			path := s.d.Path(m[2])
-			b, err := os.ReadFile(path)
-			nstest.Must(s.t, err)
-			lines := strings.Split(string(b), "\n")
-			n, err := strconv.Atoi(m[3])
-			nstest.Must(s.t, err)
-			if strings.TrimSpace(lines[n-1]) != m[1] {
-				s.t.Errorf("line %d of %s is %q", n, path, lines[n-1])
-			}
-			nstest.Must(s.t, os.WriteFile(path, []byte(strings.Join(slices.Delete(lines, n-1, n), "\n")), 0o644))
-		} else if !strings.HasPrefix(line, "#") {
-			s.shell(line)
-		}
-		if strings.Contains(line, "doveadm reload") {
-			return
-		}
-	}
-	s.t.Fatalf("nothing to reload in\n%s", out)
-}
-
 func (s *server) results() []nstest.Finding {
 	s.t.Helper()
 	return nstest.Findings(s.t, s.d.Command("sh", "-c", "nftwl doctor --json"))
-}
-
-// remedy returns doctor's remedy for a post-login service without nftwl.
-func (s *server) remedy() string {
-	s.t.Helper()
-	results := s.results()
-	for _, r := range results {
-		if (r.Status == "warn" || r.Status == "fail") && (r.Check == "dovecot.service" || r.Check == "dovecot.protocols") {
-			return r.Command
-		}
-	}
-	s.t.Fatalf("doctor reports no such service: %+v", results)
-	return ""
 }
