@@ -48,8 +48,8 @@ const (
 	compareEvery = time.Hour
 	// jitter keeps machines from reading the whole list at the same moment.
 	jitter = 3 * time.Second
-	// refillAfter is how long to wait after a set was replaced, so that a restore can fill it
-	// first.
+	// refillAfter is how long to wait after a set was replaced, so that a restore can
+	// fill it first.
 	refillAfter = time.Second
 	// pollEvery is how often the banned sets are read: what a rule adds is not
 	// reported. It takes at most a hundredth of the time.
@@ -127,8 +127,8 @@ type share struct {
 
 // news is what the watcher heard about an address.
 type news struct {
-	deleted map[uint16]deletion  // by port
-	seen    map[uint16]time.Time // when it was added last, by port
+	deleted map[uint16]deletion // by port
+	seen    map[uint16]addition // the last one, by port
 }
 
 // New returns a node that shares as a configuration says, and counts in a registry.
@@ -226,7 +226,11 @@ func (n *Node) Run(ctx context.Context) {
 	last, cancel := context.WithTimeout(context.Background(), stopTimeout)
 	defer cancel()
 	for _, s := range n.shares {
-		for n.changes(last, s) && last.Err() == nil {
+		n.mu.Lock()
+		waiting := len(s.changed)
+		n.mu.Unlock()
+		for ; waiting > 0 && last.Err() == nil; waiting -= atOnce {
+			n.changes(last, s)
 		}
 	}
 	if n.conn != nil {

@@ -193,8 +193,8 @@ func (n *Node) look(ctx context.Context, s *share, some map[netip.Addr]*news) (p
 		if err != nil {
 			n.Problem("kernel", err)
 			if errors.Is(err, nftset.ErrNoSet) || errors.Is(err, nftset.ErrNoTable) || errors.Is(err, nftset.ErrUnfit) {
-				// Nothing is there now, but what was removed before stays removed.
-				addrs = slices.DeleteFunc(addrs, func(addr netip.Addr) bool { return len(some[addr].deleted) == 0 })
+				// Nothing is there. During a reload, what was removed just before counts.
+				addrs = slices.DeleteFunc(addrs, func(addr netip.Addr) bool { return !some[addr].removedAfter(time.Now().Add(-time.Minute)) })
 			}
 			if len(addrs) > 0 {
 				n.again(s, addrs, some)

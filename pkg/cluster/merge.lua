@@ -29,19 +29,19 @@ local function whole(n) return string.format('%.0f', n) end
 local function get(field)
 	local value = redis.call('HGET', KEYS[1], field)
 	if not value then return nil end
-	local sign, set, ends, timeout, removal = string.match(value, '^([+-]) (%d+) (%d+) (%d+) (%d+) ')
+	local sign, since, ends, timeout, removal = string.match(value, '^([+-]) (%d+) (%d+) (%d+) (%d+) ')
 	if not sign then return nil end
-	set, ends, removal = tonumber(set), tonumber(ends), tonumber(removal)
-	if sign == '-' then removal = set end
+	since, ends, removal = tonumber(since), tonumber(ends), tonumber(removal)
+	if sign == '-' then removal = since end
 	if removal > now + 60000 or removal + month < now then removal = 0 end
 	if sign == '+' and ends ~= 0 and ends <= now and removal > 0 then
-		-- What was added again has expired; the removal counts on.
-		sign, set, ends = '-', removal, removal + month
-		value = '- ' .. whole(set) .. ' ' .. whole(ends) .. ' 0 0 '
+		-- What was added again has expired; the removal still counts.
+		sign, since, ends = '-', removal, removal + month
+		value = '- ' .. whole(since) .. ' ' .. whole(ends) .. ' 0 0 '
 	end
 	-- One of the future is from before the clock was set back.
-	if ends ~= 0 and ends <= now or set > now + 60000 then return nil end
-	return {removed = sign == '-', set = set, ends = ends, removal = removal, value = value}
+	if ends ~= 0 and ends <= now or since > now + 60000 then return nil end
+	return {removed = sign == '-', since = since, ends = ends, removal = removal, value = value}
 end
 
 local epoch = redis.call('HGET', KEYS[3], 'epoch')
@@ -56,21 +56,21 @@ local replies, accepted = {}, {}
 for i = 5, #ARGV, 6 do
 	local field, sign = ARGV[i], ARGV[i + 1]
 	local age, left, timeout = tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3]), tonumber(ARGV[i + 4])
-	local set = math.max(0, now - late - age)
+	local since = math.max(0, now - late - age)
 	if left >= 0 then left = math.max(0, left - late) end
 	local old, stays, ends, value = get(field), nil, nil, nil
 	-- The removal of an address on every port counts on each.
 	local every = string.match(field, '^(%S+) ')
 	every = every and get(every)
-	if every and every.removed and old and not old.removed and old.set <= every.set then old = nil end
+	if every and every.removed and old and not old.removed and old.since <= every.since then old = nil end
 	if sign == '+' then
 		ends = 0
 		if left >= 0 then ends = now + left end
-		if set <= cleared and cleared + month > now then
+		if since <= cleared and cleared + month > now then
 			stays = '- ' .. whole(cleared) .. ' ' .. whole(cleared + month) .. ' 0 0 '
-		elseif every and every.removed and set <= every.set then
+		elseif every and every.removed and since <= every.since then
 			stays = every.value
-		elseif old and old.removal > 0 and set <= old.removal then
+		elseif old and old.removal > 0 and since <= old.removal then
 			stays = old.value
 		elseif old and not old.removed then
 			local gain = math.min(timeout / 24, 3600000)
@@ -80,12 +80,12 @@ for i = 5, #ARGV, 6 do
 		-- Another machine can have what lasts longer, and come back later.
 		timeout = 0
 		ends = now + math.max(left, month)
-		if old and not old.removed and old.set > set and set > old.removal then
+		if old and not old.removed and old.since > since and since > old.removal then
 			-- What was added since stays, and what is older than the removal does not
 			-- come back when that expires.
 			local rest, comment = string.match(old.value, '^(%+ %d+ %d+ %d+) %d+ (.*)$')
-			value = rest .. ' ' .. whole(set) .. ' ' .. comment
-		elseif old and (old.set > set or old.removed and old.set == set) then
+			value = rest .. ' ' .. whole(since) .. ' ' .. comment
+		elseif old and (old.since > since or old.removed and old.since == since) then
 			stays = old.value
 		elseif old then
 			ends = math.max(ends, old.ends)
@@ -94,7 +94,7 @@ for i = 5, #ARGV, 6 do
 	if not stays then
 		local removal = 0
 		if sign == '+' and old then removal = old.removal end
-		value = value or table.concat({sign, whole(set), whole(ends), whole(timeout), whole(removal), ARGV[i + 5]}, ' ')
+		value = value or table.concat({sign, whole(since), whole(ends), whole(timeout), whole(removal), ARGV[i + 5]}, ' ')
 		redis.call('HSET', KEYS[1], field, value)
 		accepted[#accepted + 1] = field
 		accepted[#accepted + 1] = value

@@ -20,6 +20,12 @@ type deletion struct {
 	again   bool          // it was added again, later
 }
 
+// addition is an element that somebody added to this machine's sets.
+type addition struct {
+	at    time.Time
+	after uint32 // the generation of the ruleset before
+}
+
 // minLeft is the time left below which a change is not worth a record: fail2ban ends
 // its bans in the moment in which they expire.
 const minLeft = 2 * time.Second
@@ -29,14 +35,14 @@ type state struct {
 	set     *nftset.Set
 	there   map[uint16]nftset.Element // by port; 0 if the set's keys have none
 	deleted map[uint16]deletion       // by port; one that is there again was filled from the others
-	seen    map[uint16]time.Time      // by port: when it was added, where that is known
+	seen    map[uint16]addition       // by port, where that is known
 	ports   []uint16                  // to look at; 0 alone if the set's keys have none
 }
 
 // plan is what there is to do for an address.
 type plan struct {
 	now    int64       // the engine's time of the changes
-	set    *nftset.Set // that they are of
+	set    *nftset.Set // the set to change
 	send   []change
 	remove []removal
 	extend []nftset.Element
@@ -94,7 +100,7 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 		c := change{field: every, removed: true, age: max(0, v.at.Sub(d.at).Milliseconds()), left: -1, comment: d.comment}
 		c.field.port = port
 		if e, ok := s.there[port]; ok && d.again {
-			c.age = max(c.age, v.now-v.record(e, s.seen[port]).since+1)
+			c.age = max(c.age, v.now-v.record(e, s.seen[port].at).since+1)
 		}
 		if d.left > 0 {
 			c.left = max(0, (d.left - v.at.Sub(d.at)).Milliseconds())
@@ -161,17 +167,16 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 	}
 	longer := func(mine record, port uint16) bool {
 		theirs, ok := best(port)
-		return !ok || mine.ends() == forever && theirs.ends() != forever ||
-			theirs.ends() != forever && mine.ends() > theirs.ends()+gain(mine.timeout)
+		return !ok || mine.outlasts(theirs)
 	}
 
 	// ownRecord is what an element of this machine is to the others. Only they can know
 	// when a permanent one was added.
 	ownRecord := func(port uint16) record {
 		e := s.there[port]
-		r := v.record(e, s.seen[port])
+		r := v.record(e, s.seen[port].at)
 		for _, from := range []uint16{0, port} {
-			if theirs := shared[from]; e.Permanent() && s.seen[port].IsZero() && theirs.until == 0 && !theirs.removed {
+			if theirs := shared[from]; e.Permanent() && s.seen[port].at.IsZero() && theirs.until == 0 && !theirs.removed {
 				r.since = max(r.since, theirs.since)
 			}
 		}

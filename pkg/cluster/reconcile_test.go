@@ -329,7 +329,7 @@ func TestReconcileAll(t *testing.T) {
 		c.Ports = []uint16{465, 993}
 		c.Timeout = 365 * 24 * time.Hour
 		v := &view{config: c, list: banned, node: "a", now: at, at: time.Now(), records: func(f field) (record, bool) { r, ok := records[f]; return r, ok }}
-		s := &state{set: &nftset.Set{Key: nftset.KeyType{Port: true}}, there: there, seen: map[uint16]time.Time{465: seen, 993: seen}, ports: c.Ports}
+		s := &state{set: &nftset.Set{Key: nftset.KeyType{Port: true}}, there: there, seen: map[uint16]addition{465: {at: seen}, 993: {at: seen}}, ports: c.Ports}
 		before := fmt.Sprintf("%v, %v, seen %v", records, there, !seen.IsZero())
 
 		// What must come out.

@@ -91,7 +91,7 @@ func (r record) ends() int64 {
 }
 
 // at returns what counts of a record at a time, and false for nothing: once an element
-// that was added after a removal has expired, the removal counts on.
+// that was added after a removal has expired, the removal still counts.
 func (r record) at(now int64) (record, bool) {
 	if !r.alive(now) && r.removal > 0 {
 		r = record{removed: true, since: r.removal, until: r.removal + remembered.Milliseconds()}
@@ -171,6 +171,12 @@ func (r record) lastRemoval() int64 {
 		return r.since
 	}
 	return r.removal
+}
+
+// outlasts reports whether an element ends so much later than another that it is worth
+// a record, as the script decides it.
+func (r record) outlasts(other record) bool {
+	return other.ends() != forever && (r.ends() == forever || r.ends() > other.ends()+gain(r.timeout))
 }
 
 // gain is by how much longer an element must last than the others have it, before

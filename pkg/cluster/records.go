@@ -172,13 +172,23 @@ func (n *Node) readAll(ctx context.Context, s *share) error {
 // counts against what the other machines still have.
 func (s *share) keep(known map[field]record, now int64) (lost []change) {
 	for f, r := range known {
+		every := f
+		every.port = 0
+		if last := s.records[every].lastRemoval(); !r.removed && last > 0 && r.since <= last {
+			continue
+		}
+		there, ok := s.records[f]
 		after := r
-		if there, ok := s.records[f]; ok {
-			if after = merge(there, r); after == there {
-				continue
-			}
+		if ok {
+			after = merge(there, r)
+		}
+		if ok && after == there {
+			continue
 		}
 		s.records[f] = after
+		if ok && !r.removed && !there.removed && !after.outlasts(there) {
+			continue
+		}
 		lost = append(lost, change{field: f, removed: r.removed, age: max(0, now-r.since), left: max(-1, r.until-now), timeout: r.timeout, comment: r.comment})
 	}
 	return lost

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 )
 
@@ -27,7 +28,7 @@ func (n *Node) send(ctx context.Context, s *share, p *plan, some map[netip.Addr]
 			break
 		}
 		n.works()
-		if at.epoch != s.epoch && s.epoch != "" {
+		if s.lost(at, replies) {
 			n.mergeSoon(s)
 		} else {
 			s.known = max(s.known, at.sequence)
@@ -82,9 +83,16 @@ func (n *Node) sent(s *share, changes []change, replies []reply) {
 	}
 }
 
-// with returns what counts of a record of the engine's, given what is known. An old one
-// may be older than that. And until the whole list is read, the engine may have lost
-// something, such as a removal.
+// lost reports whether an engine that gives these replies has lost what it had.
+func (s *share) lost(at position, replies []reply) bool {
+	known := max(s.known, s.sequence)
+	accepted := slices.ContainsFunc(replies, func(r reply) bool { return r.accepted })
+	return s.epoch != "" && (at.epoch != s.epoch || at.sequence < known || at.sequence == known && accepted)
+}
+
+// with returns what counts for a field when the engine says r. If r can be older than
+// what is known, both are merged; also until the whole list is read, as the engine may
+// have lost something, such as a removal.
 func (s *share) with(f field, r record, old bool) record {
 	if known, there := s.records[f]; there && (old || !s.merge.IsZero()) {
 		return merge(known, r)

@@ -223,9 +223,9 @@ func (n *Node) event(e nftset.Event) {
 			heard.deleted[key.Port] = d
 		}
 		if heard.seen == nil {
-			heard.seen = make(map[uint16]time.Time)
+			heard.seen = make(map[uint16]addition)
 		}
-		heard.seen[key.Port] = time.Now()
+		heard.seen[key.Port] = addition{time.Now(), n.heard}
 	case e.Meaning == nftset.Local:
 		// It is lost here alone, and will be filled again.
 	default:
@@ -253,12 +253,24 @@ func (s *share) note(addr netip.Addr) *news {
 	return heard
 }
 
+// removedAfter reports whether an element was deleted after a time.
+func (h *news) removedAfter(t time.Time) bool {
+	for _, d := range h.deleted {
+		if d.at.After(t) {
+			return true
+		}
+	}
+	return false
+}
+
 // merge adds what was heard before.
 func (h *news) merge(before *news) {
 	for port, d := range before.deleted {
-		if _, again := h.deleted[port]; again || h.seen[port].After(d.at) {
+		added, again := h.seen[port]
+		if _, later := h.deleted[port]; later || again && added.after == d.after {
 			continue
 		}
+		d.again = d.again || again
 		if h.deleted == nil {
 			h.deleted = make(map[uint16]deletion)
 		}
@@ -266,9 +278,9 @@ func (h *news) merge(before *news) {
 	}
 	for port, at := range before.seen {
 		if h.seen == nil {
-			h.seen = make(map[uint16]time.Time)
+			h.seen = make(map[uint16]addition)
 		}
-		if h.seen[port].IsZero() {
+		if h.seen[port].at.IsZero() {
 			h.seen[port] = at
 		}
 	}

@@ -376,18 +376,21 @@ func TestWaiting(t *testing.T) {
 	l := newLAN(t, nstest.Host, 2)
 	l.start()
 	a, b := l.nodes[0], l.nodes[1]
-	const guesser, client = "198.51.100.1", "198.51.100.2"
+	const guesser, client, guest = "198.51.100.1", "198.51.100.2", "198.51.100.3"
 	a.nftwl("ban", guesser)
 	a.login(client, "alice")
+	a.login(guest, "bob")
 	b.becomes("banned", guesser, true)
+	b.becomes("trusted", guest, true)
 	b.becomes("trusted", client, true)
 	a.nftwl("unban", "--port", "143", guesser)
 	b.becomes("banned", guesser, false)
 	l.quiet()
 	l.engine.Do("CONFIG", "SET", "maxmemory", "1") // it can be read
 	a.nftwl("ban", "--timeout", "never", guesser)
-	a.nftwl("remove", client)
+	a.nftwl("remove", client, guest)
 	a.disconnected("memory")
+	a.nftwl("add", "--timeout", "10m", guest)
 	for range 3 {
 		merges := a.metric("cluster_merges")
 		nstest.Must(t, a.cmd.Process.Signal(syscall.SIGHUP))
@@ -407,6 +410,11 @@ func TestWaiting(t *testing.T) {
 	l.quiet()
 	if a.is("trusted", client) {
 		t.Errorf("%s is trusted again", client)
+	}
+	for _, n := range l.nodes {
+		if e := n.list("trusted")[guest+" 143"]; e.Expires > 600 || e.Timeout == 0 {
+			t.Errorf("%s: %s was removed and added again, and has %+v", n.name, guest, e)
+		}
 	}
 }
 
