@@ -25,7 +25,7 @@ are refused.` + addressesHelp,
 		Example: `  nftwl add 192.0.2.7 2001:db8::7
   nftwl add --timeout never --comment 'the office' 203.0.113.5
   nftwl add --port 465,587 --timeout 12h - <addresses.txt`,
-		RunE: withSession(configPath, func(s *session, args []string) error {
+		RunE: withSession(configPath, nftset.Decided, func(s *session, args []string) error {
 			refuse, timeout := trust.RefuseBan, s.BanTimeout
 			if l == trusted {
 				refuse, timeout = trust.Refuse, s.Timeout

@@ -5,6 +5,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"nftwl/pkg/nftset"
 	"nftwl/pkg/trust"
 )
 
@@ -49,7 +50,7 @@ Exit status: 0 for yes, 1 for no, 2 for an error.`,
 
 // check tells whether an address is on a list, in words too.
 func check(configPath string, l list, address string, only portsFlag) (text string, yes bool, err error) {
-	s, err := open(configPath)
+	s, err := open(configPath, nftset.Decided)
 	if err != nil {
 		return "", false, err
 	}

@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"nftwl/pkg/nftset"
 )
 
 // completeAddresses offers the addresses of lists with their comments. It prints
@@ -14,7 +16,7 @@ func completeAddresses(configPath *string, lists ...list) cobra.CompletionFunc {
 	const most, patience = 1000, time.Second // to read a million elements takes a minute
 	return func(cmd *cobra.Command, args []string, prefix string) (offers []cobra.Completion, _ cobra.ShellCompDirective) {
 		const how = cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveKeepOrder
-		s, err := open(*configPath)
+		s, err := open(*configPath, nftset.Decided)
 		if err != nil || len(args) > 0 && !strings.HasSuffix(cmd.Use, "…") {
 			return nil, how
 		}

@@ -27,11 +27,8 @@ Exit status: 0, or 1 if a set is missing or cannot be written; then nothing is
 changed. But of large sets, a part can be gone while nftwld shares them.`,
 		Example: `  nftwl save - >before.nft && nftwl flush banned`,
 	}
-	cmd.RunE = withSession(configPath, func(s *session, args []string) error {
-		// Other machines take what is flushed here for lost, not for removed.
-		if err := s.as(nftset.Local); err != nil {
-			return err
-		}
+	// Other machines take what is flushed here for lost, not for removed.
+	cmd.RunE = withSession(configPath, nftset.Local, func(s *session, args []string) error {
 		var sets []*nftset.Set
 		for _, name := range list(args[0]).sets(s.Config).Both() {
 			set, err := s.conn.Set(s.Table, name)

@@ -32,7 +32,7 @@ Exit status: 0, or 1 if a set cannot be read; the others are still listed.`,
 		Example: `  nftwl list
   nftwl list --json trusted
   watch -n 5 nftwl list`,
-		RunE: withSession(configPath, func(s *session, args []string) error {
+		RunE: withSession(configPath, nftset.Decided, func(s *session, args []string) error {
 			lists := allLists
 			if len(args) == 1 {
 				lists = []list{list(args[0])}

@@ -25,19 +25,20 @@ again, unless the user database has nftwl_trust=no.` + addressesHelp,
 		Example: `  nftwl remove 192.0.2.7
   nftwl remove --port 143 192.0.2.7 2001:db8::7`,
 	}
-	cmd.RunE = withSession(configPath, func(s *session, args []string) error {
+	cmd.RunE = func(_ *cobra.Command, args []string) error {
+		meaning := nftset.Decided
 		var match func(nftset.Element) bool
 		if cmd.Flags().Changed("comment") {
+			meaning = nftset.DecidedFor
 			match = func(e nftset.Element) bool { return trust.HasName(e.Comment, comment) }
-			if err := s.as(nftset.DecidedFor); err != nil {
-				return err
-			}
 		}
-		defer s.noteUnshared()
-		return s.change(l, args, nil, func(set *nftset.Set, addrs []netip.Addr) error {
-			return s.remove(l, set, addrs, ports, match)
-		})
-	})
+		return withSession(configPath, meaning, func(s *session, args []string) error {
+			defer s.noteUnshared()
+			return s.change(l, args, nil, func(set *nftset.Set, addrs []netip.Addr) error {
+				return s.remove(l, set, addrs, ports, match)
+			})
+		})(cmd, args)
+	}
 	if l == banned {
 		cmd.Use, cmd.Short = "unban ADDRESS…", "End the ban of addresses"
 		cmd.Long = `Ends the ban of addresses: removes them from the banned sets, on every

@@ -70,29 +70,18 @@ const patience = 10 * time.Second
 // log in, a larger change would never fit between two logins.
 const atOnce = 1000
 
-func open(configPath string) (*session, error) {
+// open opens a session whose changes have a meaning for nftwld.
+func open(configPath string, m nftset.Meaning) (*session, error) {
 	c, err := config.Load(configPath)
 	if err != nil {
 		return nil, failed(err)
 	}
-	conn, err := nftset.Dial()
+	conn, err := nftset.DialAs(m)
 	if err != nil {
 		return nil, failed(err)
 	}
 	conn.SetTimeout(patience)
 	return &session{c, conn}, nil
-}
-
-// as sets what later changes mean to other machines.
-func (s *session) as(m nftset.Meaning) error {
-	conn, err := nftset.DialAs(m)
-	if err != nil {
-		return err
-	}
-	s.conn.Close()
-	s.conn = conn
-	s.conn.SetTimeout(patience)
-	return nil
 }
 
 // noteUnshared tells that other machines do not learn of a removal.
@@ -108,13 +97,13 @@ func (s *session) noteUnshared() {
 
 // withSession is what a command runs that talks to the kernel. If f fails, the
 // exit code is 1.
-func withSession(configPath *string, f func(s *session, args []string) error) func(*cobra.Command, []string) error {
+func withSession(configPath *string, m nftset.Meaning, f func(s *session, args []string) error) func(*cobra.Command, []string) error {
 	return func(_ *cobra.Command, args []string) error {
-		s, err := open(*configPath)
+		s, err := open(*configPath, m)
 		if err != nil {
 			return err
 		}
-		defer func() { s.conn.Close() }() // which s.as can have replaced
+		defer s.conn.Close()
 		return failed(f(s, args))
 	}
 }

@@ -29,10 +29,8 @@ so that nothing is lost.
 
 Exit status: 0, or 1 if something failed; FILE is then left as it is.`,
 		Example: "  nftwl save\n  nftwl save /root/sets.nft",
-		RunE: withSession(configPath, func(s *session, args []string) error {
-			if err := s.as(nftset.Local); err != nil { // save can restore first
-				return err
-			}
+		// Local, as it can restore first.
+		RunE: withSession(configPath, nftset.Local, func(s *session, args []string) error {
 			path := s.Snapshot
 			if len(args) == 1 {
 				path = args[0]
@@ -90,10 +88,7 @@ nothing if that does not exist yet. "-" is standard input.
 Exit status: 0, or 1 if something failed; nothing is changed then. But of more
 than 10,000 elements, a part can be restored while nftwld shares the sets.`,
 		Example: "  nftwl restore -v\n  nft list ruleset | ssh mail2.example.org nftwl restore -",
-		RunE: withSession(configPath, func(s *session, args []string) (err error) {
-			if err := s.as(nftset.Local); err != nil {
-				return err
-			}
+		RunE: withSession(configPath, nftset.Local, func(s *session, args []string) (err error) {
 			var r snapshot.Result
 			switch {
 			case len(args) == 0:

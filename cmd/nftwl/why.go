@@ -59,7 +59,7 @@ type decision struct {
 }
 
 func why(configPath, address string, only portsFlag, asJSON bool) error {
-	s, err := open(configPath)
+	s, err := open(configPath, nftset.Decided)
 	if err != nil {
 		return err
 	}

@@ -440,9 +440,15 @@ func (s *soak) heal() {
 			}
 		}
 	}
-	if s.lost {
-		for listed := range s.cleared {
-			s.note("the engine lost that %s was cleared", listed)
+	// If it lost that a list was cleared, too, those bring it back that had not heard.
+	for p, all := range s.hidden {
+		if !s.lost || !s.cleared[p.list] {
+			continue
+		}
+		s.note("the engine lost that %s was cleared", p.list)
+		for _, g := range all {
+			g.perhaps = true
+			s.adds[p] = append(s.adds[p], g)
 		}
 	}
 }
