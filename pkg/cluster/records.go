@@ -177,18 +177,14 @@ func (s *share) keep(known map[field]record, now int64) (lost []change) {
 		if last := s.records[every].lastRemoval(); !r.removed && last > 0 && r.since <= last {
 			continue
 		}
-		there, ok := s.records[f]
 		after := r
-		if ok {
+		if there, ok := s.records[f]; ok {
 			after = merge(there, r)
-		}
-		if ok && after == there {
-			continue
+			if after == there || !r.removed && !there.removed && !after.outlasts(there) {
+				continue
+			}
 		}
 		s.records[f] = after
-		if ok && !r.removed && !there.removed && !after.outlasts(there) {
-			continue
-		}
 		lost = append(lost, change{field: f, removed: r.removed, age: max(0, now-r.since), left: max(-1, r.until-now), timeout: r.timeout, comment: r.comment})
 	}
 	return lost
