@@ -55,6 +55,9 @@ func BenchmarkLate(b *testing.B) {
 			return true
 		}
 		last = time.Now()
+		if last.Sub(start) > 15*time.Minute {
+			b.Fatalf("it has %d addresses", n.count("trusted_ipv4"))
+		}
 		return n.count("trusted_ipv4") < many
 	})
 	row("a late machine", start, meanwhile)
@@ -95,8 +98,8 @@ local clock = redis.call('TIME')
 local now = clock[1] * 1000
 for i = 0, ARGV[1] - 1 do
 	local field = string.format('20.%d.%d.%d', math.floor(i / 65536), math.floor(i / 256) % 256, i % 256)
-	local set = now - i % 3600000
-	redis.call('HSET', 'nftwl:{mail}:trusted', field, string.format('+ %.0f %.0f 86400000 user%d@example.org @node1', set, set + 86400000, i % 5000))
+	local since = now - i % 3600000
+	redis.call('HSET', 'nftwl:{mail}:trusted', field, string.format('+ %.0f %.0f 86400000 0 user%d@example.org @node1', since, since + 86400000, i % 5000))
 end
 redis.call('HSET', 'nftwl:{mail}:trusted:meta', 'epoch', 'late', 'format', '1', 'sequence', '0')`
 
