@@ -18,6 +18,32 @@ type deletion struct {
 	comment string        // of what was meant, qualified
 	after   uint32        // the generation of the ruleset before
 	again   bool          // it was added again, later
+	before  *deletion     // an earlier one that is not shared yet either
+}
+
+// then returns what a later deletion makes of one that is not shared yet: what was
+// meant by either is removed, and every part of a ban as of when that was meant.
+func (d deletion) then(later deletion) deletion {
+	d.before = nil
+	later.before = &d
+	switch {
+	case d.comment == "" && later.comment != "":
+		later.at, later.comment = d.at, ""
+	case later.comment != "":
+		later.comment = addNames(later.comment, d.comment)
+	}
+	return later
+}
+
+// replaced returns what is left of a deletion if the element was added again in the same
+// transaction: the one before, or none.
+func (d deletion) replaced() (deletion, bool) {
+	if d.before == nil {
+		return d, false
+	}
+	d = *d.before
+	d.again = true
+	return d, true
 }
 
 // addition is an element that somebody added to this machine's sets.

@@ -413,3 +413,55 @@ func TestReconcileAll(t *testing.T) {
 	}
 	t.Logf("%d combinations", tested)
 }
+
+// Of several changes that are not shared yet, a later one hides no removal.
+func TestDeletions(t *testing.T) {
+	key := nftset.Key{Addr: netip.MustParseAddr("192.0.2.7"), Port: 993}
+	type step struct {
+		generation uint32
+		deleted    bool
+		meaning    nftset.Meaning
+		comment    string
+	}
+	added := func(generation uint32) step { return step{generation: generation} }
+	for name, test := range map[string]struct {
+		steps          []step
+		removed, again bool
+		comment        string
+		as             int // the step at whose time it was removed
+	}{
+		"deleted":              {[]step{{1, true, nftset.Decided, "jail"}}, true, false, "", 0},
+		"replaced":             {[]step{{1, true, nftset.Decided, "jail"}, added(1)}, false, false, "", 0},
+		"added again":          {[]step{{1, true, nftset.Decided, "jail"}, added(2)}, true, true, "", 0},
+		"replaced afterwards":  {[]step{{1, true, nftset.Decided, "jail"}, added(2), {3, true, nftset.Decided, "jail"}, added(3)}, true, true, "", 0},
+		"then a part":          {[]step{{1, true, nftset.Decided, "jail"}, added(2), {3, true, nftset.DecidedFor, "jail"}}, true, false, "", 0},
+		"a part, then all":     {[]step{{1, true, nftset.DecidedFor, "jail"}, added(2), {3, true, nftset.Decided, "jail"}}, true, false, "", 2},
+		"a part, then another": {[]step{{1, true, nftset.DecidedFor, "jail"}, added(2), {3, true, nftset.DecidedFor, "cell"}}, true, false, "jail @a, cell @a", 2},
+	} {
+		// All in one look, or the first change in an earlier one that could not be shared.
+		for _, looks := range []int{0, 1} {
+			s := &share{list: banned, changed: make(map[netip.Addr]*news), odd: make(map[uint16]bool)}
+			n := &Node{names: map[string]*share{"banned_ipv4": s}, config: config.Default(), node: "a", wake: make(chan struct{}, 1)}
+			unsent := new(news)
+			var at []time.Time
+			for i, step := range test.steps {
+				if i == looks && i > 0 {
+					unsent = s.changed[key.Addr]
+					clear(s.changed)
+				}
+				n.heard = step.generation
+				at = append(at, time.Now())
+				n.event(nftset.Event{Set: "banned_ipv4", Deleted: step.deleted, Meaning: step.meaning, Element: nftset.Element{Key: key, Timeout: time.Hour, Expires: time.Hour, Comment: step.comment}})
+			}
+			heard := s.note(key.Addr)
+			heard.merge(unsent)
+			d, removed := heard.deleted[key.Port]
+			if removed != test.removed || removed && (d.again != test.again || d.comment != test.comment) {
+				t.Errorf("%s, after %d looks: %v, %+v", name, looks, removed, d)
+			}
+			if removed && (d.at.Before(at[test.as]) || test.as+1 < len(at) && d.at.After(at[test.as+1])) {
+				t.Errorf("%s, after %d looks: it was removed at the wrong time", name, looks)
+			}
+		}
+	}
+}

@@ -216,11 +216,14 @@ func (n *Node) event(e nftset.Event) {
 	heard := s.note(key.Addr)
 	switch {
 	case !e.Deleted:
-		if d, ok := heard.deleted[key.Port]; ok && d.after == n.heard {
-			delete(heard.deleted, key.Port) // it was replaced, in one transaction
-		} else if ok {
-			d.again = true
+		d, ok := heard.deleted[key.Port]
+		if ok && d.after == n.heard {
+			d, ok = d.replaced()
+		}
+		if d.again = true; ok {
 			heard.deleted[key.Port] = d
+		} else {
+			delete(heard.deleted, key.Port)
 		}
 		if heard.seen == nil {
 			heard.seen = make(map[uint16]addition)
@@ -239,7 +242,11 @@ func (n *Node) event(e nftset.Event) {
 		if heard.deleted == nil {
 			heard.deleted = make(map[uint16]deletion)
 		}
-		heard.deleted[key.Port] = deletion{time.Now(), e.Element.Expires, comment, n.heard, false}
+		d := deletion{at: time.Now(), left: e.Element.Expires, comment: comment, after: n.heard}
+		if earlier, ok := heard.deleted[key.Port]; ok {
+			d = earlier.then(d)
+		}
+		heard.deleted[key.Port] = d
 	}
 }
 
@@ -267,10 +274,16 @@ func (h *news) removedAfter(t time.Time) bool {
 func (h *news) merge(before *news) {
 	for port, d := range before.deleted {
 		added, again := h.seen[port]
-		if _, later := h.deleted[port]; later || again && added.after == d.after {
-			continue
+		if again && added.after == d.after {
+			var ok bool
+			if d, ok = d.replaced(); !ok {
+				continue
+			}
 		}
 		d.again = d.again || again
+		if later, ok := h.deleted[port]; ok {
+			d = d.then(later)
+		}
 		if h.deleted == nil {
 			h.deleted = make(map[uint16]deletion)
 		}
