@@ -24,9 +24,14 @@ type deletion struct {
 // then returns what a later deletion makes of one that is not shared yet: what was
 // meant by either is removed, and every part of a ban as of when that was meant.
 func (d deletion) then(later deletion) deletion {
+	if d.isExpiry() {
+		return later
+	}
 	d.before = nil
 	later.before = &d
 	switch {
+	case later.isExpiry():
+		later.at, later.left, later.comment = d.at, d.left, d.comment
 	case d.comment == "" && later.comment != "":
 		later.at, later.comment = d.at, ""
 	case later.comment != "":
@@ -34,6 +39,9 @@ func (d deletion) then(later deletion) deletion {
 	}
 	return later
 }
+
+// isExpiry reports whether the element was about to expire, which nobody need be told.
+func (d deletion) isExpiry() bool { return d.left > 0 && d.left < minLeft }
 
 // replaced returns what is left of a deletion if the element was added again in the same
 // transaction: the one before, or none.
@@ -120,7 +128,7 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 	}
 	gone := make(map[uint16]change)
 	for port, d := range s.deleted {
-		if d.left > 0 && d.left < minLeft {
+		if d.isExpiry() {
 			continue
 		}
 		c := change{field: every, removed: true, age: max(0, v.at.Sub(d.at).Milliseconds()), left: -1, comment: d.comment}

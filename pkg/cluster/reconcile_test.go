@@ -422,6 +422,7 @@ func TestDeletions(t *testing.T) {
 		deleted    bool
 		meaning    nftset.Meaning
 		comment    string
+		left       time.Duration
 	}
 	added := func(generation uint32) step { return step{generation: generation} }
 	for name, test := range map[string]struct {
@@ -430,13 +431,15 @@ func TestDeletions(t *testing.T) {
 		comment        string
 		as             int // the step at whose time it was removed
 	}{
-		"deleted":              {[]step{{1, true, nftset.Decided, "jail"}}, true, false, "", 0},
-		"replaced":             {[]step{{1, true, nftset.Decided, "jail"}, added(1)}, false, false, "", 0},
-		"added again":          {[]step{{1, true, nftset.Decided, "jail"}, added(2)}, true, true, "", 0},
-		"replaced afterwards":  {[]step{{1, true, nftset.Decided, "jail"}, added(2), {3, true, nftset.Decided, "jail"}, added(3)}, true, true, "", 0},
-		"then a part":          {[]step{{1, true, nftset.Decided, "jail"}, added(2), {3, true, nftset.DecidedFor, "jail"}}, true, false, "", 0},
-		"a part, then all":     {[]step{{1, true, nftset.DecidedFor, "jail"}, added(2), {3, true, nftset.Decided, "jail"}}, true, false, "", 2},
-		"a part, then another": {[]step{{1, true, nftset.DecidedFor, "jail"}, added(2), {3, true, nftset.DecidedFor, "cell"}}, true, false, "jail @a, cell @a", 2},
+		"deleted":              {[]step{{1, true, nftset.Decided, "jail", time.Hour}}, true, false, "", 0},
+		"replaced":             {[]step{{1, true, nftset.Decided, "jail", time.Hour}, added(1)}, false, false, "", 0},
+		"added again":          {[]step{{1, true, nftset.Decided, "jail", time.Hour}, added(2)}, true, true, "", 0},
+		"replaced afterwards":  {[]step{{1, true, nftset.Decided, "jail", time.Hour}, added(2), {3, true, nftset.Decided, "jail", time.Hour}, added(3)}, true, true, "", 0},
+		"then a part":          {[]step{{1, true, nftset.Decided, "jail", time.Hour}, added(2), {3, true, nftset.DecidedFor, "jail", time.Hour}}, true, false, "", 0},
+		"a part, then all":     {[]step{{1, true, nftset.DecidedFor, "jail", time.Hour}, added(2), {3, true, nftset.Decided, "jail", time.Hour}}, true, false, "", 2},
+		"then an expiry":       {[]step{{1, true, nftset.Decided, "jail", time.Hour}, added(2), {3, true, nftset.Decided, "jail", time.Second}}, true, false, "", 0},
+		"an expiry, then one":  {[]step{{1, true, nftset.Decided, "jail", time.Second}, added(2), {3, true, nftset.DecidedFor, "jail", time.Hour}}, true, false, "jail @a", 2},
+		"a part, then another": {[]step{{1, true, nftset.DecidedFor, "jail", time.Hour}, added(2), {3, true, nftset.DecidedFor, "cell", time.Hour}}, true, false, "jail @a, cell @a", 2},
 	} {
 		// All in one look, or the first change in an earlier one that could not be shared.
 		for _, looks := range []int{0, 1} {
@@ -451,7 +454,7 @@ func TestDeletions(t *testing.T) {
 				}
 				n.heard = step.generation
 				at = append(at, time.Now())
-				n.event(nftset.Event{Set: "banned_ipv4", Deleted: step.deleted, Meaning: step.meaning, Element: nftset.Element{Key: key, Timeout: time.Hour, Expires: time.Hour, Comment: step.comment}})
+				n.event(nftset.Event{Set: "banned_ipv4", Deleted: step.deleted, Meaning: step.meaning, Element: nftset.Element{Key: key, Timeout: time.Hour, Expires: step.left, Comment: step.comment}})
 			}
 			heard := s.note(key.Addr)
 			heard.merge(unsent)
