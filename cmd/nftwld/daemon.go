@@ -16,7 +16,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/activation"
@@ -24,7 +23,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
-	"golang.org/x/net/netutil"
 	"golang.org/x/sys/unix"
 
 	"nftwl/pkg/atomicfile"
@@ -39,11 +37,8 @@ const (
 	// maxConns is how many connections can be open at once; more wait in the
 	// socket. Any local process can connect, and this limits the memory it takes.
 	maxConns = 4096
-	// drain is how long connections stay open at the end, each for one more
-	// request. A request that arrives just as its connection closes is lost,
-	// because Dovecot does not repeat it.
-	drain = time.Second
-	// grace is how long requests in progress have to finish at the end.
+	// grace is how long, at the end, clients have to close their connections, and
+	// then the writers to finish.
 	grace = 3 * time.Second
 	// saveEvery is the time whose failures a power cut can lose.
 	saveEvery = time.Minute
@@ -107,49 +102,51 @@ func (d *daemon) run() error {
 	mux := http.NewServeMux()
 	mux.Handle("/{$}", d.server)
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4}))
-	var draining atomic.Bool
-	web := policy.HTTPServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if draining.Load() {
-			w.Header().Set("Connection", "close")
-		}
-		mux.ServeHTTP(w, r)
-	}))
+	conns := newConnections(maxConns)
+	web := policy.HTTPServer(mux)
+	web.ConnState = conns.changed
 	web.ErrorLog = slog.NewLogLogger(d.log.Handler(), slog.LevelWarn)
 	ended := make(chan error, len(listeners))
+	var serving sync.WaitGroup
 	for _, l := range listeners {
 		d.log.Info("listening", "address", l.Addr())
-		go func() { ended <- web.Serve(netutil.LimitListener(l, maxConns)) }()
+		serving.Go(func() { ended <- web.Serve(listener{l, conns.places}) })
 	}
 	d.notify(systemd.SdNotifyReady)
 
 	err = d.wait(signals, ended, c)
 
 	d.notify(systemd.SdNotifyStopping)
-	draining.Store(true)
 	for _, l := range listeners {
 		l.Close()
 	}
-	time.Sleep(drain)
-	ctx, cancel := context.WithTimeout(context.Background(), grace)
-	defer cancel()
-	if web.Shutdown(ctx) != nil {
+	conns.end()
+	if !within(grace, func() { serving.Wait(); conns.open.Wait() }) {
 		web.Close()
 	}
 	// The writer may be in a system call that waits for another's transaction.
 	stopWriting()
-	written := make(chan struct{})
-	go func() {
-		writer.Wait()
-		close(written)
-	}()
-	select {
-	case <-written:
-	case <-time.After(grace):
+	if !within(grace, writer.Wait) {
 		d.log.Warn("exiting before the kernel has answered")
 	}
 	d.saveState()
 	d.quiet.flush(0)
 	return err
+}
+
+// within calls f, and reports whether it returned in time.
+func within(d time.Duration, f func()) bool {
+	done := make(chan struct{})
+	go func() {
+		f()
+		close(done)
+	}()
+	select {
+	case <-done:
+		return true
+	case <-time.After(d):
+		return false
+	}
 }
 
 // wait handles signals and timers until SIGTERM, SIGINT or an error of a socket.

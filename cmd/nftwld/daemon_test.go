@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -447,6 +448,55 @@ func TestManyConnections(t *testing.T) {
 		t.Errorf("%d", got)
 	}
 	nstest.Poll(n.t, "the trust", func() bool { return n.in("trusted_ipv4", "192.0.2.1") })
+	n.stop()
+}
+
+// A report that meets nftwld's end counts, on whatever connection it comes. Dovecot
+// keeps idle ones open for 10 s, and does not repeat a report.
+func TestStopLosesNoReport(t *testing.T) {
+	n := newInstance(t, "policy: {}\n")
+	n.start()
+	idle, fresh := n.dial(), n.dial()
+	replies := bufio.NewReader(idle)
+	send := func(c net.Conn, remote string) {
+		t.Helper()
+		_, err := c.Write(request(key, "alice", "1", remote, true))
+		nstest.Must(t, err)
+	}
+	send(idle, "192.0.2.1")
+	if status, err := answer(replies); status != 200 {
+		t.Fatal(status, err)
+	}
+	nstest.Must(t, n.cmd.Process.Signal(syscall.SIGTERM))
+	if _, err := replies.ReadByte(); err != io.EOF {
+		t.Fatalf("an idle connection ends with %v", err)
+	}
+	send(idle, "192.0.2.2")
+	send(fresh, "192.0.2.3")
+	if status, err := answer(bufio.NewReader(fresh)); status != 200 {
+		t.Error(status, err)
+	}
+	idle.Close()
+	fresh.Close()
+	nstest.Must(t, n.cmd.Wait())
+	for _, a := range []string{"192.0.2.2", "192.0.2.3"} {
+		if !n.in("trusted_ipv4", a+" ") {
+			t.Errorf("%s is not trusted", a)
+		}
+	}
+}
+
+// Clients that keep their connections do not keep nftwld.
+func TestStopEnds(t *testing.T) {
+	n := newInstance(t, "policy: {}\n")
+	n.start()
+	n.dial()
+	idle := n.dial()
+	_, err := idle.Write(request(key, "alice", "1", "192.0.2.1", true))
+	nstest.Must(t, err)
+	if status, err := answer(bufio.NewReader(idle)); status != 200 {
+		t.Fatal(status, err)
+	}
 	n.stop()
 }
 
