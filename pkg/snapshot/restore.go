@@ -132,9 +132,9 @@ type target struct {
 func Restore(conn *nftset.Conn, files []*File) (r Result, err error) {
 	// Between the dump of the sets and the transaction, a login can renew an
 	// element. So the transaction names the generation that it is for. If others
-	// keep changing the ruleset, small transactions extend what has less time
-	// left, and the last one only creates elements: it fails only if a login adds
-	// one of them at the same moment.
+	// keep changing the ruleset, Extend adds the elements in small transactions and
+	// repeats each of them. Only sets to which no login writes are left to the last
+	// one: those that are missing, and those without timeouts.
 	const guarded, most = 3, 20
 	room := nftset.Room()
 	done := 0 // by attempts that failed in a later transaction
@@ -202,6 +202,9 @@ func restore(conn *nftset.Conn, files []*File, guarded bool, room int) (r Result
 		generation = 0
 		const most = 64
 		for _, t := range targets {
+			if !guarded && t.missing == nil && t.set.Timeouts {
+				t.extend, t.create = append(t.extend, t.create...), nil
+			}
 			for some := range slices.Chunk(t.extend, most) {
 				if _, err := conn.Extend(t.set, left(some, taken), time.Second, nil); err != nil {
 					return Result{}, err
