@@ -246,14 +246,11 @@ func (e *engine) all(ctx context.Context, l list, f func(field, record string)) 
 	}
 }
 
-// change is a record of this machine's that is sent.
+// change is a record of this machine's that is sent. The script decides about the
+// removal before it.
 type change struct {
-	field   field
-	removed bool
-	age     int64 // since it was added, renewed or removed, in milliseconds
-	left    int64 // in milliseconds; less than 0 for a permanent element
-	timeout int64 // in milliseconds; 0 for a permanent element
-	comment string
+	field field
+	record
 }
 
 //go:embed merge.lua
@@ -278,7 +275,7 @@ func (e *engine) send(ctx context.Context, l list, changes []change, now int64) 
 		if c.removed {
 			sign = "-"
 		}
-		args = append(args, c.field.String(), sign, fmt.Sprint(c.age), fmt.Sprint(c.left), fmt.Sprint(c.timeout), c.comment)
+		args = append(args, c.field.String(), sign, fmt.Sprint(c.since), fmt.Sprint(c.until), fmt.Sprint(c.timeout), c.comment)
 	}
 	keys := []string{e.key(l, ""), e.key(l, ":log"), e.key(l, ":meta")}
 	parts, err := mergeScript.Exec(ctx, e.client, keys, args).ToArray()

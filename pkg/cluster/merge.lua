@@ -3,45 +3,48 @@
 --
 -- KEYS: the hash, the log, the rest
 -- ARGV: the machine, an epoch for an empty list, the log's length, the time when
---       this was sent, and for each record the field, + or -, its age then, the time
---       left then (-1: permanent), the timeout (0: permanent) and the comment; times
---       in milliseconds
+--       this was sent, and for each record the field, + or -, SINCE, UNTIL, TIMEOUT
+--       and COMMENT; times in milliseconds, by this clock
 --
 -- Returns the list's sequence; for each field y if the record was accepted, else n,
 -- with the record that it has now; and the list's epoch.
 --
 -- A record is "+ SINCE UNTIL TIMEOUT REMOVED COMMENT" or "- SINCE UNTIL 0 0 COMMENT".
+-- UNTIL and TIMEOUT are 0 for a permanent element.
 -- REMOVED is when the address was removed last before it was added again: what is
--- older than that stays removed.
+-- older than that stays removed. If only a part of a ban was removed, a tab and that
+-- removal's comment follow.
 
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local month = 30 * 24 * 3600 * 1000
 
 -- What waits in a network that is cut off must not seem newer than what came before
--- it here. The sender knows this clock, and sends it again.
+-- it here. The sender learns what this clock says, and sends it again.
 local late = now - tonumber(ARGV[4])
 if late < -1000 or late > 10000 then return redis.error_reply('LATE it was sent ' .. late .. ' ms ago') end
-late = math.max(0, late)
 
 local function whole(n) return string.format('%.0f', n) end
+
+local function removal_of(since, ends, comment) return '- ' .. whole(since) .. ' ' .. whole(ends) .. ' 0 0 ' .. comment end
 
 local function get(field)
 	local value = redis.call('HGET', KEYS[1], field)
 	if not value then return nil end
-	local sign, since, ends, timeout, removal = string.match(value, '^([+-]) (%d+) (%d+) (%d+) (%d+) ')
+	local sign, since, ends, timeout, removal, rest = string.match(value, '^([+-]) (%d+) (%d+) (%d+) (%d+) (.*)$')
 	if not sign then return nil end
-	since, ends, removal = tonumber(since), tonumber(ends), tonumber(removal)
-	if sign == '-' then removal = since end
-	if removal > now + 60000 or removal + month < now then removal = 0 end
+	since, ends, timeout, removal = tonumber(since), tonumber(ends), tonumber(timeout), tonumber(removal)
+	local comment, part = string.match(rest, '^([^\t]*)\t?(.*)$')
+	if sign == '-' then removal, part = since, comment end
+	if removal > now + 60000 or removal + month < now then removal, part = 0, '' end
 	if sign == '+' and ends ~= 0 and ends <= now and removal > 0 then
 		-- What was added again has expired; the removal still counts.
 		sign, since, ends = '-', removal, removal + month
-		value = '- ' .. whole(since) .. ' ' .. whole(ends) .. ' 0 0 '
+		value = removal_of(since, ends, part)
 	end
 	-- One of the future is from before the clock was set back.
 	if ends ~= 0 and ends <= now or since > now + 60000 then return nil end
-	return {removed = sign == '-', since = since, ends = ends, removal = removal, value = value}
+	return {removed = sign == '-', since = since, ends = ends, timeout = timeout, comment = comment, removal = removal, part = part, value = value}
 end
 
 local epoch = redis.call('HGET', KEYS[3], 'epoch')
@@ -54,20 +57,18 @@ if cleared > now + 60000 then cleared = 0 end
 
 local replies, accepted = {}, {}
 for i = 5, #ARGV, 6 do
-	local field, sign = ARGV[i], ARGV[i + 1]
-	local age, left, timeout = tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3]), tonumber(ARGV[i + 4])
-	local since = math.max(0, now - late - age)
-	if left >= 0 then left = math.max(0, left - late) end
-	local old, stays, ends, value = get(field), nil, nil, nil
+	local field, sign, comment = ARGV[i], ARGV[i + 1], ARGV[i + 5]
+	local since, ends, timeout = tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3]), tonumber(ARGV[i + 4])
+	since = math.max(0, math.min(now, since))
+	local old, stays = get(field), nil
+	local removal, part = 0, ''
 	-- The removal of an address on every port counts on each.
 	local every = string.match(field, '^(%S+) ')
 	every = every and get(every)
 	if every and every.removed and old and not old.removed and old.since <= every.since then old = nil end
 	if sign == '+' then
-		ends = 0
-		if left >= 0 then ends = now + left end
 		if since <= cleared and cleared + month > now then
-			stays = '- ' .. whole(cleared) .. ' ' .. whole(cleared + month) .. ' 0 0 '
+			stays = removal_of(cleared, cleared + month, '')
 		elseif every and every.removed and since <= every.since then
 			stays = every.value
 		elseif old and old.removal > 0 and since <= old.removal then
@@ -76,15 +77,16 @@ for i = 5, #ARGV, 6 do
 			local gain = math.min(timeout / 24, 3600000)
 			if old.ends == 0 or ends ~= 0 and ends <= old.ends + gain then stays = old.value end
 		end
+		if old then removal, part = old.removal, old.part end
 	else
 		-- Another machine can have what lasts longer, and come back later.
 		timeout = 0
-		ends = now + math.max(left, month)
+		ends = math.max(ends, now + month)
 		if old and not old.removed and old.since > since and since > old.removal then
 			-- What was added since stays, and what is older than the removal does not
 			-- come back when that expires.
-			local rest, comment = string.match(old.value, '^(%+ %d+ %d+ %d+) %d+ (.*)$')
-			value = rest .. ' ' .. whole(since) .. ' ' .. comment
+			removal, part = since, comment
+			sign, since, ends, timeout, comment = '+', old.since, old.ends, old.timeout, old.comment
 		elseif old and (old.since > since or old.removed and old.since == since) then
 			stays = old.value
 		elseif old then
@@ -92,9 +94,8 @@ for i = 5, #ARGV, 6 do
 		end
 	end
 	if not stays then
-		local removal = 0
-		if sign == '+' and old then removal = old.removal end
-		value = value or table.concat({sign, whole(since), whole(ends), whole(timeout), whole(removal), ARGV[i + 5]}, ' ')
+		local value = table.concat({sign, whole(since), whole(ends), whole(timeout), whole(removal), comment}, ' ')
+		if part ~= '' then value = value .. '\t' .. part end
 		redis.call('HSET', KEYS[1], field, value)
 		accepted[#accepted + 1] = field
 		accepted[#accepted + 1] = value

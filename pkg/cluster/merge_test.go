@@ -31,18 +31,26 @@ func eachEngine(t *testing.T, test func(t *testing.T, e *engine)) {
 	})
 }
 
-// add and remove return changes about 192.0.2.7, and ports if there are any. The
-// times are in seconds; left is less than 0 for a permanent element.
+// add and remove return changes about 192.0.2.7, and ports if there are any, at the
+// time at. The times are in seconds; left is less than 0 for a permanent element.
 func add(age, left int64, ports ...uint16) change {
-	c := change{field: testField(ports...), age: age * 1000, left: left * 1000, timeout: max(0, age+left) * 1000, comment: "alice @a"}
-	if left < 0 {
-		c.timeout = 0
-	}
-	return c
+	return change{testField(ports...), plus(age, left, "alice @a")}
 }
 
 func remove(age, left int64, ports ...uint16) change {
-	return change{field: testField(ports...), removed: true, age: age * 1000, left: left * 1000, comment: "alice @a"}
+	return change{testField(ports...), minus(age, "alice @a")}
+}
+
+// moved returns changes at another time.
+func moved(changes []change, to int64) (all []change) {
+	for _, c := range changes {
+		c.since += to - at
+		if c.until != 0 {
+			c.until += to - at
+		}
+		all = append(all, c)
+	}
+	return all
 }
 
 func testField(ports ...uint16) field {
@@ -57,7 +65,7 @@ func sendNow(e *engine, l list, changes ...change) ([]reply, position, error) {
 	if err != nil {
 		return nil, position{}, err
 	}
-	return e.send(context.Background(), l, changes, now)
+	return e.send(context.Background(), l, moved(changes, now), now)
 }
 
 // What the engine's script makes of two records, one after the other.
@@ -170,6 +178,50 @@ func TestMergeScript(t *testing.T) {
 	})
 }
 
+// The script and merge make the same of two records: also times and comments, to the
+// millisecond.
+func TestMergeSame(t *testing.T) {
+	eachEngine(t, func(t *testing.T, e *engine) {
+		ctx := context.Background()
+		part := func(age int64) change {
+			return change{testField(), minus(age, "bob @b")}
+		}
+		for _, test := range [][]change{
+			{add(10, 1000), remove(15, 0)},
+			{add(10, 1000), part(15)},
+			{add(10, 1000), part(15), add(5, 5000)},
+			{add(10, 1000), part(15), remove(12, 0)},
+			{add(10, 1000), remove(15, 0), part(12), remove(13, 0)},
+			{part(15), add(10, 1000)},
+			{part(15), add(10, 1000), part(5)},
+			{part(15), add(10, 1000), add(5, -1), remove(7, 0)},
+		} {
+			e.do(ctx, 0, "FLUSHALL")
+			var want record
+			for i, c := range test {
+				now, err := e.now(ctx)
+				nstest.Must(t, err)
+				now += 500 // as far as a machine's view of the clock can be ahead
+				c = moved([]change{c}, now)[0]
+				_, _, err = e.send(ctx, trusted, []change{c}, now)
+				nstest.Must(t, err)
+				if want = merge(want, c.record); i == 0 {
+					want = c.record
+				}
+			}
+			text, err := e.do(ctx, 0, "HGET", e.key(trusted, ""), testField().String()).ToString()
+			nstest.Must(t, err)
+			got, err := parseRecord(text)
+			if want.removed { // the script remembers it for a month from when it hears of it
+				got.until = want.until
+			}
+			if err != nil || got != want {
+				t.Errorf("%v: %v, %v, want %v", test, got, err, want)
+			}
+		}
+	})
+}
+
 // What the network held back is as old as it is. If that is much, or a clock was just
 // set, it is refused.
 func TestLate(t *testing.T) {
@@ -179,7 +231,7 @@ func TestLate(t *testing.T) {
 			e.do(ctx, 0, "FLUSHALL")
 			now, err := e.now(ctx)
 			nstest.Must(t, err)
-			replies, _, err := e.send(ctx, trusted, []change{add(10, 1000)}, now-seconds(held))
+			replies, _, err := e.send(ctx, trusted, moved([]change{add(10, 1000)}, now-seconds(held)), now-seconds(held))
 			if isLate(err) != (want == 0) {
 				t.Errorf("held back for %d s: %v", held, err)
 			}

@@ -131,23 +131,24 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 		if d.isExpiry() {
 			continue
 		}
-		c := change{field: every, removed: true, age: max(0, v.at.Sub(d.at).Milliseconds()), left: -1, comment: d.comment}
+		passed := v.at.Sub(d.at)
+		c := change{every, record{removed: true, since: v.now - max(0, passed.Milliseconds()), comment: d.comment}}
 		c.field.port = port
 		if e, ok := s.there[port]; ok && d.again {
-			c.age = max(c.age, v.now-v.record(e, s.seen[port].at).since+1)
+			c.since = min(c.since, v.record(e, s.seen[port].at).since-1)
 		}
 		if d.left > 0 {
-			c.left = max(0, (d.left - v.at.Sub(d.at)).Milliseconds())
+			c.until = v.now + max(0, (d.left-passed).Milliseconds())
 		}
 		gone[port] = c
 	}
 	if !slices.ContainsFunc(needed, func(port uint16) bool { _, ok := gone[port]; return !ok }) {
 		all := gone[needed[0]]
 		for _, port := range needed {
-			if c := gone[port]; c.left < 0 || all.left >= 0 && c.left > all.left {
-				all.left = c.left
+			if c := gone[port]; c.ends() > all.ends() {
+				all.until = c.until
 			}
-			all.age = min(all.age, gone[port].age)
+			all.since = max(all.since, gone[port].since)
 			delete(gone, port)
 		}
 		// Of a port with a record of its own too, as a later one of every port would
@@ -162,12 +163,12 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 		gone[0] = all
 	}
 	for port, c := range gone {
-		at := v.now - c.age
-		if old := shared[port]; old.since > at || old.removed && old.since == at {
+		if old := shared[port]; old.since > c.since || old.removed && old.since == c.since {
 			continue // the others know
 		}
 		p.send = append(p.send, c)
-		shared[port] = record{removed: true, since: at, until: forever, comment: c.comment}
+		c.until = forever
+		shared[port] = c.record
 	}
 
 	// removedBy is the latest removal that counts on a port.
@@ -181,7 +182,7 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 			case s.removed && s.since > r.since:
 				r = s
 			case s.removal > max(0, r.since):
-				r = record{removed: true, since: s.removal}
+				r = s.lastRemoval()
 			}
 		}
 		return r
@@ -237,13 +238,11 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 		if !r.alive(v.now+minLeft.Milliseconds()) || !longer(r, port) {
 			return
 		}
-		c := change{field: every, age: v.now - r.since, left: -1, timeout: r.timeout, comment: r.comment}
+		c := change{every, r}
 		c.field.port = port
-		if r.until != 0 {
-			c.left = r.until - v.now
-		}
 		p.send = append(p.send, c)
-		r.removal = shared[port].lastRemoval()
+		last := shared[port].lastRemoval()
+		r.removal, r.part = last.since, last.comment
 		shared[port] = r
 	}
 	weakest, all := record{}, true

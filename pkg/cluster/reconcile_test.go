@@ -46,12 +46,12 @@ func describe(p plan) string {
 	about := func(ms int64) int64 { return (ms + 500) / 1000 }
 	var all []string
 	for _, c := range p.send {
-		s := fmt.Sprintf("send %s +%d/%d %s", c.field, about(c.age), about(c.left), c.comment)
+		s := fmt.Sprintf("send %s +%d/%d %s", c.field, about(at-c.since), about(c.until-at), c.comment)
 		switch {
 		case c.removed:
 			s = fmt.Sprintf("send %s - %s", c.field, c.comment)
-		case c.left < 0:
-			s = fmt.Sprintf("send %s +%d/never %s", c.field, about(c.age), c.comment)
+		case c.until == 0:
+			s = fmt.Sprintf("send %s +%d/never %s", c.field, about(at-c.since), c.comment)
 		}
 		all = append(all, s)
 	}
@@ -216,6 +216,9 @@ func TestReconcile(t *testing.T) {
 			want: "remove A . 465; remove A . 993"},
 		{name: "an unban of one of several", list: banned, records: records{"A 465": minus(5, "sshd @b")}, there: ports{465: elem(10, day, "sshd @b, postfix")},
 			want: "send A 465 +5/86400 postfix @a"},
+		{name: "an unban of one of several, and a shorter ban after that", list: banned,
+			records: records{"A 465": {since: at - seconds(4), until: at + seconds(100), timeout: seconds(104), comment: "fail2ban @c", removal: at - seconds(5), part: "sshd @b"}},
+			there:   ports{465: elem(10, day, "sshd @b, postfix")}, want: "send A 465 +5/86400 postfix @a"},
 		{name: "an unban by the same tool, of another machine", list: banned, records: records{"A 465": minus(5, "sshd @b")}, there: ports{465: elem(10, day, "sshd")},
 			want: "send A 465 +5/86400 sshd @a"},
 		{name: "an unban of several", list: banned, records: records{"A 465": minus(5, "postfix @a, sshd @b")}, there: ports{465: elem(10, day, "sshd @b, postfix")},
@@ -359,12 +362,10 @@ func TestReconcileAll(t *testing.T) {
 			if c.removed {
 				t.Fatalf("%s: %s is removed", before, c.field)
 			}
-			r := record{since: at - c.age, until: at + c.left, timeout: c.timeout, comment: c.comment}
-			if c.left < 0 {
-				r.until = 0
-			}
+			r := c.record
 			if old, ok := records[c.field]; ok {
-				r.removal = old.lastRemoval()
+				last := old.lastRemoval()
+				r.removal, r.part = last.since, last.comment
 				if merge(old, r) != r {
 					t.Fatalf("%s: %s is stale", before, c.field)
 				}
@@ -394,8 +395,8 @@ func TestReconcileAll(t *testing.T) {
 			for _, count := range []bool{false, true} {
 				for _, of := range []uint16{0, port} {
 					r, ok := records[newField(netip.PrefixFrom(addr, 32), of)]
-					if ok && r.lastRemoval() > 0 {
-						removed = max(removed, r.lastRemoval())
+					if ok && r.lastRemoval().since > 0 {
+						removed = max(removed, r.lastRemoval().since)
 					}
 					if ok && !r.removed && count && r.since > removed {
 						best = max(best, r.ends())

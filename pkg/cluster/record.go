@@ -75,8 +75,12 @@ type record struct {
 	since   int64  // when it was added, renewed or removed
 	until   int64  // when it expires, or when the removal is forgotten; 0 for never
 	timeout int64  // of the element; 0 for a permanent one
-	removal int64  // of one that was added: when the address was removed last before; 0 for never
-	comment string // of the element, see qualify
+	comment string // of the element, or of the part of a ban that was removed; see qualify
+
+	// Of one that was added: when the address was removed last before, 0 for never, and
+	// the comment of that removal.
+	removal int64
+	part    string
 }
 
 // forever stands for the time at which a permanent element expires.
@@ -94,7 +98,7 @@ func (r record) ends() int64 {
 // that was added after a removal has expired, the removal still counts.
 func (r record) at(now int64) (record, bool) {
 	if !r.alive(now) && r.removal > 0 {
-		r = record{removed: true, since: r.removal, until: r.removal + remembered.Milliseconds()}
+		r = r.lastRemoval()
 	}
 	return r, r.alive(now)
 }
@@ -107,14 +111,16 @@ func (r record) alive(now int64) bool { return r.ends() > now && r.since <= now+
 // merge.lua.
 const skew = time.Minute
 
-// String returns the record as the engine has it: "+ SINCE UNTIL TIMEOUT REMOVED COMMENT"
-// or "- SINCE UNTIL 0 0 COMMENT".
+// String returns the record as the engine has it: see merge.lua.
 func (r record) String() string {
-	sign := "+"
+	sign, part := "+", ""
 	if r.removed {
 		sign = "-"
 	}
-	return fmt.Sprintf("%s %d %d %d %d %s", sign, r.since, r.until, r.timeout, r.removal, r.comment)
+	if r.part != "" {
+		part = "\t" + r.part
+	}
+	return fmt.Sprintf("%s %d %d %d %d %s%s", sign, r.since, r.until, r.timeout, r.removal, r.comment, part)
 }
 
 // parseRecord reads what the script wrote, and nothing else.
@@ -124,17 +130,18 @@ func parseRecord(s string) (r record, err error) {
 		return r, errNoRecord
 	}
 	// A comment is in many records, and must not keep the whole text.
-	r.removed, r.comment = parts[0] == "-", unique.Make(parts[5]).Value()
+	r.comment, r.part, _ = strings.Cut(parts[5], "\t")
+	r.removed, r.comment, r.part = parts[0] == "-", unique.Make(r.comment).Value(), unique.Make(r.part).Value()
 	for i, to := range []*int64{&r.since, &r.until, &r.timeout, &r.removal} {
 		const most = 1 << 43 // in the year 2248; as nanoseconds, it fits into a time.Duration
 		if *to, err = strconv.ParseInt(parts[1+i], 10, 64); err != nil || *to < 0 || *to > most {
 			return r, errNoRecord
 		}
 	}
-	if r.String() != s || r.timeout > nftset.MaxTimeout.Milliseconds() || (r.until == 0) != (r.timeout == 0) && !r.removed || r.removed && (r.until == 0 || r.timeout != 0 || r.removal != 0) || r.removal > r.since {
+	if r.String() != s || r.timeout > nftset.MaxTimeout.Milliseconds() || (r.until == 0) != (r.timeout == 0) && !r.removed || r.removed && (r.until == 0 || r.timeout != 0 || r.removal != 0) || r.removal > r.since || r.removal == 0 && r.part != "" {
 		return r, errNoRecord
 	}
-	return r, nftset.CheckComment(r.comment)
+	return r, errors.Join(nftset.CheckComment(r.comment), nftset.CheckComment(r.part))
 }
 
 var errNoRecord = errors.New("not a record")
@@ -148,29 +155,33 @@ func merge(a, b record) record {
 		b.until = max(a.until, b.until)
 		return b
 	}
-	removal := max(a.lastRemoval(), b.lastRemoval())
-	counts := func(r record) bool { return !r.removed && (removal == 0 || r.since > removal) }
+	removal := a.lastRemoval()
+	if other := b.lastRemoval(); other.since > removal.since {
+		removal = other
+	}
+	counts := func(r record) bool { return !r.removed && (removal.since == 0 || r.since > removal.since) }
 	if !counts(a) || counts(b) && b.ends() > a.ends() {
 		a, b = b, a
 	}
 	switch {
 	case counts(a):
-		a.removal = removal
+		a.removal, a.part = removal.since, removal.comment
 		return a
 	case a.removed:
 		return a
 	case b.removed:
 		return b
 	}
-	return record{removed: true, since: removal, until: removal + remembered.Milliseconds()}
+	return removal
 }
 
-// lastRemoval is when the field of a record was removed last; 0 for never.
-func (r record) lastRemoval() int64 {
+// lastRemoval returns the record itself if it is a removal, or else the one that it
+// tells of; that is at 0 if there was none.
+func (r record) lastRemoval() record {
 	if r.removed {
-		return r.since
+		return r
 	}
-	return r.removal
+	return record{removed: true, since: r.removal, until: r.removal + remembered.Milliseconds(), comment: r.part}
 }
 
 // outlasts reports whether an element ends so much later than another that it is worth

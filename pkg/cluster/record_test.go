@@ -34,10 +34,12 @@ func TestField(t *testing.T) {
 
 func TestRecord(t *testing.T) {
 	for text, want := range map[string]record{
-		"+ 1000 87400 86400 0 alice @imap1": {false, 1000, 87400, 86400, 0, "alice @imap1"},
-		"+ 1000 0 0 999 ":                   {false, 1000, 0, 0, 999, ""},
-		"- 1000 87400 0 0 a, b @imap1":      {true, 1000, 87400, 0, 0, "a, b @imap1"},
-		"- 1000 87400 0 0 ":                 {true, 1000, 87400, 0, 0, ""},
+		"+ 1000 87400 86400 0 alice @imap1": {since: 1000, until: 87400, timeout: 86400, comment: "alice @imap1"},
+		"+ 1000 0 0 999 ":                   {since: 1000, removal: 999},
+		"+ 1000 0 0 999 a @b\tc @d":         {since: 1000, comment: "a @b", removal: 999, part: "c @d"},
+		"+ 1000 0 0 999 \tc @d":             {since: 1000, removal: 999, part: "c @d"},
+		"- 1000 87400 0 0 a, b @imap1":      {removed: true, since: 1000, until: 87400, comment: "a, b @imap1"},
+		"- 1000 87400 0 0 ":                 {removed: true, since: 1000, until: 87400},
 	} {
 		if got, err := parseRecord(text); err != nil || got != want || got.String() != text {
 			t.Errorf("%q: %+v, %v", text, got, err)
@@ -48,6 +50,7 @@ func TestRecord(t *testing.T) {
 		"+ 1 99999999999999999999 3 0 x", "+ 1 2 3 2 x", "- 1 5 0 1 x",
 		"+ 1 0 5 0 x", "+ 1 5 0 0 x", // permanent, or not
 		"- 1 0 0 0 x", "- 1 5 3 0 x", // a removal is forgotten some day, and has no timeout
+		"+ 3 4 1 2 a\t", "+ 3 4 1 0 a\tb", "+ 3 4 1 2 a\tb\tc", "+ 3 4 1 2 a\t\"", "- 3 4 0 0 a\tb", // the part that was removed before
 		"+ 1 2 1 0 a\nb", "+ 1 2 1 0 a\"b", "+ 1 2 1 0 " + strings.Repeat("x", nftset.MaxComment+1),
 	} {
 		if got, err := parseRecord(text); err == nil {
@@ -61,6 +64,7 @@ func FuzzRecord(f *testing.F) {
 	f.Add("192.0.2.7", "+ 1000 87400 86400 0 alice @imap1")
 	f.Add("2001:db8:1:2::/64 465", "- 1000 87400 0 0 a, b @imap1")
 	f.Add("::ffff:192.0.2.7", "+ 1000 0 0 999 ")
+	f.Add("192.0.2.7 993", "+ 1000 0 0 999 a\tb")
 	f.Add("fe80::1%eth0 70000", "+ 1 2 3 0 \"\n")
 	f.Fuzz(func(t *testing.T, name, value string) {
 		if at, err := parseField(name); err == nil {
@@ -73,7 +77,7 @@ func FuzzRecord(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if r.String() != value || r.since < 0 || r.until < 0 || r.timeout < 0 || nftset.CheckComment(r.comment) != nil {
+		if r.String() != value || r.since < 0 || r.until < 0 || r.timeout < 0 || nftset.CheckComment(r.comment) != nil || nftset.CheckComment(r.part) != nil {
 			t.Errorf("%q is taken for %+v", value, r)
 		}
 		if r.ends() <= 0 && r.until != 0 {
@@ -131,17 +135,25 @@ func TestComments(t *testing.T) {
 
 // The later of two records counts, as for the engine.
 func TestMerge(t *testing.T) {
-	added := func(set, until int64) record { return record{false, set, until, 1, 0, "a"} }
-	removed := func(set, until int64) record { return record{true, set, until, 0, 0, "r"} }
+	added := func(since, until int64) record { return record{since: since, until: until, timeout: 1, comment: "a"} }
+	removed := func(since, until int64) record {
+		return record{removed: true, since: since, until: until, comment: "r"}
+	}
+	again := func(since, until, removal int64) record {
+		return record{since: since, until: until, timeout: 1, comment: "a", removal: removal, part: "r"}
+	}
 	for _, test := range []struct{ a, b, want record }{
 		{added(1, 10), added(2, 20), added(2, 20)},
 		{added(2, 10), added(1, 20), added(1, 20)},
 		{added(1, 0), added(2, 20), added(1, 0)},
 		{added(1, 10), removed(2, 5), removed(2, 5)},
 		{added(2, 10), removed(2, 5), removed(2, 5)},
-		{added(3, 10), removed(2, 50), record{false, 3, 10, 1, 2, "a"}},
-		{record{false, 3, 10, 1, 2, "a"}, added(1, 0), record{false, 3, 10, 1, 2, "a"}},
-		{record{false, 3, 10, 1, 2, "a"}, added(4, 20), record{false, 4, 20, 1, 2, "a"}},
+		{added(3, 10), removed(2, 50), again(3, 10, 2)},
+		{again(3, 10, 2), added(1, 0), again(3, 10, 2)},
+		{again(3, 10, 2), added(4, 20), again(4, 20, 2)},
+		{again(3, 10, 2), removed(1, 10), again(3, 10, 2)},
+		{added(3, 10), again(6, 20, 5), again(6, 20, 5)},
+		{added(3, 10), again(3, 20, 3), removed(3, 3+remembered.Milliseconds())},
 		{removed(1, 10), removed(2, 5), removed(2, 10)},
 	} {
 		if got := merge(test.a, test.b); got != test.want {
@@ -169,13 +181,13 @@ func TestKeep(t *testing.T) {
 		"older than a removal there":    {record{removed: true, since: now - 10, until: now + hour}, permanent, record{}},
 	} {
 		s := &share{records: map[field]record{f: test.there}}
-		lost := s.keep(map[field]record{f: test.known}, now)
+		lost := s.keep(map[field]record{f: test.known})
 		switch {
 		case test.want == record{}:
 			if len(lost) > 0 || s.records[f] != test.there {
 				t.Errorf("%s: %v is lost, and %v counts", name, lost, s.records[f])
 			}
-		case len(lost) != 1 || lost[0].age != now-test.want.since || lost[0].left != -1 || s.records[f] != test.want:
+		case len(lost) != 1 || lost[0] != change{f, test.want} || s.records[f] != test.want:
 			t.Errorf("%s: %v is lost, and %v counts", name, lost, s.records[f])
 		}
 	}

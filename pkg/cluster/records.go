@@ -122,9 +122,7 @@ func (n *Node) readAll(ctx context.Context, s *share) error {
 		every := f
 		every.port = 0
 		all := s.records[every]
-		if !r.removed {
-			r = record{removed: true, since: r.removal, until: r.removal + remembered.Milliseconds()}
-		}
+		r = r.lastRemoval()
 		if r.alive(n.now()) && r.since > cleared && (f == every || all.removed || all.since <= r.since) {
 			removals[f] = r
 		}
@@ -139,7 +137,7 @@ func (n *Node) readAll(ctx context.Context, s *share) error {
 			dead = append(dead, name)
 		}
 	})
-	lost := append(s.keep(removals, n.now()), s.keep(added, n.now())...)
+	lost := append(s.keep(removals), s.keep(added)...)
 	if err != nil {
 		return err
 	}
@@ -170,11 +168,11 @@ func (n *Node) readAll(ctx context.Context, s *share) error {
 
 // keep adds what was known to the records, and returns what the engine has lost: it
 // counts against what the other machines still have.
-func (s *share) keep(known map[field]record, now int64) (lost []change) {
+func (s *share) keep(known map[field]record) (lost []change) {
 	for f, r := range known {
 		every := f
 		every.port = 0
-		if last := s.records[every].lastRemoval(); !r.removed && last > 0 && r.since <= last {
+		if last := s.records[every].lastRemoval().since; !r.removed && last > 0 && r.since <= last {
 			continue
 		}
 		after := r
@@ -185,7 +183,7 @@ func (s *share) keep(known map[field]record, now int64) (lost []change) {
 			}
 		}
 		s.records[f] = after
-		lost = append(lost, change{field: f, removed: r.removed, age: max(0, now-r.since), left: max(-1, r.until-now), timeout: r.timeout, comment: r.comment})
+		lost = append(lost, change{f, r})
 	}
 	return lost
 }

@@ -73,7 +73,7 @@ func (n *Node) sent(s *share, changes []change, replies []reply) {
 			addr := c.field.Addr()
 			if r != s.records[c.field] {
 				s.work = append(s.work, addr)
-			} else if !c.removed && r.lastRemoval() > 0 {
+			} else if !c.removed && r.lastRemoval().since > 0 {
 				// This machine takes its element for newer than a removal that it knows:
 				// its view of the engine's clock was wrong.
 				n.again(s, []netip.Addr{addr}, map[netip.Addr]*news{addr: {}})
