@@ -85,8 +85,9 @@ the file defines it, and never shortens what the kernel holds.
 Without FILE it restores the snapshot file of the configuration, and does
 nothing if that does not exist yet. "-" is standard input.
 
-Exit status: 0, or 1 if something failed; nothing is changed then. But of more
-than 10,000 elements, a part can be restored while nftwld shares the sets.`,
+Exit status: 0, or 1 if something failed; nothing is changed then. But a part
+can be restored if logins keep adding the same elements, and of more than 10,000
+elements while nftwld shares the sets.`,
 		Example: "  nftwl restore -v\n  nft list ruleset | ssh mail2.example.org nftwl restore -",
 		RunE: withSession(configPath, nftset.Local, func(s *session, args []string) (err error) {
 			var r snapshot.Result

@@ -6,32 +6,44 @@ import (
 	"sync"
 )
 
-// connections are those of an http.Server, at most as many as there are places. It
-// ends them without losing a request, which http.Server.Shutdown does not: a
-// request that arrives just then meets a closed connection, and Dovecot repeats
-// none.
+// connections are the accepted ones of an http.Server, at most as many as there are
+// places. They end without the loss of a request. http.Server.Shutdown would lose one
+// that arrives just as it closes the connection: Dovecot does not repeat it.
 type connections struct {
 	places chan struct{}
+	ending chan struct{} // closed at the end
 	open   sync.WaitGroup
 
-	mu     sync.Mutex
-	idle   map[net.Conn]bool
-	ending bool
+	mu   sync.Mutex
+	idle map[net.Conn]bool
 }
 
-func newConnections(most int) *connections {
-	return &connections{places: make(chan struct{}, most), idle: make(map[net.Conn]bool)}
+// newConnections returns those of a server, which serves listeners of type listener.
+func newConnections(web *http.Server, most int) *connections {
+	c := &connections{places: make(chan struct{}, most), ending: make(chan struct{}), idle: make(map[net.Conn]bool)}
+	handler := web.Handler
+	web.ConnState = c.changed
+	web.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if c.isEnding() {
+			w.Header().Set("Connection", "close")
+		}
+		handler.ServeHTTP(w, r)
+	})
+	return c
 }
 
-// listener accepts a connection when there is a place for it. The server that
-// serves it must have changed as its ConnState.
+// listener accepts a connection when there is a place for it.
 type listener struct {
 	net.Listener
-	places chan struct{}
+	*connections
 }
 
 func (l listener) Accept() (net.Conn, error) {
-	l.places <- struct{}{}
+	select {
+	case l.places <- struct{}{}:
+	case <-l.ending:
+		return nil, net.ErrClosed
+	}
 	conn, err := l.Listener.Accept()
 	if err != nil {
 		<-l.places
@@ -48,10 +60,10 @@ func (c *connections) changed(conn net.Conn, state http.ConnState) {
 		c.open.Add(1)
 	case http.StateIdle:
 		c.idle[conn] = true
-		if c.ending {
+		if c.isEnding() {
 			halfClose(conn)
 		}
-	case http.StateClosed:
+	case http.StateClosed, http.StateHijacked:
 		<-c.places
 		c.open.Done()
 	}
@@ -63,9 +75,18 @@ func (c *connections) changed(conn net.Conn, state http.ConnState) {
 func (c *connections) end() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.ending = true
+	close(c.ending)
 	for conn := range c.idle {
 		halfClose(conn)
+	}
+}
+
+func (c *connections) isEnding() bool {
+	select {
+	case <-c.ending:
+		return true
+	default:
+		return false
 	}
 }
 

@@ -102,15 +102,14 @@ func (d *daemon) run() error {
 	mux := http.NewServeMux()
 	mux.Handle("/{$}", d.server)
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4}))
-	conns := newConnections(maxConns)
 	web := policy.HTTPServer(mux)
-	web.ConnState = conns.changed
+	conns := newConnections(web, maxConns)
 	web.ErrorLog = slog.NewLogLogger(d.log.Handler(), slog.LevelWarn)
 	ended := make(chan error, len(listeners))
 	var serving sync.WaitGroup
 	for _, l := range listeners {
 		d.log.Info("listening", "address", l.Addr())
-		serving.Go(func() { ended <- web.Serve(listener{l, conns.places}) })
+		serving.Go(func() { ended <- web.Serve(listener{l, conns}) })
 	}
 	d.notify(systemd.SdNotifyReady)
 
@@ -123,6 +122,7 @@ func (d *daemon) run() error {
 	conns.end()
 	if !within(grace, func() { serving.Wait(); conns.open.Wait() }) {
 		web.Close()
+		within(grace, conns.open.Wait)
 	}
 	// The writer may be in a system call that waits for another's transaction.
 	stopWriting()

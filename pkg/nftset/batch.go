@@ -166,6 +166,9 @@ func (b *Batch) Commit() error {
 	case err != nil:
 		return b.error(last, err)
 	}
+	if c.timeout > 0 {
+		c.SetTimeout(c.timeout)
+	}
 	return nil
 }
 

@@ -80,7 +80,8 @@ func (c *Conn) Close() error { return unix.Close(c.fd) }
 func (c *Conn) SetDeadline(t time.Time) { c.deadline, c.timeout = t, 0 }
 
 // SetTimeout sets the deadline to d from now. Each answer to a dump, which can be
-// of any size, moves it to d after that answer.
+// of any size, moves it to d after that answer, and each transaction, of which there
+// can be many.
 func (c *Conn) SetTimeout(d time.Duration) { c.deadline, c.timeout = time.Now().Add(d), d }
 
 func (c *Conn) late() bool { return !c.deadline.IsZero() && time.Now().After(c.deadline) }

@@ -124,24 +124,24 @@ type target struct {
 }
 
 // Restore merges files into the kernel: in one transaction or, while a program
-// listens to changes, in several of at most nftset.Room elements. It creates the
-// tables and sets that are missing as the files define them, and adds the elements
-// with their time left. From that of a snapshot it subtracts the time since it was
-// saved, or nothing if the clock went backwards. It never shortens the time left of
-// an element that the kernel has.
+// listens to changes, in several of at most nftset.Room elements, or in small ones
+// if logins keep adding the same elements. If it fails, the first of several are
+// done. It creates the tables and sets that are missing as the files define them,
+// and adds the elements with their time left. From that of a snapshot it subtracts
+// the time since it was saved, or nothing if the clock went backwards. It never
+// shortens the time left of an element that the kernel has.
 func Restore(conn *nftset.Conn, files []*File) (r Result, err error) {
 	// Between the dump of the sets and the transaction, a login can renew an
 	// element. So the transaction names the generation that it is for. If others
-	// keep changing the ruleset, Extend adds the elements in small transactions and
-	// repeats each of them. Only sets to which no login writes are left to the last
-	// one: those that are missing, and those without timeouts.
-	const guarded, most = 3, 20
+	// keep changing the ruleset, small transactions extend what has less time
+	// left, and the last one only creates elements: it fails only if a login adds
+	// one of them at the same moment. If that goes on, small ones create them, too.
 	room := nftset.Room()
 	done := 0 // by attempts that failed in a later transaction
-	for attempt := range most {
-		r, err = restore(conn, files, attempt < guarded, room)
+	for attempt := range 2 * wholeAttempts {
+		r, err = restore(conn, files, attempt, room)
 		if err == nil {
-			r.Restored, r.There = r.Restored+done, r.There-done
+			r.Restored, r.There = r.Restored+done, max(0, r.There-done)
 			return r, nil
 		}
 		if !errors.Is(err, nftset.ErrGeneration) && !errors.Is(err, nftset.ErrExists) {
@@ -152,9 +152,14 @@ func Restore(conn *nftset.Conn, files []*File) (r Result, err error) {
 	return Result{}, fmt.Errorf("table %s: %w", files[0].Sets[0].Table, nftset.ErrBusy)
 }
 
+const (
+	guardedAttempts = 3  // name the generation
+	wholeAttempts   = 10 // create all in one transaction, if there is room
+)
+
 // restore is one attempt of Restore. If it fails, the result counts what it has
 // restored.
-func restore(conn *nftset.Conn, files []*File, guarded bool, room int) (r Result, err error) {
+func restore(conn *nftset.Conn, files []*File, attempt, room int) (r Result, err error) {
 	generation, err := conn.Generation()
 	if err != nil {
 		return Result{}, err
@@ -198,11 +203,11 @@ func restore(conn *nftset.Conn, files []*File, guarded bool, room int) (r Result
 		}
 		extend += len(t.extend)
 	}
-	if !guarded || 3*extend > room { // Replace takes three for each
+	if attempt >= guardedAttempts || 3*extend > room { // Replace takes three for each
 		generation = 0
 		const most = 64
 		for _, t := range targets {
-			if !guarded && t.missing == nil && t.set.Timeouts {
+			if attempt >= wholeAttempts && t.missing == nil && t.set.Timeouts { // no login writes to others
 				t.extend, t.create = append(t.extend, t.create...), nil
 			}
 			for some := range slices.Chunk(t.extend, most) {

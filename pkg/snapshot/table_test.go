@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"net/netip"
 	"os"
@@ -483,6 +484,35 @@ func TestRestoreBesideManyLogins(t *testing.T) {
 	close(done)
 	for range 2 {
 		must(t, <-stopped)
+	}
+}
+
+// An attempt after many adds the elements in small transactions: those that are
+// missing, those with less time left, and those of sets that it must create.
+func TestRestoreLastAttempts(t *testing.T) {
+	c := dial(t, empty)
+	set := describe(t, c, "trusted_ipv4")[0]
+	put(t, c, "trusted_ipv4", ipv4(1))
+	want := []nftset.Element{{Key: nftset.Key{Addr: ipv4(1), Port: 993}, Timeout: 48 * time.Hour, Expires: 47 * time.Hour}}
+	for i := 2; i < 200; i++ {
+		want = append(want, nftset.Element{Key: nftset.Key{Addr: ipv4(i), Port: 993}, Timeout: time.Hour, Expires: time.Minute})
+	}
+	r, err := restore(c, []*File{of("trusted_ipv4", time.Time{}, want...), of("own", time.Time{}, want[5:]...)}, wholeAttempts, math.MaxInt)
+	if err != nil || r.Restored != len(want)+len(want[5:]) {
+		t.Errorf("%+v, %v", r, err)
+	}
+	for _, s := range []string{set.Name, "own"} {
+		elems, err := c.Elements(describe(t, c, s)[0])
+		must(t, err)
+		for i, e := range elems {
+			w := want[len(want)-len(elems)+i]
+			if e.Key != w.Key || e.Timeout != w.Timeout || e.Expires > w.Expires || e.Expires < w.Expires-10*time.Second {
+				t.Errorf("%s: %s, want %s", s, show(e), show(w))
+			}
+		}
+		if len(elems) < len(want)-5 {
+			t.Errorf("%s has %d elements", s, len(elems))
+		}
 	}
 }
 
