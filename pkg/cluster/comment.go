@@ -20,7 +20,7 @@ func qualify(comment, node string) string {
 	var b strings.Builder
 	for i, name := range strings.Split(comment, separator) {
 		if _, _, ok := origin(name); !ok {
-			if name = strings.TrimSpace(name); name != "" {
+			if name = strings.TrimRight(strings.TrimSpace(name), " ,"); name != "" { // a comma at the end would separate it
 				name = name[:min(len(name), nftset.MaxComment-len(suffix)-1)] + " "
 			}
 			name += suffix

@@ -3,17 +3,19 @@
 --
 -- KEYS: the hash, the log, the rest
 -- ARGV: the machine, an epoch for an empty list, the log's length, the time when
---       this was sent, and for each record the field, + or -, SINCE, UNTIL, TIMEOUT
---       and COMMENT; times in milliseconds, by this clock
+--       this was sent, and for each record the field, + or -, SINCE, UNTIL (of a
+--       removal, when the element would have expired), TIMEOUT and COMMENT; times in
+--       milliseconds, by this clock
 --
 -- Returns the list's sequence; for each field y if the record was accepted, else n,
 -- with the record that it has now; and the list's epoch.
 --
--- A record is "+ SINCE UNTIL TIMEOUT REMOVED COMMENT" or "- SINCE UNTIL 0 0 COMMENT".
+-- A record is "+ SINCE UNTIL TIMEOUT REMOVED COMMENT" or "- SINCE UNTIL 0 WHOLE COMMENT".
 -- UNTIL and TIMEOUT are 0 for a permanent element.
 -- REMOVED is when the address was removed last before it was added again: what is
--- older than that stays removed. If only a part of a ban was removed, a tab and that
--- removal's comment follow.
+-- older than that stays removed. The comment of a removal names the part of a ban that
+-- was removed, "" for all; WHOLE is when all was removed last before. If REMOVED was
+-- of a part, a tab and "WHOLE COMMENT" of that removal follow.
 
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
@@ -24,27 +26,44 @@ local month = 30 * 24 * 3600 * 1000
 local late = now - tonumber(ARGV[4])
 if late < -1000 or late > 10000 then return redis.error_reply('LATE it was sent ' .. late .. ' ms ago') end
 
-local function whole(n) return string.format('%.0f', n) end
+local function number(n) return string.format('%.0f', n) end
 
-local function removal_of(since, ends, comment) return '- ' .. whole(since) .. ' ' .. whole(ends) .. ' 0 0 ' .. comment end
+local function removed(since, ends, whole, part)
+	return '- ' .. number(since) .. ' ' .. number(ends) .. ' 0 ' .. number(whole) .. ' ' .. part
+end
+
+local function added(since, ends, timeout, comment, removal, whole, part)
+	local value = table.concat({'+', number(since), number(ends), number(timeout), number(removal), comment}, ' ')
+	if part == '' then return value end
+	return value .. '\t' .. number(whole) .. ' ' .. part
+end
 
 local function get(field)
 	local value = redis.call('HGET', KEYS[1], field)
 	if not value then return nil end
-	local sign, since, ends, timeout, removal, rest = string.match(value, '^([+-]) (%d+) (%d+) (%d+) (%d+) (.*)$')
+	local sign, since, ends, timeout, last, rest = string.match(value, '^([+-]) (%d+) (%d+) (%d+) (%d+) (.*)$')
 	if not sign then return nil end
-	since, ends, timeout, removal = tonumber(since), tonumber(ends), tonumber(timeout), tonumber(removal)
-	local comment, part = string.match(rest, '^([^\t]*)\t?(.*)$')
-	if sign == '-' then removal, part = since, comment end
-	if removal > now + 60000 or removal + month < now then removal, part = 0, '' end
-	if sign == '+' and ends ~= 0 and ends <= now and removal > 0 then
-		-- What was added again has expired; the removal still counts.
-		sign, since, ends = '-', removal, removal + month
-		value = removal_of(since, ends, part)
+	local old = {removed = sign == '-', since = tonumber(since), ends = tonumber(ends), timeout = tonumber(timeout), removal = tonumber(last), whole = 0, value = value}
+	old.comment, rest = string.match(rest, '^([^\t]*)\t?(.*)$')
+	if old.removed then
+		old.removal, old.whole, old.part = old.since, old.removal, old.comment
+	else
+		last, old.part = string.match(rest, '^(%d+) (.*)$')
+		old.whole, old.part = tonumber(last or 0), old.part or ''
 	end
+	-- Another record repeats it, and must not be refused for it.
+	if #old.part > 128 or string.find(old.part, '[^ !#-~]') then old.whole, old.part = 0, '' end
+	if old.removal > now + 60000 or old.removal + month < now then old.removal, old.whole, old.part = 0, 0, '' end
 	-- One of the future is from before the clock was set back.
-	if ends ~= 0 and ends <= now or since > now + 60000 then return nil end
-	return {removed = sign == '-', since = since, ends = ends, timeout = timeout, comment = comment, removal = removal, part = part, value = value}
+	local future = old.since > now + 60000
+	if not old.removed and old.removal > 0 and (future or old.ends ~= 0 and old.ends <= now) then
+		-- What was added again has expired; the removal still counts.
+		old.removed, old.since, old.ends = true, old.removal, old.removal + month
+		old.value = removed(old.since, old.ends, old.whole, old.part)
+	elseif future or old.ends ~= 0 and old.ends <= now then
+		return nil
+	end
+	return old
 end
 
 local epoch = redis.call('HGET', KEYS[3], 'epoch')
@@ -59,43 +78,49 @@ local replies, accepted = {}, {}
 for i = 5, #ARGV, 6 do
 	local field, sign, comment = ARGV[i], ARGV[i + 1], ARGV[i + 5]
 	local since, ends, timeout = tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3]), tonumber(ARGV[i + 4])
-	since = math.max(0, math.min(now, since))
-	local old, stays = get(field), nil
-	local removal, part = 0, ''
+	-- What was added 1 ms after a removal stays newer.
+	since = math.max(0, math.min(sign == '+' and now + 1 or now, since))
+	local old, value, stays = get(field), nil, nil
 	-- The removal of an address on every port counts on each.
 	local every = string.match(field, '^(%S+) ')
 	every = every and get(every)
 	if every and every.removed and old and not old.removed and old.since <= every.since then old = nil end
+	local none = not old
+	old = old or {since = -1, ends = 0, removal = 0, whole = 0, part = ''}
 	if sign == '+' then
+		local gain = math.min(timeout / 24, 3600000)
 		if since <= cleared and cleared + month > now then
-			stays = removal_of(cleared, cleared + month, '')
+			stays = removed(cleared, cleared + month, 0, '')
 		elseif every and every.removed and since <= every.since then
 			stays = every.value
-		elseif old and old.removal > 0 and since <= old.removal then
+		elseif old.removed and since <= old.since or old.removal > 0 and since <= old.removal then
 			stays = old.value
-		elseif old and not old.removed then
-			local gain = math.min(timeout / 24, 3600000)
-			if old.ends == 0 or ends ~= 0 and ends <= old.ends + gain then stays = old.value end
+		elseif not none and not old.removed and (old.ends == 0 or ends ~= 0 and ends <= old.ends + gain) then
+			stays = old.value
+		else
+			value = added(since, ends, timeout, comment, old.removal, old.whole, old.part)
 		end
-		if old then removal, part = old.removal, old.part end
 	else
 		-- Another machine can have what lasts longer, and come back later.
-		timeout = 0
-		ends = math.max(ends, now + month)
-		if old and not old.removed and old.since > since and since > old.removal then
+		ends = math.max(ends, now + month, old.ends)
+		local whole = old.part == '' and old.removal or old.whole
+		if since > old.removal then
+			if comment == '' then whole = 0 end
+		elseif comment == '' and old.part ~= '' and since > old.whole then
+			-- All was removed before a part was.
+			since, whole, comment = old.removal, since, old.part
+		else
+			stays = old.value
+		end
+		if not stays and not old.removed and old.since > since then
 			-- What was added since stays, and what is older than the removal does not
 			-- come back when that expires.
-			removal, part = since, comment
-			sign, since, ends, timeout, comment = '+', old.since, old.ends, old.timeout, old.comment
-		elseif old and (old.since > since or old.removed and old.since == since) then
-			stays = old.value
-		elseif old then
-			ends = math.max(ends, old.ends)
+			value = added(old.since, old.ends, old.timeout, old.comment, since, whole, comment)
+		elseif not stays then
+			value = removed(since, ends, whole, comment)
 		end
 	end
-	if not stays then
-		local value = table.concat({sign, whole(since), whole(ends), whole(timeout), whole(removal), comment}, ' ')
-		if part ~= '' then value = value .. '\t' .. part end
+	if value then
 		redis.call('HSET', KEYS[1], field, value)
 		accepted[#accepted + 1] = field
 		accepted[#accepted + 1] = value

@@ -163,12 +163,13 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 		gone[0] = all
 	}
 	for port, c := range gone {
-		if old := shared[port]; old.since > c.since || old.removed && old.since == c.since {
+		old := shared[port]
+		if !old.removed && old.since > c.since || old.removed && old.since >= c.since && (c.comment != "" || old.everyPart() >= c.since) {
 			continue // the others know
 		}
 		p.send = append(p.send, c)
 		c.until = forever
-		shared[port] = c.record
+		shared[port] = mergeRemovals(c.record, old.lastRemoval())
 	}
 
 	// removedBy is the latest removal that counts on a port.
@@ -178,11 +179,8 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 			r = all
 		}
 		for _, port := range []uint16{0, port} {
-			switch s := shared[port]; {
-			case s.removed && s.since > r.since:
-				r = s
-			case s.removal > max(0, r.since):
-				r = s.lastRemoval()
+			if last := shared[port].lastRemoval(); last.since > 0 {
+				r = mergeRemovals(r, last)
 			}
 		}
 		return r
@@ -223,7 +221,7 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 	mine := make(map[uint16]record)
 	for port, e := range s.there {
 		r, by := ownRecord(port), removedBy(port)
-		if kept := v.kept(by, e); r.since <= by.since && kept != "" {
+		if kept := v.kept(by, e, r.since); r.since <= by.since && kept != "" {
 			// This machine's part outlasts the removal, and is a new ban to the others.
 			r.since, r.comment = by.since+1, kept
 			if r.until != 0 {
@@ -241,9 +239,7 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 		c := change{every, r}
 		c.field.port = port
 		p.send = append(p.send, c)
-		last := shared[port].lastRemoval()
-		r.removal, r.part = last.since, last.comment
-		shared[port] = r
+		shared[port] = r.after(shared[port].lastRemoval())
 	}
 	weakest, all := record{}, true
 	for i, port := range needed {
@@ -276,7 +272,7 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 		}
 		r := removedBy(port)
 		// What is there again for as long stays: the kernel's times are not exact.
-		if there && ownRecord(port).since <= r.since && v.kept(r, e) == "" && !(ok && want.Outlives(e, minLeft)) {
+		if mine := ownRecord(port); there && mine.since <= r.since && v.kept(r, e, mine.since) == "" && !(ok && want.Outlives(e, minLeft)) {
 			p.remove = append(p.remove, removal{e.Key, r})
 			there = false
 		}
@@ -336,13 +332,16 @@ func (v *view) record(e nftset.Element, seen time.Time) record {
 	return r
 }
 
-// kept returns those names of an element that a removal by others leaves, qualified;
-// "" for none, which ends the element. Of a ban that several tools wanted, each ends
-// its own part, and the machine that a tool runs on keeps the part.
-func (v *view) kept(r record, e nftset.Element) string {
+// kept returns those names of an element, added at a time, that a removal by others
+// leaves, qualified; "" for none, which ends the element. Of a ban that several tools
+// wanted, each ends its own part, and the machine that a tool runs on keeps the part.
+func (v *view) kept(r record, e nftset.Element, since int64) string {
+	if v.list != banned || r.comment == "" || r.whole > 0 && since <= r.whole {
+		return ""
+	}
 	var kept []string
 	for name := range strings.SplitSeq(e.Comment, separator) {
-		if _, _, others := origin(name); v.list == banned && r.comment != "" && !others {
+		if _, _, others := origin(name); !others {
 			if name = qualify(name, v.node); !trust.HasName(r.comment, name) {
 				kept = append(kept, name)
 			}

@@ -219,6 +219,17 @@ func TestReconcile(t *testing.T) {
 		{name: "an unban of one of several, and a shorter ban after that", list: banned,
 			records: records{"A 465": {since: at - seconds(4), until: at + seconds(100), timeout: seconds(104), comment: "fail2ban @c", removal: at - seconds(5), part: "sshd @b"}},
 			there:   ports{465: elem(10, day, "sshd @b, postfix")}, want: "send A 465 +5/86400 postfix @a"},
+		{name: "an unban of one of several, after one of all", list: banned,
+			records: records{"A 465": {removed: true, since: at - seconds(5), until: at + seconds(1000), comment: "sshd @b", whole: at - seconds(8)}},
+			there:   ports{465: elem(10, day, "postfix")}, want: "remove A . 465"},
+		{name: "the same, of what was added in between", list: banned,
+			records: records{"A 465": {removed: true, since: at - seconds(5), until: at + seconds(1000), comment: "sshd @b", whole: at - seconds(8)}},
+			there:   ports{465: elem(7, day, "postfix")}, want: "send A 465 +5/86400 postfix @a"},
+		{name: "an unban of one of several, after one of all on every port", list: banned,
+			records: records{"A 465": minus(5, "sshd @b"), "A": minus(8, "")},
+			there:   ports{465: elem(10, day, "postfix")}, want: "remove A . 465"},
+		{name: "an unban of all here, before one of a part", list: banned, records: records{"A 465": minus(0, "sshd @b")},
+			deleted: map[uint16]deletion{465: {at: time.Now().Add(-5 * time.Second)}}, want: "send A 465 - "},
 		{name: "an unban by the same tool, of another machine", list: banned, records: records{"A 465": minus(5, "sshd @b")}, there: ports{465: elem(10, day, "sshd")},
 			want: "send A 465 +5/86400 sshd @a"},
 		{name: "an unban of several", list: banned, records: records{"A 465": minus(5, "postfix @a, sshd @b")}, there: ports{465: elem(10, day, "sshd @b, postfix")},
@@ -364,8 +375,7 @@ func TestReconcileAll(t *testing.T) {
 			}
 			r := c.record
 			if old, ok := records[c.field]; ok {
-				last := old.lastRemoval()
-				r.removal, r.part = last.since, last.comment
+				r = r.after(old.lastRemoval())
 				if merge(old, r) != r {
 					t.Fatalf("%s: %s is stale", before, c.field)
 				}

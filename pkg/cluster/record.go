@@ -75,12 +75,15 @@ type record struct {
 	since   int64  // when it was added, renewed or removed
 	until   int64  // when it expires, or when the removal is forgotten; 0 for never
 	timeout int64  // of the element; 0 for a permanent one
-	comment string // of the element, or of the part of a ban that was removed; see qualify
+	comment string // of the element; of a removal, the part of a ban that was removed, "" for all; see qualify
 
 	// Of one that was added: when the address was removed last before, 0 for never, and
 	// the comment of that removal.
 	removal int64
 	part    string
+	// If that removal, or this one, was of a part: when every part was removed last
+	// before, 0 for never.
+	whole int64
 }
 
 // forever stands for the time at which a permanent element expires.
@@ -113,14 +116,14 @@ const skew = time.Minute
 
 // String returns the record as the engine has it: see merge.lua.
 func (r record) String() string {
-	sign, part := "+", ""
 	if r.removed {
-		sign = "-"
+		return fmt.Sprintf("- %d %d %d %d %s", r.since, r.until, r.timeout, r.whole, r.comment)
 	}
+	s := fmt.Sprintf("+ %d %d %d %d %s", r.since, r.until, r.timeout, r.removal, r.comment)
 	if r.part != "" {
-		part = "\t" + r.part
+		s += fmt.Sprintf("\t%d %s", r.whole, r.part)
 	}
-	return fmt.Sprintf("%s %d %d %d %d %s%s", sign, r.since, r.until, r.timeout, r.removal, r.comment, part)
+	return s
 }
 
 // parseRecord reads what the script wrote, and nothing else.
@@ -129,16 +132,26 @@ func parseRecord(s string) (r record, err error) {
 	if len(parts) != 6 || parts[0] != "+" && parts[0] != "-" {
 		return r, errNoRecord
 	}
+	r.removed = parts[0] == "-"
+	comment, last, hasPart := strings.Cut(parts[5], "\t")
+	whole, part, _ := strings.Cut(last, " ")
 	// A comment is in many records, and must not keep the whole text.
-	r.comment, r.part, _ = strings.Cut(parts[5], "\t")
-	r.removed, r.comment, r.part = parts[0] == "-", unique.Make(r.comment).Value(), unique.Make(r.part).Value()
-	for i, to := range []*int64{&r.since, &r.until, &r.timeout, &r.removal} {
+	r.comment, r.part = unique.Make(comment).Value(), unique.Make(part).Value()
+	numbers, to := parts[1:5], []*int64{&r.since, &r.until, &r.timeout, &r.removal, &r.whole}
+	if r.removed {
+		to[3] = &r.whole
+	} else if hasPart {
+		numbers = append(numbers, whole)
+	}
+	for i, text := range numbers {
 		const most = 1 << 43 // in the year 2248; as nanoseconds, it fits into a time.Duration
-		if *to, err = strconv.ParseInt(parts[1+i], 10, 64); err != nil || *to < 0 || *to > most {
+		if *to[i], err = strconv.ParseInt(text, 10, 64); err != nil || *to[i] < 0 || *to[i] > most {
 			return r, errNoRecord
 		}
 	}
-	if r.String() != s || r.timeout > nftset.MaxTimeout.Milliseconds() || (r.until == 0) != (r.timeout == 0) && !r.removed || r.removed && (r.until == 0 || r.timeout != 0 || r.removal != 0) || r.removal > r.since || r.removal == 0 && r.part != "" {
+	removal := r.lastRemoval()
+	if r.String() != s || r.timeout > nftset.MaxTimeout.Milliseconds() || (r.until == 0) != (r.timeout == 0) && !r.removed || r.removed && (r.until == 0 || r.timeout != 0) ||
+		r.removal > r.since || removal.since == 0 && removal.comment != "" || removal.whole > removal.since || removal.comment == "" && removal.whole != 0 {
 		return r, errNoRecord
 	}
 	return r, errors.Join(nftset.CheckComment(r.comment), nftset.CheckComment(r.part))
@@ -148,31 +161,45 @@ var errNoRecord = errors.New("not a record")
 
 // merge returns which of two records of a field counts, as the script decides it.
 func merge(a, b record) record {
-	if a.removed && b.removed {
-		if a.since > b.since {
-			a, b = b, a
-		}
-		b.until = max(a.until, b.until)
-		return b
-	}
-	removal := a.lastRemoval()
-	if other := b.lastRemoval(); other.since > removal.since {
-		removal = other
-	}
+	removal := mergeRemovals(a.lastRemoval(), b.lastRemoval())
 	counts := func(r record) bool { return !r.removed && (removal.since == 0 || r.since > removal.since) }
 	if !counts(a) || counts(b) && b.ends() > a.ends() {
 		a, b = b, a
 	}
-	switch {
-	case counts(a):
-		a.removal, a.part = removal.since, removal.comment
-		return a
-	case a.removed:
-		return a
-	case b.removed:
-		return b
+	if counts(a) {
+		return a.after(removal)
 	}
 	return removal
+}
+
+// mergeRemovals returns what counts of two removals: the later one, and when every part
+// was removed last.
+func mergeRemovals(a, b record) record {
+	if a.since < b.since {
+		a, b = b, a
+	}
+	if b.since <= 0 { // never
+		return a
+	}
+	a.until = max(a.until, b.until)
+	if a.comment != "" {
+		a.whole = max(a.whole, b.everyPart())
+	}
+	return a
+}
+
+// everyPart is when a removal, or the last one before it, was of every part.
+func (r record) everyPart() int64 {
+	if r.comment == "" {
+		return r.since
+	}
+	return r.whole
+}
+
+// after returns the record of an element that was added after a removal.
+func (r record) after(removal record) record {
+	r.removal, r.part, r.whole = removal.since, removal.comment, removal.whole
+	return r
 }
 
 // lastRemoval returns the record itself if it is a removal, or else the one that it
@@ -181,7 +208,7 @@ func (r record) lastRemoval() record {
 	if r.removed {
 		return r
 	}
-	return record{removed: true, since: r.removal, until: r.removal + remembered.Milliseconds(), comment: r.part}
+	return record{removed: true, since: r.removal, until: r.removal + remembered.Milliseconds(), comment: r.part, whole: r.whole}
 }
 
 // outlasts reports whether an element ends so much later than another that it is worth

@@ -36,8 +36,9 @@ func TestRecord(t *testing.T) {
 	for text, want := range map[string]record{
 		"+ 1000 87400 86400 0 alice @imap1": {since: 1000, until: 87400, timeout: 86400, comment: "alice @imap1"},
 		"+ 1000 0 0 999 ":                   {since: 1000, removal: 999},
-		"+ 1000 0 0 999 a @b\tc @d":         {since: 1000, comment: "a @b", removal: 999, part: "c @d"},
-		"+ 1000 0 0 999 \tc @d":             {since: 1000, removal: 999, part: "c @d"},
+		"+ 1000 0 0 999 a @b\t0 c @d":       {since: 1000, comment: "a @b", removal: 999, part: "c @d"},
+		"+ 1000 0 0 999 \t998 c @d":         {since: 1000, removal: 999, part: "c @d", whole: 998},
+		"- 1000 87400 0 999 a":              {removed: true, since: 1000, until: 87400, comment: "a", whole: 999},
 		"- 1000 87400 0 0 a, b @imap1":      {removed: true, since: 1000, until: 87400, comment: "a, b @imap1"},
 		"- 1000 87400 0 0 ":                 {removed: true, since: 1000, until: 87400},
 	} {
@@ -47,10 +48,11 @@ func TestRecord(t *testing.T) {
 	}
 	for _, text := range []string{
 		"", "+", "+ 1 2 3", "+ 1 2 3 x", "* 1 2 3 0 x", "+ 1 2 x 0 y", "+ -1 2 3 0 x", "+ 01 2 3 0 x", "+ 1 2 9007199254740993 0 x",
-		"+ 1 99999999999999999999 3 0 x", "+ 1 2 3 2 x", "- 1 5 0 1 x",
+		"+ 1 99999999999999999999 3 0 x", "+ 1 2 3 2 x",
 		"+ 1 0 5 0 x", "+ 1 5 0 0 x", // permanent, or not
 		"- 1 0 0 0 x", "- 1 5 3 0 x", // a removal is forgotten some day, and has no timeout
-		"+ 3 4 1 2 a\t", "+ 3 4 1 0 a\tb", "+ 3 4 1 2 a\tb\tc", "+ 3 4 1 2 a\t\"", "- 3 4 0 0 a\tb", // the part that was removed before
+		"+ 3 4 1 2 a\t", "+ 3 4 1 2 a\tb", "+ 3 4 1 2 a\t0 ", "+ 3 4 1 2 a\tx b", "+ 3 4 1 2 a\t3 b", "+ 3 4 1 0 a\t0 b", // the part that was removed before
+		"+ 3 4 1 2 a\t0 b\tc", "+ 3 4 1 2 a\t0 \"", "- 3 4 0 0 a\tb", "- 3 4 0 4 a", "- 3 4 0 2 ",
 		"+ 1 2 1 0 a\nb", "+ 1 2 1 0 a\"b", "+ 1 2 1 0 " + strings.Repeat("x", nftset.MaxComment+1),
 	} {
 		if got, err := parseRecord(text); err == nil {
@@ -64,7 +66,8 @@ func FuzzRecord(f *testing.F) {
 	f.Add("192.0.2.7", "+ 1000 87400 86400 0 alice @imap1")
 	f.Add("2001:db8:1:2::/64 465", "- 1000 87400 0 0 a, b @imap1")
 	f.Add("::ffff:192.0.2.7", "+ 1000 0 0 999 ")
-	f.Add("192.0.2.7 993", "+ 1000 0 0 999 a\tb")
+	f.Add("192.0.2.7 993", "+ 1000 0 0 999 a\t998 b")
+	f.Add("192.0.2.7", "- 1 1 0 0 0,")
 	f.Add("fe80::1%eth0 70000", "+ 1 2 3 0 \"\n")
 	f.Fuzz(func(t *testing.T, name, value string) {
 		if at, err := parseField(name); err == nil {
@@ -109,6 +112,7 @@ func TestComments(t *testing.T) {
 		{"alice@example.org", "alice@example.org @imap1", "alice@example.org"},
 		{"alice@example.org @imap2", "alice@example.org @imap2", "alice@example.org @imap2"},
 		{"fail2ban @ home", "fail2ban @ home @imap1", "fail2ban @ home"},
+		{"ends in a comma,", "ends in a comma @imap1", "ends in a comma"},
 		{"ends in @", "ends in @ @imap1", "ends in @"},
 		{"@imap2", "@imap2", "@imap2"},
 		{"@imap1", "@imap1", ""},
@@ -139,6 +143,7 @@ func TestMerge(t *testing.T) {
 	removed := func(since, until int64) record {
 		return record{removed: true, since: since, until: until, comment: "r"}
 	}
+	all := func(since int64) record { return record{removed: true, since: since, until: 20} }
 	again := func(since, until, removal int64) record {
 		return record{since: since, until: until, timeout: 1, comment: "a", removal: removal, part: "r"}
 	}
@@ -154,6 +159,9 @@ func TestMerge(t *testing.T) {
 		{again(3, 10, 2), removed(1, 10), again(3, 10, 2)},
 		{added(3, 10), again(6, 20, 5), again(6, 20, 5)},
 		{added(3, 10), again(3, 20, 3), removed(3, 3+remembered.Milliseconds())},
+		{removed(2, 20), all(1), record{removed: true, since: 2, until: 20, comment: "r", whole: 1}},
+		{removed(1, 10), all(2), all(2)},
+		{again(3, 10, 2), all(1), record{since: 3, until: 10, timeout: 1, comment: "a", removal: 2, part: "r", whole: 1}},
 		{removed(1, 10), removed(2, 5), removed(2, 10)},
 	} {
 		if got := merge(test.a, test.b); got != test.want {
@@ -168,7 +176,7 @@ func TestMerge(t *testing.T) {
 // What a machine knows counts against what the engine has after it lost that.
 func TestKeep(t *testing.T) {
 	const now, hour = 1_000_000_000, 3_600_000
-	removal := record{removed: true, since: now - 100, until: now + hour}
+	removal := record{removed: true, since: now - 100, until: now + remembered.Milliseconds()}
 	expiring := record{since: now - 90, until: now - 90 + hour, timeout: hour, removal: now - 100}
 	permanent := record{since: now - 50, removal: now - 100}
 	f := newField(netip.MustParsePrefix("192.0.2.7/32"), 465)
@@ -178,7 +186,7 @@ func TestKeep(t *testing.T) {
 		"permanent, and there":          {permanent, permanent, record{}},
 		"expiring, and permanent there": {permanent, expiring, record{}},
 		"removed, and removed there":    {removal, removal, record{}},
-		"older than a removal there":    {record{removed: true, since: now - 10, until: now + hour}, permanent, record{}},
+		"older than a removal there":    {record{removed: true, since: now - 10, until: now + remembered.Milliseconds()}, permanent, record{}},
 	} {
 		s := &share{records: map[field]record{f: test.there}}
 		lost := s.keep(map[field]record{f: test.known})

@@ -183,6 +183,9 @@ func (s *share) keep(known map[field]record) (lost []change) {
 			}
 		}
 		s.records[f] = after
+		if r.removed && r.whole > 0 {
+			lost = append(lost, change{f, record{removed: true, since: r.whole, until: r.until}})
+		}
 		lost = append(lost, change{f, r})
 	}
 	return lost
