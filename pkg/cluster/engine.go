@@ -326,7 +326,7 @@ func (e *engine) clear(ctx context.Context, l list) error {
 
 var sweepScript = valkey.NewLuaScript(`
 local clock = redis.call('TIME')
-local now = clock[1] * 1000
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 for _, field in ipairs(ARGV) do
 	local ends, removal = string.match(redis.call('HGET', KEYS[1], field) or '', '^[+-] %d+ (%d+) %d+ (%d+) ')
 	ends, removal = tonumber(ends or '0'), tonumber(removal or '0')

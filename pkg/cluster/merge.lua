@@ -38,6 +38,14 @@ local function added(since, ends, timeout, comment, removal, whole, part)
 	return value .. '\t' .. number(whole) .. ' ' .. part
 end
 
+-- What counts of a record whose element does not count any more: the removal before it.
+local function outdated(old)
+	if old.removed or old.removal == 0 then return nil end
+	old.removed, old.since, old.ends = true, old.removal, old.removal + month
+	old.value = removed(old.since, old.ends, old.whole, old.part)
+	return old
+end
+
 local function get(field)
 	local value = redis.call('HGET', KEYS[1], field)
 	if not value then return nil end
@@ -51,18 +59,13 @@ local function get(field)
 		last, old.part = string.match(rest, '^(%d+) (.*)$')
 		old.whole, old.part = tonumber(last or 0), old.part or ''
 	end
-	-- Another record repeats it, and must not be refused for it.
-	if #old.part > 128 or string.find(old.part, '[^ !#-~]') then old.whole, old.part = 0, '' end
+	-- Other records repeat these, and must not be refused for it.
+	local most = 8796093022208
+	if old.since > most or old.ends > most or old.removal > most or old.whole > old.removal then return nil end
+	old.part = string.sub(string.gsub(old.part, '[^ !#-~]', '?'), 1, 128)
 	if old.removal > now + 60000 or old.removal + month < now then old.removal, old.whole, old.part = 0, 0, '' end
 	-- One of the future is from before the clock was set back.
-	local future = old.since > now + 60000
-	if not old.removed and old.removal > 0 and (future or old.ends ~= 0 and old.ends <= now) then
-		-- What was added again has expired; the removal still counts.
-		old.removed, old.since, old.ends = true, old.removal, old.removal + month
-		old.value = removed(old.since, old.ends, old.whole, old.part)
-	elseif future or old.ends ~= 0 and old.ends <= now then
-		return nil
-	end
+	if old.since > now + 60000 or old.ends ~= 0 and old.ends <= now then return outdated(old) end
 	return old
 end
 
@@ -84,15 +87,16 @@ for i = 5, #ARGV, 6 do
 	-- The removal of an address on every port counts on each.
 	local every = string.match(field, '^(%S+) ')
 	every = every and get(every)
-	if every and every.removed and old and not old.removed and old.since <= every.since then old = nil end
+	local gone = every and (every.removed and every.since or every.removal) or 0
+	if old and not old.removed and old.since <= gone then old = outdated(old) end
 	local none = not old
 	old = old or {since = -1, ends = 0, removal = 0, whole = 0, part = ''}
 	if sign == '+' then
 		local gain = math.min(timeout / 24, 3600000)
 		if since <= cleared and cleared + month > now then
 			stays = removed(cleared, cleared + month, 0, '')
-		elseif every and every.removed and since <= every.since then
-			stays = every.value
+		elseif gone > 0 and since <= gone then
+			stays = every.removed and every.value or removed(gone, gone + month, every.whole, every.part)
 		elseif old.removed and since <= old.since or old.removal > 0 and since <= old.removal then
 			stays = old.value
 		elseif not none and not old.removed and (old.ends == 0 or ends ~= 0 and ends <= old.ends + gain) then

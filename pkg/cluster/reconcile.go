@@ -142,7 +142,7 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 		}
 		gone[port] = c
 	}
-	if !slices.ContainsFunc(needed, func(port uint16) bool { _, ok := gone[port]; return !ok }) {
+	if !slices.ContainsFunc(needed, func(port uint16) bool { c, ok := gone[port]; return !ok || c.comment != gone[needed[0]].comment }) {
 		all := gone[needed[0]]
 		for _, port := range needed {
 			if c := gone[port]; c.ends() > all.ends() {
@@ -179,7 +179,7 @@ func (v *view) reconcile(addr netip.Addr, s *state) (p plan) {
 			r = all
 		}
 		for _, port := range []uint16{0, port} {
-			if last := shared[port].lastRemoval(); last.since > 0 {
+			if last := shared[port].lastRemoval(); last.since > 0 && last.alive(v.now) {
 				r = mergeRemovals(r, last)
 			}
 		}
@@ -336,7 +336,7 @@ func (v *view) record(e nftset.Element, seen time.Time) record {
 // leaves, qualified; "" for none, which ends the element. Of a ban that several tools
 // wanted, each ends its own part, and the machine that a tool runs on keeps the part.
 func (v *view) kept(r record, e nftset.Element, since int64) string {
-	if v.list != banned || r.comment == "" || r.whole > 0 && since <= r.whole {
+	if v.list != banned || r.comment == "" || since > 0 && since <= r.whole {
 		return ""
 	}
 	var kept []string

@@ -79,10 +79,12 @@ func TestTLSAndACL(t *testing.T) {
 		}
 		// A machine that reads the whole list sweeps out what has expired.
 		nstest.Poll(t, "the ban to end", func() bool { return len(a.list("banned")) == 0 })
-		c.stop()
-		c.start()
-		c.connected()
-		nstest.Poll(t, "the expired record to go", func() bool { return !strings.Contains(l.hash(), "198.51.100.2") })
+		nstest.Poll(t, "the expired record to go", func() bool {
+			c.stop()
+			c.start()
+			c.connected()
+			return !strings.Contains(l.hash(), "198.51.100.2")
+		})
 		if log := l.denied(); log != "" {
 			t.Errorf("denied: %s", log)
 		}
