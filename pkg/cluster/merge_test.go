@@ -233,6 +233,22 @@ func TestMergeSame(t *testing.T) {
 	})
 }
 
+// The removal of every port ends the record of one, but not the removal that it tells of.
+func TestRemovalOfPort(t *testing.T) {
+	eachEngine(t, func(t *testing.T, e *engine) {
+		ctx := context.Background()
+		now, err := e.now(ctx)
+		nstest.Must(t, err)
+		part := change{testField(465), minus(5, "bob @b")}
+		replies, _, err := e.send(ctx, banned, moved([]change{remove(60, 465), add(50, -1), add(40, -1, 465), remove(10), part}, now), now)
+		nstest.Must(t, err)
+		r, err := parseRecord(replies[4].record)
+		if err != nil || !r.removed || r.comment != "bob @b" || r.whole != now-seconds(60) {
+			t.Errorf("%+v, %v", replies, err)
+		}
+	})
+}
+
 // What is left of a ban that a machine removed in part counts as added 1 ms later: also
 // where that machine's clock is ahead.
 func TestAheadOfEngine(t *testing.T) {
@@ -258,9 +274,9 @@ func TestSpoiled(t *testing.T) {
 		nstest.Must(t, err)
 		for _, comment := range []string{"Büro", "a\"b", "a\tb", "a\t5 b\tc", "\xff", strings.Repeat("x", 129)} {
 			for _, r := range []string{"- %d 9007199254740991 0 7 ", "- %d 4000000000000 0 7 ", "- %d 4000000000000 0 9007199254740991 ", "+ %d 4000000000000 0 7 a\t6 ", "+ %d 4000000000000 0 7 a\t9 "} {
-				e.do(ctx, 0, "FLUSHALL")
-				e.do(ctx, 0, "HSET", e.key(banned, ""), testField().String(), fmt.Sprintf(r, now-seconds(100))+comment)
 				for _, c := range []change{add(5, -1), remove(3)} {
+					e.do(ctx, 0, "FLUSHALL")
+					e.do(ctx, 0, "HSET", e.key(banned, ""), testField().String(), fmt.Sprintf(r, now-seconds(100))+comment)
 					replies, _, err := sendNow(e, banned, c)
 					nstest.Must(t, err)
 					got, err := parseRecord(replies[0].record)
