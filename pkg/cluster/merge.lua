@@ -59,7 +59,7 @@ local function get(field)
 		last, old.part = string.match(rest, '^(%d+) (.*)$')
 		old.whole, old.part = tonumber(last or 0), old.part or ''
 	end
-	-- Other records repeat these, and must not be refused for it.
+	-- Other records repeat these, and must not be refused for it (parseRecord).
 	local most = 8796093022208
 	if old.since > most or old.ends > most or old.removal > most or old.whole > old.removal then return nil end
 	old.part = string.sub(string.gsub(old.part, '[^ !#-~]', '?'), 1, 128)

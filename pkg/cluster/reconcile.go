@@ -336,6 +336,7 @@ func (v *view) record(e nftset.Element, seen time.Time) record {
 // leaves, qualified; "" for none, which ends the element. Of a ban that several tools
 // wanted, each ends its own part, and the machine that a tool runs on keeps the part.
 func (v *view) kept(r record, e nftset.Element, since int64) string {
+	// Of what was added at 0, nobody knows when: a valid part must not be lost.
 	if v.list != banned || r.comment == "" || since > 0 && since <= r.whole {
 		return ""
 	}

@@ -137,7 +137,7 @@ func parseRecord(s string) (r record, err error) {
 	whole, part, _ := strings.Cut(last, " ")
 	// A comment is in many records, and must not keep the whole text.
 	r.comment, r.part = unique.Make(comment).Value(), unique.Make(part).Value()
-	numbers, to := parts[1:5], []*int64{&r.since, &r.until, &r.timeout, &r.removal, &r.whole}
+	numbers, to := parts[1:5:5], []*int64{&r.since, &r.until, &r.timeout, &r.removal, &r.whole}
 	if r.removed {
 		to[3] = &r.whole
 	} else if hasPart {
